@@ -1,0 +1,133 @@
+"""Fixtures and settings that every test shares."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+# one thread a process: the suite runs one process a core, and the tensors are small
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# nothing may reach for a model hub
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+FULL = os.environ.get("LORA_TEST_FULL") == "1"
+_common = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": not FULL}
+settings.register_profile("quick", max_examples=15, **_common)
+settings.register_profile("full", max_examples=200, **_common)
+settings.load_profile("full" if FULL else "quick")
+
+
+@pytest.fixture(scope="session")
+def full_run() -> bool:
+    """Whether this is `make test-all`: full counts instead of the quick ones."""
+    return FULL
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[[str], ModuleType]:
+    """Import a peer library; absent it skips, except where LORA_REQUIRE_ORACLES=1 (CI)."""
+
+    def load(name: str) -> ModuleType:
+        if os.environ.get("LORA_REQUIRE_ORACLES") == "1":
+            return importlib.import_module(name)
+        return pytest.importorskip(name)
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill what `torch.empty*` returns with NaN (integers: garbage), so unwritten elements show."""
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def empty(*args: object, **kwargs: object) -> torch.Tensor:
+            out = make(*args, **kwargs)
+            if out.device.type != "meta":
+                out.fill_(float("nan") if out.is_floating_point() else 0x5A)
+            return out
+
+        return empty
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    yield
+
+
+CHATML_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a real byte-level BPE tokenizer.json (vocabulary of 400) and ChatML's template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=CHATML_SPECIALS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([torch.nn.Linear.__doc__, json.__doc__, os.__doc__], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": CHATML_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, oracle: Callable
+) -> Path:
+    """A sharded folder that transformers' LlamaForCausalLM saved: random weights, real tokenizer.
+
+    Hidden size 64, 3 layers, 4 heads of 16 over 2 key/value heads, vocabulary 400, float32.
+    """
+    transformers = oracle("transformers")
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="150KB")
+    for file in tokenizer_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
