@@ -1,0 +1,76 @@
+"""The wheel, built and installed elsewhere, imports both packages and holds every data file."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but the unpacked wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # a copy, so that the build writes nothing into the checkout
+    source = folder / "source"
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
+    ).stdout.split(b"\0")
+    for name in filter(None, (n.decode() for n in names)):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, "."],
+        cwd=source,
+        check=True,
+    )
+    (wheel,) = folder.glob("lora_core-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_both_packages_import_from_the_wheel(site: Path) -> None:
+    code = "import lora_core, lora_kernels; print(lora_core.__file__, lora_kernels.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=site,
+    )
+    assert all(str(site) in path for path in done.stdout.split())
+
+
+def test_every_data_file_travels(site: Path) -> None:
+    for package, base in (("lora_core", ROOT), ("lora_kernels", ROOT / "kernels")):
+        for path in (base / package).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                assert (site / path.relative_to(base)).exists(), f"{path} is not in the wheel"
+
+
+def test_importing_needs_torch_alone(site: Path) -> None:
+    """With every other dependency made unimportable, `import lora_core` still works."""
+    code = """
+import sys
+for name in ("safetensors", "tokenizers", "jinja2", "numpy", "tqdm", "triton", "matplotlib"):
+    sys.modules[name] = None
+import lora_core, lora_kernels
+print(len(lora_core.__all__))
+"""
+    # numpy is blocked after torch is in, since torch itself looks for it
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch\n" + code],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=site,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
