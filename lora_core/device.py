@@ -1,0 +1,101 @@
+"""What differs from device to device: memory, synchronisation, and the dtype a run computes in.
+
+The mathematics of this library asks no device its name; the few services that must are here. The
+dtype policy is three rules: weights keep the dtype they were loaded in, adapters and whatever else
+is trained are float32, and activations are computed in `compute_dtype` through autocast. Only
+float16 needs loss scaling, as its smallest normal number is 6e-5 against bfloat16's 1e-38.
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+
+import torch
+
+_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_device() -> torch.device:
+    """The accelerator torch finds, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for the work queued on `device`; on the CPU there is none."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """The most memory used so far, in bytes.
+
+    Args:
+        device: a CUDA device gives the peak of its allocator since `reset_peak_memory`, anything
+            else the process's peak resident size since it began.
+
+    Returns:
+        Bytes.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    # Linux counts in KiB, macOS in bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device | str) -> None:
+    """Start the peak of a CUDA device anew; a process's own peak cannot be reset."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+@dataclass(frozen=True)
+class DtypePolicy:
+    """How a run computes: the dtype of activations, and whether the loss is scaled."""
+
+    device: torch.device
+    """where the model is"""
+    compute_dtype: torch.dtype
+    """dtype of the matrix products"""
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether small gradients would be flushed to zero without loss scaling."""
+        return self.compute_dtype is torch.float16
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context a forward pass runs in; float32 needs none."""
+        if self.compute_dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
+
+    def __str__(self) -> str:
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        scaled = ", loss scaled" if self.scales_loss else ""
+        return f"{dtype} on {self.device.type}{scaled}; trained weights and optimizer in float32"
+
+
+def dtype_policy(name: str, device: torch.device | str) -> DtypePolicy:
+    """Choose the dtype a run computes in.
+
+    Args:
+        name: "auto" (bfloat16 on a GPU that has it, else float32), "float32", "bfloat16" or
+            "float16".
+        device: where the model is.
+
+    Returns:
+        The policy; `str()` of it is one line for the user.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    device = torch.device(device)
+    if name == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return DtypePolicy(device, torch.bfloat16 if has_bf16 else torch.float32)
+    if name not in _NAMES:
+        raise ValueError(f'dtype must be "auto" or one of {", ".join(_NAMES)}; got {name!r}')
+    return DtypePolicy(device, _NAMES[name])
