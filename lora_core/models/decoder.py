@@ -1,0 +1,271 @@
+"""A decoder-only language model, built from a `ModelConfig`, with Hugging Face's parameter names.
+
+One model for a family of configurations instead of a file per family: what differs is a field of
+the configuration. The names are those on disk (`model.layers.0.self_attn.q_proj.weight`), so a
+checkpoint loads without a table of names and adapters trained here fit there, and the rotation is
+Hugging Face's half layout, so no weight is permuted. Logits equal transformers' LlamaForCausalLM's
+to rounding, cached or not, padded or not (tests/oracles/test_transformers.py).
+
+Against transformers: no attention backends, no cache classes and no output recorders, so that the
+whole path from ids to loss is the few functions below. Activation checkpointing, packing by
+`document_ids` and an explicit cache are arguments, not global state.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lora_core.models.attention import Attention, attention_rule, default_positions
+from lora_core.models.cache import KVCache
+from lora_core.models.config import ModelConfig
+from lora_core.models.rope import Rotary
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass
+class ModelOutput:
+    """What a forward returns."""
+
+    logits: Tensor
+    """(B, T, V), or (B, logits_to_keep, V)."""
+    loss: Tensor | None = None
+    """Mean cross-entropy over graded tokens, a scalar; None without labels."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """On request (B, T, C) each: the embeddings, then every layer's output, the last one normed."""
+
+
+class RMSNorm(nn.Module):
+    """w · x / sqrt(mean(x²) + eps), in float32, rounded to x's dtype before the product with w.
+
+    Ref: Zhang and Sennrich, arXiv:1910.07467, equation 4.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., C) along C."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward layer: down(act(gate(x)) * up(x)).
+
+    Ref: Shazeer, arXiv:2002.05202, equation 6.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.act = _ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, T, C) to (B, T, C)."""
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Map x (B, T, C) to (B, T, C); the other arguments are `Attention.forward`'s."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: everything but the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.heads[2], config.rope_parameters)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Run the layers; arguments as `CausalLM.forward`'s, x (B, T, C) being the embeddings.
+
+        Returns:
+            The layers' inputs in order, then the normed output: L + 1 tensors (B, T, C).
+        """
+        tokens, past = x.shape[1], 0 if cache is None else cache.length
+        mask = attention_rule(tokens, past, attention_mask, document_ids)
+        if position_ids is None:
+            position_ids = default_positions(tokens, past, attention_mask, document_ids)
+        rotary = self.rotary(position_ids.to(x.device))
+        mask = None if mask is None else mask.to(x.device)
+        recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        states = [x]
+        for layer in self.layers:
+            if recompute:
+                x = checkpoint(layer, x, rotary, mask, None, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, cache)
+            states.append(x)
+        states[-1] = self.norm(x)
+        return states
+
+
+class CausalLM(nn.Module):
+    """Decoder and language-model head.
+
+    Args:
+        config: sizes and switches.
+
+    Ref: Touvron et al., arXiv:2302.13971, section 2.2.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
+        logits_to_keep: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> ModelOutput:
+        """Logits of the next token at every position, and the loss if there are labels.
+
+        Args:
+            input_ids: (B, T) token ids; or give inputs_embeds.
+            attention_mask: (B, past + T), nonzero for real tokens; None: all are.
+            position_ids: (B, T) or (1, T); None: counted over the real tokens.
+            labels: (B, T), unshifted, -100 where not graded.
+            inputs_embeds: (B, T, C) in place of input_ids.
+            cache: keys and values of earlier tokens; the new ones are appended.
+            document_ids: (B, T) integers; tokens see only those with the same id (packed rows).
+            logits_to_keep: only for the last so many positions; not with labels.
+            output_hidden_states: also return the hidden states.
+
+        Returns:
+            ModelOutput.
+
+        Raises:
+            ValueError: arguments that exclude one another, or an attention mask that does not fit.
+        """
+        self._check(input_ids, inputs_embeds, attention_mask, cache, document_ids)
+        if labels is not None and logits_to_keep is not None:
+            raise ValueError("labels need every position's logits: leave logits_to_keep out")
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        states = self.model(x, attention_mask, position_ids, cache=cache, document_ids=document_ids)
+        kept = states[-1] if logits_to_keep is None else states[-1][:, -logits_to_keep:]
+        logits = self.lm_head(kept)  # (B, T, V)
+        loss = None
+        if labels is not None:
+            from lora_core.losses.cross_entropy import masked_cross_entropy
+
+            loss = masked_cross_entropy(logits, labels)
+        return ModelOutput(logits, loss, tuple(states) if output_hidden_states else None)
+
+    def _check(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
+        document_ids: Tensor | None,
+    ) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        batch, tokens = given.shape[:2]
+        seen = tokens + (0 if cache is None else cache.length)
+        if attention_mask is not None and attention_mask.shape != (batch, seen):
+            raise ValueError(
+                f"attention_mask must have shape ({batch}, {seen}), past and new tokens; "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        if document_ids is not None and cache is not None:
+            raise ValueError("document_ids are for packed training rows: not with a cache")
+
+    def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
+        """Fresh weights: normal with deviation `std`, biases 0, norms 1.
+
+        Args:
+            std: standard deviation.
+            generator: source of randomness on the weights' device; None: torch's global one.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def tie_weights(self) -> None:
+        """Make the head the embedding's own weight, if the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each layer's activations are recomputed in backward instead of kept."""
+        return self.model.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.model.gradient_checkpointing = on
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding lies."""
+        return self.model.embed_tokens.weight.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
