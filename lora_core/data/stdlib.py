@@ -1,0 +1,265 @@
+"""Text and a small chat data set from what every Python installation carries: its standard library.
+
+Two things are made here. `read_corpus` gives the text the shipped base model is pretrained on: the
+source files (their documentation strings and comments in them), the language reference inside
+`pydoc_data`, and the documentation strings once more as ChatML conversations, so that the turn
+marks are no strangers to the model. `function_conversations` gives the quickstart's data: what
+`help()` prints about a function, to be answered by a JSON object.
+
+Files are read and parsed, never imported: importing `antigravity` opens a browser and `this`
+prints a poem. Left out are test suites, tables that a program wrote (codec maps, build variables)
+and everything installed by the user. Which modules are held out depends on a hash of the module's
+name alone, so it is the same for every Python version. The text itself differs between versions;
+`Corpus.sha256` tells corpora apart.
+"""
+
+import ast
+import hashlib
+import json
+import random
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
+)
+# written by programs: codec tables, the build's variables, the parser's and the entities' tables
+_GENERATED = re.compile(
+    r"_sysconfigdata\w*|encodings\.(?!aliases|idna|punycode|utf_8)\w+|.*\.entities"
+)
+_INSTRUCTION = "Give the module, the name and the summary of this function as JSON."
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class FunctionRow(TypedDict):
+    """One question about a function, its answer, and the truth that the answer is judged by."""
+
+    messages: list[Message]
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of the library: its dotted name and its text."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and documents held out, with the hash of both."""
+
+    train: list[str]
+    held_out: list[str]
+    held_out_names: list[str]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Function:
+    """A documented function or method: where it is, how it is called and what it says."""
+
+    module: str
+    name: str
+    signature: str
+    doc: str
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the documentation string, on one line."""
+        paragraph = " ".join(self.doc.split("\n\n")[0].split())
+        return re.split(r"(?<=[a-z0-9)`'\"][.!?])\s", paragraph, maxsplit=1)[0]
+
+
+def library_root() -> Path:
+    """The folder of the running interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def is_held_out(module: str, percent: int = 4) -> bool:
+    """Whether a module is kept from training: by a hash of its name, the same everywhere."""
+    digest = hashlib.sha256(module.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % 100 < percent
+
+
+def read_modules(root: str | Path | None = None) -> list[Module]:
+    """Read the library's modules, sorted by name.
+
+    Args:
+        root: folder of the library; None takes the running interpreter's.
+
+    Returns:
+        The modules that are text by people, with `\\n` line ends.
+
+    Raises:
+        FileNotFoundError: the folder holds no Python file.
+    """
+    folder = library_root() if root is None else Path(root)
+    modules = []
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if _SKIPPED_FOLDERS & set(parts) or any(part.startswith("config-") for part in parts):
+            continue
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        if not _GENERATED.fullmatch(name):
+            text = _read(path)
+            if text.strip():
+                modules.append(Module(name, text))
+    if not modules:
+        raise FileNotFoundError(f"{folder} holds no Python file; give the folder of a library")
+    return sorted(modules, key=lambda module: module.name)
+
+
+def _read(path: Path) -> str:
+    """A source file's text; "" where it cannot be decoded. pydoc's topics are taken out of quotes."""
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return ""
+    if path.parts[-2:] != ("pydoc_data", "topics.py"):
+        return text
+    tables = [node.value for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    topics = [item for table in tables for item in ast.literal_eval(table).values()]
+    return "\n\n".join(topics)
+
+
+def read_corpus(root: str | Path | None = None, held_out_percent: int = 4) -> Corpus:
+    """Read the text to pretrain on, and the modules held out.
+
+    Args:
+        root: folder of the library; None takes the running interpreter's.
+        held_out_percent: share of the modules to hold out, by a hash of the name, in percent.
+
+    Returns:
+        One document per module; documentation strings of the training modules follow as ChatML
+        conversations, one document each. Held-out modules give plain text only.
+    """
+    modules = read_modules(root)
+    held_out = [module for module in modules if is_held_out(module.name, held_out_percent)]
+    kept = [module for module in modules if not is_held_out(module.name, held_out_percent)]
+    train = [module.text for module in kept]
+    train += [_conversation(function) for module in kept for function in functions(module)]
+    digest = hashlib.sha256()
+    for document in [*train, *(module.text for module in held_out)]:
+        digest.update(document.encode())
+        digest.update(b"\0")
+    names = [module.name for module in held_out]
+    return Corpus(train, [module.text for module in held_out], names, digest.hexdigest())
+
+
+def chatml(role: str, content: str) -> str:
+    """One turn as the shipped model's chat template writes it."""
+    return f"{TURN_START}{role}\n{content}{TURN_END}\n"
+
+
+def _conversation(function: Function) -> str:
+    """A pretraining document: a call, answered by its documentation string. No JSON in it."""
+    question = f"What does `{function.module}.{function.name}{function.signature}` do?"
+    return chatml("user", question) + chatml("assistant", function.doc)
+
+
+def functions(module: Module) -> Iterator[Function]:
+    """Yield the documented functions of a module and the documented methods of its classes."""
+    try:
+        tree = ast.parse(module.text)
+    except SyntaxError:  # pydoc's topics are prose
+        return
+    for node in tree.body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for item in inner:
+            if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
+                doc = ast.get_docstring(item)
+                if doc:
+                    signature = f"({ast.unparse(item.args)})"
+                    yield Function(module.name, prefix + item.name, signature, doc)
+
+
+def function_conversations(
+    seed: int = 0,
+    root: str | Path | None = None,
+    max_summary: int = 100,
+    max_question: int = 320,
+) -> list[FunctionRow]:
+    """Make the quickstart's data: `help()` of a function in, a JSON object about it out.
+
+    Args:
+        seed: order of the rows.
+        root: folder of the library; None takes the running interpreter's.
+        max_summary: longest first sentence to keep, in characters.
+        max_question: length at which the help text is cut (at a line), in characters.
+
+    Returns:
+        Shuffled rows with `messages` (user, assistant), `module` and `name`; one row a function,
+        and functions that share name and first sentence (ntpath's and posixpath's) only once, so
+        that any split by rows is a split by functions.
+    """
+    rows, seen = [], set()
+    for module in read_modules(root):
+        for function in functions(module):
+            key = (function.name, function.summary)
+            if key in seen or not _is_plain(function, max_summary):
+                continue
+            seen.add(key)
+            rows.append(_row(function, max_question))
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def _is_plain(function: Function, max_summary: int) -> bool:
+    """Whether a function makes a short and fair question: public, with a sentence of its own."""
+    last = function.name.rpartition(".")[2]
+    return (
+        not last.startswith("_")
+        and 12 <= len(function.summary) <= max_summary
+        and len(function.signature) <= 80
+        and function.summary.isascii()
+    )
+
+
+def help_text(function: Function, max_chars: int) -> str:
+    """What `help()` would print, cut after the first sentence's paragraph or at `max_chars`."""
+    kind = "method" if "." in function.name else "function"
+    last = function.name.rpartition(".")[2]
+    lines = [f"Help on {kind} {function.name} in module {function.module}:", ""]
+    lines.append(f"{last}{function.signature}")
+    size = sum(len(line) + 1 for line in lines)
+    first = len(function.doc.split("\n\n")[0].split("\n"))
+    for number, line in enumerate(function.doc.split("\n")):
+        size += len(line) + 5
+        if number >= first and size > max_chars:
+            break
+        lines.append(f"    {line}" if line else "")
+    return "\n".join(lines).rstrip()
+
+
+def _row(function: Function, max_question: int) -> FunctionRow:
+    answer = {"module": function.module, "name": function.name, "summary": function.summary}
+    question = f"{_INSTRUCTION}\n\n{help_text(function, max_question)}"
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": json.dumps(answer)},
+        ],
+        "module": function.module,
+        "name": function.name,
+    }

@@ -1,0 +1,401 @@
+"""A tokenizer read from a Hugging Face folder, on the `tokenizers` library alone.
+
+What it does: text to ids and back, chat rendering with the folder's own template, and the three
+facts a training run needs from a tokenizer: which ids end a turn (`eos_ids`), which ids stand
+before raw text (`prefix_ids`), and whether a marker is one token (`is_token`).
+
+How: `tokenizer.json` holds the whole algorithm; `tokenizer_config.json`, `added_tokens_decoder`,
+`special_tokens_map.json`, `chat_template.jinja` and `generation_config.json` name the special
+tokens, the template and the stop tokens. `encode` adds no special token unless it is asked to:
+chat templates write their own, and adding them a second time is the classic double BOS.
+
+How it differs from transformers' `AutoTokenizer`: no Python code per tokenizer class, nothing is
+added to the vocabulary behind the caller's back, settings for truncation and padding left in the
+file are switched off, and offsets keep leading spaces (`trim_offsets` off), because the grading of
+labels rests on where a token truly starts. The trade-off: a folder with only a SentencePiece
+`tokenizer.model` has to be converted once.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_core.data.chat import render_chat
+
+NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """Text to token ids and back, with the chat template that belongs to them.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        config: the content of tokenizer_config.json; kept, and written again by `save`.
+        chat_template: Jinja text, or None. May be assigned to later.
+        stop_ids: further ids that end a generation (from generation_config.json).
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
+        self._trimmed = _set_trim_offsets(backend, False)
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.config = dict(config or {})
+        self.chat_template = chat_template
+        self.stop_ids = tuple(stop_ids)
+        self.special_tokens = {
+            name: text for name in NAMED_TOKENS if (text := _token_text(self.config.get(name)))
+        }
+        for name in ("bos_token", "eos_token"):
+            text = self.special_tokens.get(name)
+            if text is not None and backend.token_to_id(text) is None:
+                raise ValueError(
+                    f"tokenizer_config.json names {name} {text!r}, which is not in tokenizer.json; "
+                    "correct the name or add the token"
+                )
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    # --- text and ids ---
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; special tokens written in the text become themselves."""
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and, per token, its (start, end) in characters of `text`; nothing is added."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token(self, index: int) -> str | None:
+        """The vocabulary entry of an id, as stored (byte-level tokens show as such)."""
+        return self.backend.id_to_token(index)
+
+    def is_token(self, text: str) -> bool:
+        """Whether `text` is encoded as exactly one token."""
+        return len(self.encode(text)) == 1 and self.backend.token_to_id(text) is not None
+
+    # --- chat ---
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation under `chat_template`, as transformers renders it.
+
+        Args:
+            messages: dictionaries with `role` and `content`.
+            add_generation_prompt: end with the header of an assistant turn, to be continued.
+            tools: JSON schemas that the template may list.
+            **variables: further names the template may read (`enable_thinking=False`).
+
+        Raises:
+            ValueError: there is no template, or the template refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "the tokenizer has no chat template; set tok.chat_template or pass template= "
+                "(chatml, llama3, llama2, mistral, gemma, phi3, alpaca, a file or Jinja text)"
+            )
+        return render_chat(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            **{**self.special_tokens, **variables},
+        )
+
+    def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids to generate from: raw text with `prefix_ids`, messages through the template.
+
+        Training rows start with the same ids (`SFTDataset`), so that both sides meet.
+        """
+        if isinstance(prompt, str):
+            return self.with_prefix(self.encode(prompt))
+        return self.encode(self.render(prompt, add_generation_prompt=True))
+
+    def with_prefix(self, ids: list[int]) -> list[int]:
+        """`prefix_ids` + ids, unless the ids already start with them."""
+        prefix = self.prefix_ids
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+    # --- facts ---
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """Ids the tokenizer itself puts before a raw text (BOS, or nothing), found by asking it."""
+        bare, full = self.encode("x"), self.encode("x", add_special_tokens=True)
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start]
+        raise ValueError("the tokenizer's special tokens change the text's own ids: unsupported")
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the beginning-of-text token, if the tokenizer names one."""
+        return self._named_id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the tokenizer's own end token; see `eos_ids` for everything that ends a turn."""
+        return self._named_id("eos_token")
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Sorted ids that end a generation.
+
+        The union of generation_config.json's list, the tokenizer's end token and the token that
+        the chat template writes after an assistant's text: these three often differ (Gemma ends
+        turns with <end_of_turn> while its eos_token is <eos>).
+        """
+        ids = {*self.stop_ids, self.eos_id, self.end_of_turn_id()}
+        return sorted(index for index in ids if index is not None)
+
+    def end_of_turn_id(self, template: str | None = None) -> int | None:
+        """Id of the first special token that a template writes after an assistant's text."""
+        template = template or self.chat_template
+        if template is None:
+            return None
+        said = "ANSWER"
+        chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": said}]
+        try:
+            text = render_chat(template, chat, **self.special_tokens)
+        except ValueError:  # a template may ask for more than this conversation has
+            return None
+        special = self.control_tokens
+        _, found, tail = text.rpartition(said)
+        ends = [index for index in self.encode(tail) if index in special] if found else []
+        return ends[0] if ends else None
+
+    @property
+    def pad_id(self) -> int:
+        """An id to fill rows with: the pad token, else the end token, else 0.
+
+        Padding is told apart by length, never by this id, so it may equal the end token.
+        """
+        for index in (self._named_id("pad_token"), self.eos_id):
+            if index is not None:
+                return index
+        return 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1, added tokens included: the number of embedding rows needed."""
+        added = self.backend.get_added_tokens_decoder()
+        size = self.backend.get_vocab_size(with_added_tokens=True)
+        return int(max(size, max(added, default=-1) + 1))
+
+    @cached_property
+    def control_tokens(self) -> dict[int, str]:
+        """Special tokens by id: text that must not reach the model through a message's content."""
+        added = self.backend.get_added_tokens_decoder()
+        found = {index: token.content for index, token in added.items() if token.special}
+        named = {self.backend.token_to_id(text): text for text in self.special_tokens.values()}
+        return found | {index: text for index, text in named.items() if index in added}
+
+    # --- change and save ---
+
+    def add_tokens(self, tokens: Sequence[str]) -> list[int]:
+        """Add special tokens; those already in the vocabulary are left as they are.
+
+        Returns:
+            The ids that are new, in order: the rows that embedding and head must grow by.
+        """
+        from tokenizers import AddedToken
+
+        new = [token for token in dict.fromkeys(tokens) if not self.is_token(token)]
+        self.backend.add_special_tokens([AddedToken(t, normalized=False) for t in new])
+        self.__dict__.pop("control_tokens", None)
+        return [int(self.backend.token_to_id(token)) for token in new]
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        _set_trim_offsets(self.backend, self._trimmed)
+        self.backend.save(str(folder / "tokenizer.json"))
+        _set_trim_offsets(self.backend, False)
+        config = {key: value for key, value in self.config.items() if key != "chat_template"}
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        template_file = folder / "chat_template.jinja"
+        template_file.unlink(missing_ok=True)
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+            template_file.write_text(self.chat_template, encoding="utf-8")
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tokenizer":
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(self.backend.to_str())
+        twin = Tokenizer(backend, copy.deepcopy(self.config), self.chat_template, self.stop_ids)
+        twin._trimmed = self._trimmed
+        return twin
+
+    def _named_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self.backend.token_to_id(text)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Read a tokenizer from a Hugging Face folder.
+
+    Args:
+        directory: holds tokenizer.json and, where there are any, tokenizer_config.json,
+            special_tokens_map.json, chat_template.jinja, generation_config.json, config.json.
+
+    Returns:
+        A `Tokenizer`. Its chat template is chat_template.jinja if that file exists, else the entry
+        of tokenizer_config.json (of several named ones, `default`).
+
+    Raises:
+        FileNotFoundError: no such folder, or no tokenizer.json in it.
+        ValueError: a file is not valid JSON, or the files contradict each other.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r} to read a tokenizer from")
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(_no_tokenizer(folder))
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception
+        raise ValueError(f"{file}: not a readable tokenizer.json: {error}") from None
+    config = {**_read_json(folder, "special_tokens_map.json")}
+    config.update(_read_json(folder, "tokenizer_config.json"))
+    _add_declared_tokens(backend, config, folder)
+    return Tokenizer(backend, config, _read_template(folder, config), _read_stop_ids(folder))
+
+
+def _no_tokenizer(folder: Path) -> str:
+    if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "spiece.model")):
+        return (
+            f"{str(folder)!r} has no tokenizer.json, only an older tokenizer format; convert it "
+            "once with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    return f"{str(folder)!r} has no tokenizer.json; copy the tokenizer's files into the folder"
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON and UTF-8 errors both
+        raise ValueError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object; got {type(content).__name__}")
+    return content
+
+
+def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    entry = config.get("chat_template")
+    if entry is None or isinstance(entry, str):
+        return entry
+    if isinstance(entry, dict):
+        named = entry
+    elif isinstance(entry, list) and all(isinstance(item, dict) for item in entry):
+        named = {item.get("name"): item.get("template") for item in entry}
+    else:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of "
+            f"{{name, template}}; got {type(entry).__name__}"
+        )
+    if "default" not in named:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template has no 'default' among "
+            f"{sorted(map(str, named))}; pass template= with the one to use"
+        )
+    return str(named["default"])
+
+
+def _read_stop_ids(folder: Path) -> list[int]:
+    """eos_token_id of generation_config.json, which may be a list; else config.json's."""
+    generation = _read_json(folder, "generation_config.json")
+    entry = generation.get("eos_token_id")
+    if entry is None:
+        entry = _read_json(folder, "config.json").get("eos_token_id")
+    ids = entry if isinstance(entry, list) else [] if entry is None else [entry]
+    if not all(type(index) is int for index in ids):
+        raise ValueError(f"{folder}: eos_token_id must be an id or a list of ids; got {entry!r}")
+    return ids
+
+
+def _add_declared_tokens(backend: Any, config: Mapping[str, Any], folder: Path) -> None:
+    """Add what `added_tokens_decoder` declares and tokenizer.json lacks, at the declared ids."""
+    from tokenizers import AddedToken
+
+    declared = config.get("added_tokens_decoder") or {}
+    for key in sorted(declared, key=int):
+        fields = {name: value for name, value in declared[key].items() if name != "__type"}
+        if backend.token_to_id(fields["content"]) is None:
+            backend.add_tokens([AddedToken(**fields)])
+        if backend.token_to_id(fields["content"]) != int(key):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: added token {fields['content']!r} should "
+                f"have id {key}, tokenizer.json gives {backend.token_to_id(fields['content'])}"
+            )
+
+
+def _token_text(entry: object) -> str | None:
+    """A special token is written as a string or as an object with its `content`."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) and entry else None
+
+
+def _set_trim_offsets(backend: Any, value: bool) -> bool:
+    """Set `trim_offsets` of the post-processor, wherever it is nested; returns what it was."""
+    processor = backend.post_processor
+    spec = json.loads(processor.__getstate__()) if processor is not None else None
+    steps = [step for step in _nested(spec) if "trim_offsets" in step]
+    before = any(step["trim_offsets"] for step in steps)
+    if before != value and steps:
+        for step in steps:
+            step["trim_offsets"] = value
+        processor.__setstate__(json.dumps(spec).encode())
+        backend.post_processor = processor
+    return before
+
+
+def _nested(node: object) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+        for child in node.values():
+            yield from _nested(child)
+    elif isinstance(node, list):
+        for child in node:
+            yield from _nested(child)
