@@ -105,13 +105,20 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, H, T, D), (B, Hkv, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, Hkv, S, D)
-        if self.groups > 1:
-            # the fused kernels that take a mask do not take grouped heads
-            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, S, D)
+        return self.o_proj(self._attend(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, H, T, D); query head h reads key/value head h // groups."""
         dropout = self.dropout if self.training else 0.0
-        causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, H*D) -> (B, T, C)
+        if q.shape[2] == 1:
+            # one new token: the query heads of a group stand where rows of a sequence would, so
+            # the whole cache is read in place
+            rows = q.view(q.shape[0], k.shape[1], self.groups, self.head_dim)  # (B, Hkv, G, D)
+            return F.scaled_dot_product_attention(rows, k, v, mask, dropout).reshape_as(q)
+        if self.groups > 1:
+            # not enable_gqa: the memory-saving kernels of a GPU refuse it in float32 or with a mask
+            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, S, D)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)

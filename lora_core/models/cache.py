@@ -53,11 +53,6 @@ class KVCache:
         self._lengths[layer] = total
         return keys[:, :, :total], values[:, :, :total]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch, in this order."""
-        for layer, (keys, values) in self._layers.items():
-            self._layers[layer] = (keys[rows], values[rows])
-
 
 def _buffer(like: Tensor, room: int) -> Tensor:
     batch, heads, _, dim = like.shape

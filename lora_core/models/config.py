@@ -10,6 +10,8 @@ A family is a row of `FAMILIES`: the names under which it is known and its defau
 family needs beyond existing fields becomes a field here and a branch on that field in `decoder`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -77,8 +79,8 @@ class ModelConfig:
     """Token or tokens that end a text."""
     pad_token_id: int | None = None
     """Padding token."""
-    dtype: str = "float32"
-    """Floating dtype the weights are kept in: a key of `DTYPES`."""
+    dtype: str | None = None
+    """Floating dtype of the weights on disk, a key of `DTYPES`; None: not said."""
     model_type: str = "llama"
     """Family: a key of `FAMILIES`."""
 
@@ -110,11 +112,6 @@ class ModelConfig:
         """Every token that ends a text, () if there is none."""
         ids = self.eos_token_id
         return () if ids is None else (ids,) if isinstance(ids, int) else ids
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch names it."""
-        return DTYPES[self.dtype]
 
     @classmethod
     def from_folder(cls, directory: str | Path) -> Self:
@@ -154,7 +151,7 @@ class ModelConfig:
             if key in raw:
                 values[key] = raw[key]
         values["model_type"] = model_type
-        values["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+        values["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
         values["rope_parameters"] = _rope_from(raw)
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
@@ -206,7 +203,7 @@ def _rope_from(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, Mapping):
         raise TypeError(f"rope_parameters must be an object; got {rope!r}")
     rope = dict(rope)
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope["rope_type"] = str(rope.get("rope_type") or rope.get("type") or "default")
     rope.pop("type", None)
     rope.setdefault("rope_theta", raw.get("rope_theta") or 10000.0)
     if "original_max_position_embeddings" in ROPE_TYPES.get(rope["rope_type"], ((), ()))[1]:
@@ -244,13 +241,14 @@ def _check_types(config: ModelConfig) -> None:
 _NONE = type(None)
 # the annotations above -> what isinstance accepts (a whole number is a fine float)
 _KINDS: dict[str, tuple[type, ...]] = {
-    "<class 'int'>": (int,),
-    "<class 'float'>": (float, int),
-    "<class 'bool'>": (bool,),
-    "<class 'str'>": (str,),
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "str": (str,),
     "int | None": (int, _NONE),
+    "str | None": (str, _NONE),
     "int | tuple[int, ...] | None": (int, tuple, _NONE),
-    "collections.abc.Mapping[str, float | str]": (Mapping,),
+    "Mapping[str, float | str]": (Mapping,),
 }
 
 
@@ -274,11 +272,8 @@ def _check_ranges(config: ModelConfig) -> None:
     for key, (fits, rule) in limits.items():
         if not fits:
             raise ValueError(f"{key} must {rule}; got {getattr(config, key)}")
-    for key, known in {"hidden_act": ACTIVATIONS, "dtype": tuple(DTYPES)}.items():
+    for key, known in {"hidden_act": ACTIVATIONS, "dtype": (*DTYPES, None)}.items():
         if getattr(config, key) not in known:
-            raise ValueError(_unknown(key, getattr(config, key), known))
-    for token in (config.bos_token_id, config.pad_token_id, *config.eos_token_ids):
-        if token is not None and not (isinstance(token, int) and token < config.vocab_size):
-            raise ValueError(
-                f"special token id {token!r} must be below vocab_size {config.vocab_size}"
-            )
+            raise ValueError(_unknown(key, getattr(config, key), tuple(filter(None, known))))
+    if not all(isinstance(token, int) for token in config.eos_token_ids):
+        raise TypeError(f"eos_token_id must be integers; got {config.eos_token_id!r}")
