@@ -1,1 +1,17 @@
-"""losses."""
+"""Losses on plain tensors."""
+
+from lora_core.losses.cross_entropy import (
+    count_graded,
+    linear_cross_entropy,
+    masked_cross_entropy,
+    shift_labels,
+    token_cross_entropy,
+)
+
+__all__ = [
+    "count_graded",
+    "linear_cross_entropy",
+    "masked_cross_entropy",
+    "shift_labels",
+    "token_cross_entropy",
+]

@@ -1,0 +1,232 @@
+"""Rows to batches to optimizer steps, in an order that a seed and a position determine.
+
+A data set is either a sequence of rows (`{"input_ids": [...], "labels": [...]}`, optionally
+`"source"`), which is shuffled anew each epoch and collated here, or any iterable of ready batches,
+which is taken as it comes. The permutation of epoch e is a function of (seed, e) and of nothing
+else, so a position (epoch, group) can be returned to without replaying the random numbers before
+it. The last batch of an epoch may be short, and so may the last group of batches: normalising by
+graded tokens gives their tokens the weight of any other's within their step.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_core.losses import count_graded
+
+T = TypeVar("T")
+
+Batch = Any
+"""What the loss is given: by default a mapping with `input_ids` and `labels`."""
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter (itertools has it from Python 3.12 on)."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+class BatchSource(Protocol):
+    """Batches epoch by epoch, with a known number of them or None."""
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from the `start`-th on."""
+        ...
+
+    def per_epoch(self) -> int | None:
+        """Batches in an epoch, if known."""
+        ...
+
+
+def pad_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Rows to one batch, padded on the right by length, never by an id.
+
+    Args:
+        rows: mappings with `input_ids` and `labels`, sequences of integers of one length.
+
+    Returns:
+        `input_ids`, `labels` and `attention_mask`, int64 (B, T); labels are -100 in the padding.
+    """
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, fill: int) -> Tensor:
+        out = torch.full((len(rows), length), fill, dtype=torch.int64)  # (B, T)
+        for line, row in zip(out, rows, strict=True):
+            line[: len(row[key])] = torch.as_tensor(row[key])
+        return out
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(length) < lengths[:, None]).long()  # (B, T)
+    return {
+        "input_ids": padded("input_ids", 0),
+        "labels": padded("labels", -100),
+        "attention_mask": mask,
+    }
+
+
+class RowBatches:
+    """Batches of a sequence of rows, in an order drawn anew for each epoch."""
+
+    def __init__(
+        self,
+        rows: Sequence[Any],
+        batch_size: int,
+        seed: int | None,
+        collate: Callable[[Sequence[Any]], Batch] = pad_rows,
+    ) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed  # None: the rows' own order, for evaluation
+        self.collate = collate
+
+    def per_epoch(self) -> int:
+        """Batches in an epoch, the short last one included."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows' numbers in the order of this epoch."""
+        if self.seed is None:
+            return list(range(len(self.rows)))
+        # the CPU generator keeps 32 bits of its seed
+        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * epoch) % 2**32)
+        return torch.randperm(len(self.rows), generator=generator).tolist()
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from the `start`-th on."""
+        for chosen in islice(_batched(self.order(number), self.batch_size), start, None):
+            rows = [self.rows[i] for i in chosen]
+            batch = self.collate(rows)
+            if isinstance(batch, dict):
+                batch["row"] = chosen
+                if isinstance(rows[0], Mapping) and "source" in rows[0]:
+                    batch["source"] = [row["source"] for row in rows]
+            yield batch
+
+
+class ReadyBatches:
+    """An iterable of batches, read from its beginning in every epoch."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+
+    def per_epoch(self) -> int | None:
+        """Batches in an epoch, where the iterable says its length."""
+        return len(self.batches) if hasattr(self.batches, "__len__") else None
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from the `start`-th on."""
+        return islice(iter(self.batches), start, None)
+
+
+def _is_row(item: object) -> bool:
+    """Whether an item has one row's ids (a list, or a tensor of one dimension), not a batch's."""
+    if not isinstance(item, Mapping) or "input_ids" not in item:
+        return False
+    ids = item["input_ids"]
+    return ids.ndim == 1 if isinstance(ids, Tensor) else not isinstance(ids[0], (list, tuple))
+
+
+def make_batches(
+    data: Iterable[Any],
+    batch_size: int,
+    seed: int | None,
+    collate: Callable[[Sequence[Any]], Batch] | None = None,
+) -> BatchSource:
+    """Batches from rows or from batches, whichever `data` holds.
+
+    Args:
+        data: a sequence of rows, or an iterable of batches.
+        batch_size: rows in a batch; not used for ready batches.
+        seed: of the order; None keeps the rows' own; not used for ready batches.
+        collate: rows -> batch. When given, `data` is a sequence of rows of any kind.
+
+    Returns:
+        The source of batches.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    sequence = isinstance(data, Sequence) or (
+        hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    )
+    if hasattr(data, "__len__") and len(data) == 0:
+        raise ValueError("the data set is empty; it needs at least one row")
+    if sequence and (collate is not None or _is_row(data[0])):  # type: ignore[index]  # checked above
+        return RowBatches(data, batch_size, seed, collate or pad_rows)  # type: ignore[arg-type]
+    if collate is not None:
+        raise TypeError("collate needs a sequence of rows, with a length and an index")
+    return ReadyBatches(data)
+
+
+def step_groups(
+    source: BatchSource, accumulate: int, epoch: int = 0, group: int = 0
+) -> Iterator[tuple[int, int, list[Batch]]]:
+    """The batches of one optimizer step after another, without end.
+
+    Args:
+        source: batches by epoch.
+        accumulate: batches in a step; the last step of an epoch takes what is left.
+        epoch: the epoch to begin in.
+        group: the step within that epoch to begin at.
+
+    Yields:
+        (epoch, number of the group within it, its batches).
+
+    Raises:
+        ValueError: an epoch without a batch, as of a generator that was read before.
+    """
+    while True:
+        some = group > 0
+        for batches in _batched(source.epoch(epoch, group * accumulate), accumulate):
+            some = True
+            yield epoch, group, batches
+            group += 1
+        if not some:
+            raise ValueError(
+                f"epoch {epoch + 1} has no batch; a generator can be read once, so give a list or "
+                "an object that can be iterated again"
+            )
+        epoch, group = epoch + 1, 0
+
+
+def steps_per_epoch(source: BatchSource, accumulate: int) -> int | None:
+    """Optimizer steps in an epoch, where the number of batches is known."""
+    count = source.per_epoch()
+    return None if count is None else -(-count // accumulate)
+
+
+def graded_in(batch: Batch) -> int:
+    """What a batch weighs in the mean over its step: its graded tokens.
+
+    Args:
+        batch: a mapping with `labels` (B, T).
+
+    Returns:
+        The graded tokens, counted after the shift.
+    """
+    return count_graded(batch["labels"])
+
+
+def tokens_in(batch: Batch) -> int:
+    """Tokens fed to the model, padding not counted; 0 for a batch without `input_ids`."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return 0
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return int(mask.sum())
+    return int(batch["input_ids"].numel())
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`; lists, tuples and mappings keep their kind."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)) and any(isinstance(x, Tensor) for x in batch):
+        return type(batch)(to_device(x, device) for x in batch)
+    return batch

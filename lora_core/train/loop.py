@@ -1,0 +1,464 @@
+"""The training loop.
+
+    for each group of batches:       step_groups   (batches.py)
+        set the learning rate        schedule      (schedule.py)
+        forward, backward, update    train_step    (step.py)
+        now and then evaluate, save  Checkpoints   (state.py)
+        tell the hook                on_step(record)
+
+Whatever is drawn at random, counted or remembered is either a function of the step or saved with
+the checkpoint, so that a run that was stopped and resumed is, bit for bit, the run that was not.
+"""
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.device import DtypePolicy, dtype_policy, peak_memory, reset_peak_memory
+from lora_core.files import atomic_folder, folder_lock
+from lora_core.train.batches import (
+    Batch,
+    BatchSource,
+    graded_in,
+    make_batches,
+    step_groups,
+    steps_per_epoch,
+    to_device,
+)
+from lora_core.train.config import TrainConfig
+from lora_core.train.optim import make_adamw, trained_parameters
+from lora_core.train.recompute import recomputed_layers
+from lora_core.train.report import Bar, Metrics, plot_loss, say, write_run
+from lora_core.train.schedule import Schedule, schedule_of
+from lora_core.train.state import (
+    Checkpoints,
+    Loaded,
+    Progress,
+    restore_weights,
+    seed_everything,
+)
+from lora_core.train.step import (
+    CausalLoss,
+    Loss,
+    NonFiniteError,
+    SourceMeans,
+    split_rows,
+    train_step,
+)
+
+Record = dict[str, Any]
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+# fields in which a continuing run may differ from the one that wrote the checkpoint
+_FREE = {
+    "out",
+    "resume",
+    "progress",
+    "epochs",
+    "steps",
+    "save_every",
+    "keep",
+    "patience",
+    "keep_best",
+}
+
+
+@dataclass
+class TrainResult:
+    """What a run did, the resumed part included."""
+
+    history: list[Record] = field(default_factory=list)
+    """one record a step: step, epoch, loss, lr, grad_norm, graded, tokens, times; eval_loss"""
+    steps: int = 0
+    """optimizer steps done"""
+    tokens: int = 0
+    """tokens fed to the model, padding not counted"""
+    tokens_per_second: float = 0.0
+    """of this process, evaluations and checkpoints not counted"""
+    peak_memory: int = 0
+    """bytes: the GPU allocator's peak, or the process's resident peak"""
+    best_step: int | None = None
+    """step of the best evaluation"""
+    best_loss: float | None = None
+    """its loss, per graded token"""
+    interrupted: bool = False
+    """whether Ctrl-C ended it"""
+    stopped_early: bool = False
+    """whether patience ran out"""
+    resumed_from: int | None = None
+    """steps already done when this process began, if it continued a checkpoint"""
+
+
+def train(
+    model: nn.Module,
+    dataset: Iterable[Any],
+    config: TrainConfig | None = None,
+    *,
+    eval_dataset: Iterable[Any] | None = None,
+    on_step: Callable[[Record], object] | None = None,
+    loss: Loss | None = None,
+    count: Callable[[Batch], float] = graded_in,
+    optimizer: OptimizerFactory | None = None,
+    schedule: Schedule | None = None,
+    collate: Callable[[Sequence[Any]], Batch] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train the parameters of `model` that require a gradient.
+
+    Args:
+        model: any module; with the default loss one that returns `.logits` (B, T, V). It stays on
+            its device, and is left in the mode it was found in.
+        dataset: a sequence of rows `{"input_ids", "labels"}` (optionally `"source"`), or any
+            iterable of batches of tensors under those names.
+        config: the run; `TrainConfig()` by default.
+        eval_dataset: as `dataset`; read in its own order.
+        on_step: is given each step's record once the step is done. KeyboardInterrupt from it ends
+            the run as Ctrl-C does.
+        loss: (model, batch, normalizer) -> sum / normalizer, by default next-token cross-entropy.
+        count: what a batch weighs, by default its graded tokens.
+        optimizer: (name, parameter) pairs -> optimizer, by default AdamW by `config`.
+        schedule: (step, total) -> factor on the peak learning rate, by default by `config`.
+        collate: rows -> batch; with it rows may be anything.
+        facts: JSON-ready facts for run.json, such as hashes of data and model. A resumed run has to
+            bring the same.
+
+    Returns:
+        The history and its sums. With an evaluation and `keep_best` the model holds the weights of
+        the best evaluation, else those of the last step.
+
+    Raises:
+        ValueError: nothing to train, no gradient, a NaN (its batch is in `out`), a folder in use, a
+            checkpoint of another run.
+        TypeError: trained parameters narrower than float32.
+    """
+    config = config or TrainConfig()
+    source = make_batches(dataset, config.batch_size, config.seed, collate)
+    run = Run(
+        model=model,
+        config=config,
+        source=source,
+        total=total_steps(config, source),
+        eval_source=None
+        if eval_dataset is None
+        else make_batches(eval_dataset, config.batch_size, None, collate),
+        loss=loss or CausalLoss(config.label_smoothing),
+        eval_loss=loss or CausalLoss(),
+        count=count,
+        schedule=schedule or schedule_of(config),
+        optimizer_factory=optimizer or (lambda named: make_adamw(named, config)),
+        facts=json.loads(json.dumps(dict(facts or {}))),
+    )
+    lock = contextlib.nullcontext() if config.out is None else folder_lock(config.out)
+    was_training = model.training
+    with lock, recomputed_layers(model, config.activation_checkpointing):
+        try:
+            return run.go(on_step or (lambda record: None))
+        finally:
+            model.train(was_training)
+
+
+def total_steps(config: TrainConfig, source: BatchSource) -> int:
+    """Optimizer steps of a run.
+
+    Raises:
+        ValueError: neither `config.steps` nor the number of batches is known.
+    """
+    if config.steps is not None:
+        return config.steps
+    per_epoch = steps_per_epoch(source, config.accumulate)
+    if per_epoch is None:
+        raise ValueError("steps must be given where the data set does not say its length")
+    return config.epochs * per_epoch
+
+
+class Interrupts:
+    """Within the block Ctrl-C and SIGTERM ask the run to end after the step; asked twice, at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("interrupted: finishing this step and saving; once more stops at once")
+
+    def __enter__(self) -> "Interrupts":
+        self.previous: dict[int, Any] = {}
+        # only the main thread may set handlers; elsewhere Ctrl-C is not ours to take
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Run:
+    """The parts of a run, and the loop over them."""
+
+    model: nn.Module
+    config: TrainConfig
+    source: BatchSource
+    total: int
+    eval_source: BatchSource | None
+    loss: Loss
+    eval_loss: Loss
+    count: Callable[[Batch], float]
+    schedule: Schedule
+    optimizer_factory: OptimizerFactory
+    facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.parameters = trained_parameters(self.model)
+        self.device = next(iter(self.parameters.values())).device
+        self.policy: DtypePolicy = dtype_policy(self.config.dtype, self.device)
+        self.optimizer = self.optimizer_factory(list(self.parameters.items()))
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.policy.scales_loss)
+        self.progress = Progress()
+        self.best_weights: dict[str, Tensor] | None = None
+        out = self.config.out
+        self.out = None if out is None else Path(out)
+        self.checkpoints = (
+            None if self.out is None else Checkpoints(self.out / "checkpoints", self.config.keep)
+        )
+
+    def go(self, on_step: Callable[[Record], object]) -> TrainResult:
+        """Resume or begin, loop, put the best weights back."""
+        seed_everything(self.config.seed)
+        loaded = self.resume() if self.config.resume else None
+        result = TrainResult(resumed_from=loaded.progress.step if loaded else None)
+        if not self.finished():
+            self.begin(loaded is not None)
+            try:
+                self.loop(on_step, result)
+            except NonFiniteError as error:
+                raise self.explain(error) from None
+            if self.out is not None and (
+                why := plot_loss(self.progress.history, self.out / "loss.png")
+            ):
+                say(why)
+        if self.finished() and self.config.keep_best:
+            self.put_back_best()
+        progress = self.progress
+        result.history, result.steps, result.tokens = (
+            progress.history,
+            progress.step,
+            progress.tokens,
+        )
+        result.best_step, result.best_loss = progress.best_step, progress.best_loss
+        result.stopped_early, result.peak_memory = progress.stopped_early, peak_memory(self.device)
+        return result
+
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.progress.step >= self.total or self.progress.stopped_early
+
+    def begin(self, resumed: bool) -> None:
+        """Write run.json and say what is about to happen."""
+        if self.out is not None and self.checkpoints is not None:
+            if not resumed:
+                self.checkpoints.clear()
+            write_run(self.out, self.config.to_dict(), self.facts)
+        trained = sum(p.numel() for p in self.parameters.values())
+        every = sum(p.numel() for p in self.model.parameters())
+        say(
+            f"training {trained:,} of {every:,} parameters ({trained / every:.2%}) for "
+            f"{self.total - self.progress.step} steps, lr {self.config.lr:g} "
+            f"{self.config.schedule}; {self.policy}"
+        )
+        reset_peak_memory(self.device)
+
+    def loop(self, on_step: Callable[[Record], object], result: TrainResult) -> None:
+        """Step until the end, an interruption, or the end of patience."""
+        progress = self.progress
+        metrics = Metrics(self.out and self.out / "metrics.jsonl", progress.history)
+        groups = step_groups(self.source, self.config.accumulate, progress.epoch, progress.group)
+        seconds, fed = 0.0, 0
+        self.model.train()
+        with (
+            contextlib.closing(metrics),
+            Interrupts() as interrupts,
+            Bar(self.total, progress.step, self.config.progress) as bar,
+        ):
+            while not self.finished() and not interrupts.asked:
+                start = time.perf_counter()
+                progress.epoch, progress.group, batches = next(groups)
+                record = {"step": progress.step + 1, "epoch": progress.epoch + 1}
+                record |= self.step(batches)
+                progress.step, progress.group = progress.step + 1, progress.group + 1
+                progress.tokens, fed = progress.tokens + record["tokens"], fed + record["tokens"]
+                seconds += (spent := time.perf_counter() - start)
+                record |= {"seconds": spent, "tokens_per_second": fed / seconds}
+                record["peak_memory"] = peak_memory(self.device)
+                better = self.evaluate_if_due(record)
+                progress.history.append(record)
+                metrics.write(record)
+                bar.update(record)
+                try:
+                    on_step(record)
+                except KeyboardInterrupt:
+                    interrupts.asked = True
+                if better or self.save_due(record) or interrupts.asked or self.finished():
+                    self.save()
+        result.tokens_per_second = fed / seconds if seconds else 0.0
+        result.interrupted = interrupts.asked and not self.finished()
+
+    def step(self, batches: Sequence[Batch]) -> Record:
+        """Set the learning rate and update the weights."""
+        factor = self.schedule(self.progress.step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        record = train_step(
+            self.model,
+            self.parameters,
+            batches,
+            self.optimizer,
+            self.scaler,
+            self.policy,
+            loss=self.loss,
+            count=self.count,
+            clip=self.config.clip,
+        )
+        return {"loss": record.pop("loss"), "lr": self.optimizer.param_groups[0]["lr"]} | record
+
+    def epoch_ends(self) -> bool:
+        """Whether the step just done was the last one of its epoch, or of the run."""
+        per_epoch = steps_per_epoch(self.source, self.config.accumulate)
+        return self.progress.group == per_epoch or self.progress.step >= self.total
+
+    def save_due(self, record: Record) -> bool:
+        """Whether the configuration wants a checkpoint after this step."""
+        every = self.config.save_every
+        return "eval_loss" in record if every is None else self.progress.step % every == 0
+
+    def evaluate_if_due(self, record: Record) -> bool:
+        """Evaluate after the step if it is time, and note what follows from it.
+
+        Returns:
+            Whether this is the best evaluation so far.
+        """
+        every, progress = self.config.eval_every, self.progress
+        last = progress.step >= self.total
+        due = self.epoch_ends() if every is None else last or progress.step % every == 0
+        if self.eval_source is None or not due:
+            return False
+        record |= self.evaluate(self.eval_source)
+        loss = record["eval_loss"]
+        if progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.since_best = loss, progress.step, 0
+            if self.out is None and self.config.keep_best:
+                self.best_weights = {k: p.detach().clone() for k, p in self.parameters.items()}
+            return True
+        progress.since_best += 1
+        patience = self.config.patience
+        progress.stopped_early = patience is not None and progress.since_best >= patience
+        return False
+
+    @torch.no_grad()
+    def evaluate(self, source: BatchSource) -> Record:
+        """Mean loss over all graded tokens of a source of batches: sum of sums / sum of counts."""
+        total, graded, by_source = 0.0, 0.0, SourceMeans(self.count)
+        self.model.eval()
+        for batch in source.epoch(0):
+            moved = to_device(batch, self.device)
+            with self.policy.autocast():
+                value, rows = split_rows(self.eval_loss(self.model, moved, 1))
+            total, graded = total + value.item(), graded + self.count(batch)
+            by_source.add(batch, rows)
+        self.model.train()
+        if not graded:
+            raise ValueError("no token of the evaluation data is graded, so it has no loss")
+        return {"eval_loss": total / graded} | by_source.means("eval_loss/")
+
+    def identity(self) -> dict[str, Any]:
+        """What a continuing run has to share with the one that wrote the checkpoint."""
+        config = {k: v for k, v in self.config.to_dict().items() if k not in _FREE}
+        return {"config": config, "facts": self.facts, "batches": self.source.per_epoch()}
+
+    def save(self) -> None:
+        """Write a checkpoint, if the run has a folder."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(
+                self.progress, self.parameters, self.optimizer, self.scaler, self.identity()
+            )
+
+    def resume(self) -> Loaded | None:
+        """Continue the newest good checkpoint; None where there is none.
+
+        Raises:
+            ValueError: it is another run's.
+        """
+        assert self.checkpoints is not None  # the configuration checks it
+        loaded = self.checkpoints.newest_good()
+        if loaded is None:
+            say(f"nothing to resume in {self.out}: starting afresh")
+            return None
+        mine, theirs = self.identity(), loaded.state["identity"]
+        flat = [(k, theirs["config"].get(k), v) for k, v in mine["config"].items()]
+        flat += [(k, theirs["facts"].get(k), v) for k, v in mine["facts"].items()]
+        flat += [("batches in an epoch", theirs["batches"], mine["batches"])]
+        changed = [f"{name} was {old}, is {new}" for name, old, new in flat if old != new]
+        if changed:
+            raise ValueError(
+                f"cannot resume {loaded.path}: {'; '.join(changed)}; use the same values, or "
+                "another folder"
+            )
+        loaded.restore(self.parameters, self.optimizer, self.scaler)
+        self.progress = loaded.progress
+        say(f"resumed {loaded.path.name} of {self.total} steps")
+        return loaded
+
+    def put_back_best(self) -> None:
+        """Give the model the weights of the best evaluation."""
+        best = self.progress.best_step
+        if best is None or best == self.progress.step:
+            return
+        if self.checkpoints is None:
+            weights, where = self.best_weights, Path("memory")
+        else:
+            where = self.checkpoints.folder / f"step-{best:08d}"
+            weights = Loaded.read(where).weights
+        assert weights is not None  # kept when the evaluation was made
+        restore_weights(self.parameters, weights, where)
+
+    def explain(self, error: NonFiniteError) -> ValueError:
+        """The error with the step in it, its batches written to the run's folder."""
+        step = self.progress.step + 1
+        rows = [r for b in error.batches if isinstance(b, Mapping) for r in b.get("row", [])]
+        text = f"{error} at step {step}"
+        if rows:
+            text += f", rows {rows[:8]}{' …' if len(rows) > 8 else ''} of the data"
+        if self.out is not None:
+            folder = self.out / f"bad-step-{step:08d}"
+            write_batches(folder, error.batches, text)
+            text += f"; the batch is in {folder}"
+        return NonFiniteError(f"{text}; lower lr, or look at the data", error.batches)
+
+
+def write_batches(folder: Path, batches: Sequence[Batch], why: str) -> None:
+    """Write batches as safetensors, with what is not a tensor in JSON beside them."""
+    from safetensors.torch import save_file
+
+    with atomic_folder(folder) as aside:
+        for number, batch in enumerate(batches):
+            items = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
+            tensors = {str(k): v.contiguous() for k, v in items.items() if isinstance(v, Tensor)}
+            rest = {str(k): v for k, v in items.items() if not isinstance(v, Tensor)}
+            save_file(tensors, aside / f"batch-{number}.safetensors")
+            text = json.dumps({"why": why, **rest}, default=str, ensure_ascii=False)
+            (aside / f"batch-{number}.json").write_text(text)

@@ -1,0 +1,66 @@
+"""Activation checkpointing of a model's layers, for the time of a run.
+
+Each layer's forward is replaced, on the instance, by one that keeps the layer's input alone and
+runs the layer again in backward. Dropout draws the same numbers again (torch saves the generator's
+state), so the gradients are those of the plain run. The non-reentrant form is used: the reentrant
+one silently gives adapters no gradient where the layer's input requires none.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model: the longest ModuleList whose members are of one class.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The members of that list, in order.
+
+    Raises:
+        ValueError: the model has no such list.
+    """
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    stacks = [stack for stack in stacks if len({type(layer) for layer in stack}) == 1]
+    if not stacks:
+        raise ValueError(
+            "activation_checkpointing needs the model's layers in an nn.ModuleList of one class; "
+            f"{type(model).__name__} has none: switch it off"
+        )
+    return list(max(stacks, key=len))
+
+
+@contextlib.contextmanager
+def recomputed_layers(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Within the block the model's layers recompute their activations in backward.
+
+    Args:
+        model: any module with an `nn.ModuleList` of layers.
+        on: False changes nothing.
+
+    Yields:
+        None. Afterwards the layers are as they were.
+    """
+    layers = repeated_layers(model) if on else []
+    for layer in layers:
+        # an attribute of the instance hides the class's method until it is deleted
+        layer.forward = functools.partial(_recomputed, type(layer).forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _recomputed(forward, layer, *args, **kwargs):  # type: ignore[no-untyped-def]  # any layer's own
+    if not layer.training:
+        return forward(layer, *args, **kwargs)
+    # a key/value cache that transformers passes along would be appended to twice
+    kwargs = {k: None if k.startswith("past_key_value") else v for k, v in kwargs.items()}
+    return checkpoint(forward, layer, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,151 @@
+"""What a run leaves to look at: metrics.jsonl, run.json, loss.png, and a line while it works."""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from lora_core.files import atomic_write
+
+_PACKAGES = ("lora-core", "torch", "triton", "safetensors", "tokenizers", "numpy", "transformers")
+
+
+def say(text: str) -> None:
+    """One line to the user, beside the progress bar and outside of the program's output."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, with "+" where it has changes; None outside git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_run(out: Path, config: Mapping[str, object], facts: Mapping[str, Any]) -> None:
+    """Write run.json: what it takes to repeat the run.
+
+    Args:
+        out: the run's folder.
+        config: the training configuration's fields.
+        facts: whatever else the caller knows: command, hashes of data, model and template.
+    """
+    run = {
+        "versions": versions(),
+        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
+        "commit": git_commit(),
+        "train": dict(config),
+        **facts,
+    }
+    atomic_write(out / "run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+
+
+class Metrics:
+    """metrics.jsonl, one record a line, flushed at each."""
+
+    def __init__(self, path: Path | None, history: Sequence[Mapping[str, Any]]) -> None:
+        self.stream = None
+        if path is not None:
+            # lines written after the checkpoint that is continued would be written twice
+            atomic_write(path, "".join(json.dumps(record) + "\n" for record in history))
+            self.stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed in close()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record."""
+        if self.stream is not None:
+            self.stream.write(json.dumps(record) + "\n")
+            self.stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.stream is not None:
+            self.stream.close()
+
+
+class Bar:
+    """The progress bar: loss, tokens/s, peak memory; tqdm adds the time left."""
+
+    def __init__(self, total: int, done: int, show: bool) -> None:
+        self.bar: Any = None
+        if show:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Move on by a step."""
+        if self.bar is not None:
+            shown = {
+                "loss": f"{record['loss']:.4f}",
+                "tok/s": f"{record['tokens_per_second']:.0f}",
+                "peak": f"{record['peak_memory'] / 1e9:.2f}GB",
+            }
+            if "eval_loss" in record:
+                shown["eval"] = f"{record['eval_loss']:.4f}"
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> str | None:
+    """Draw loss and evaluation loss by step.
+
+    Args:
+        history: the records of a run.
+        path: where the picture goes, its suffix naming the format.
+
+    Returns:
+        None, or the reason why there is no picture.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no loss.png: matplotlib is not installed (pip install 'lora-core[plots]')"
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per graded token)")
+    axes.plot([r["step"] for r in history], [r["loss"] for r in history], lw=1, label="train")
+    evaluated = [r for r in history if "eval_loss" in r]
+    if evaluated:
+        steps = [r["step"] for r in evaluated]
+        axes.plot(steps, [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    atomic_write(path, lambda aside: figure.savefig(aside, format=path.suffix[1:], dpi=120))
+    return None

@@ -1,0 +1,167 @@
+"""One optimizer step: forward and backward over a few batches, one update.
+
+The loss of each batch is its sum divided by the graded tokens of the *whole step*, so the gradients
+of the batches add up to the gradient of the mean over all of them, however the rows were cut.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.device import DtypePolicy
+from lora_core.losses import token_cross_entropy
+from lora_core.train.batches import Batch, graded_in, to_device, tokens_in
+
+Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor]"]
+"""(model, batch, normalizer) -> the batch's sum / normalizer; optionally with each row's sum (B,)
+beside it, which is only reported, by source."""
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient that is NaN or infinite; holds the batches it came from."""
+
+    def __init__(self, message: str, batches: Sequence[Batch]) -> None:
+        super().__init__(message)
+        self.batches = list(batches)
+
+
+@dataclass(frozen=True)
+class CausalLoss:
+    """Next-token cross-entropy of a module that returns `.logits`, by row for reporting."""
+
+    label_smoothing: float = 0.0
+    """share of each target spread over the vocabulary"""
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Any], normalizer: float
+    ) -> tuple[Tensor, Tensor]:
+        """Run the model on every tensor of the batch but the labels, and judge its logits."""
+        inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+        logits = model(**inputs).logits  # (B, T, V)
+        losses = token_cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
+        return losses.sum() / max(normalizer, 1), losses.detach().sum(dim=1)
+
+
+def train_step(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    policy: DtypePolicy,
+    *,
+    loss: Loss,
+    count: Callable[[Batch], float] = graded_in,
+    clip: float | None = 1.0,
+) -> dict[str, Any]:
+    """Update the weights once.
+
+    Args:
+        model: any module the loss can call.
+        parameters: the trained ones, by name.
+        batches: the step's batches, on any device.
+        optimizer: holds `parameters`; its learning rate is set already.
+        scaler: of the loss, enabled for float16 alone.
+        policy: where and in which dtype to compute.
+        loss: (model, batch, normalizer) -> sum / normalizer, optionally with each row's sum.
+        count: what a batch weighs; the normalizer is its sum over `batches`.
+        clip: largest norm of the gradient, or None.
+
+    Returns:
+        loss (mean over graded tokens), grad_norm (before clipping), graded, tokens, and
+        `loss/<source>` where the batches name their rows' sources.
+
+    Raises:
+        NonFiniteError: the loss or the gradient is NaN or infinite; the weights did not move.
+        ValueError: a trained parameter got no gradient.
+    """
+    graded = sum(count(batch) for batch in batches)
+    total, by_source = 0.0, SourceMeans(count)
+    for batch in batches:
+        moved = to_device(batch, policy.device)
+        with policy.autocast():
+            value, rows = split_rows(loss(model, moved, graded))
+        if not math.isfinite(value.item()):
+            raise NonFiniteError(f"the loss is {value.item()}", [batch])
+        scaler.scale(value).backward()
+        total += value.item()
+        by_source.add(batch, rows)
+    check_gradients(parameters)
+    scaler.unscale_(optimizer)
+    norm = clip_gradients(parameters.values(), clip)
+    # with loss scaling an overflow is expected now and then: the scaler skips the step and halves
+    if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
+        raise NonFiniteError(f"the gradient's norm is {norm}", batches)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(tokens_in(batch) for batch in batches)
+    return {
+        "loss": total,
+        "grad_norm": norm,
+        "graded": graded,
+        "tokens": tokens,
+        **by_source.means(),
+    }
+
+
+def split_rows(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """A loss's result as (scalar, rows' sums or None)."""
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def clip_gradients(parameters: Any, clip: float | None) -> float:
+    """Scale the gradients to a norm of at most `clip`.
+
+    Returns:
+        The norm before.
+    """
+    limit = math.inf if clip is None else clip
+    if clip is None:
+        return float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    return float(torch.nn.utils.clip_grad_norm_(list(parameters), limit))
+
+
+def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a trained parameter that the loss does not depend on.
+
+    Args:
+        parameters: by name, after a backward pass. A zero gradient is fine (B of a new LoRA makes
+            A's zero), None means that the forward pass went around the parameter.
+
+    Raises:
+        ValueError: names those without a gradient.
+    """
+    missing = [name for name, p in parameters.items() if p.grad is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(parameters)} trained parameters got no gradient: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}; the loss does not "
+            "depend on them: freeze them, or look for a detach() or a module that is not called"
+        )
+
+
+class SourceMeans:
+    """Mean loss per graded token for each source of the rows seen."""
+
+    def __init__(self, count: Callable[[Batch], float]) -> None:
+        self.count = count
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, batch: Batch, rows: Tensor | None) -> None:
+        """Take the sums (B,) of a batch's rows; a batch that names no sources is passed over."""
+        if rows is None or not isinstance(batch, Mapping) or "source" not in batch:
+            return
+        graded = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()
+        for source, value, n in zip(batch["source"], rows.tolist(), graded, strict=True):
+            pair = self.sums.setdefault(str(source), [0.0, 0])
+            pair[0] += value
+            pair[1] += n
+
+    def means(self, prefix: str = "loss/") -> dict[str, float]:
+        """`<prefix><source>` -> mean, for sources with a graded token."""
+        return {f"{prefix}{s}": total / n for s, (total, n) in sorted(self.sums.items()) if n}
