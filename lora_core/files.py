@@ -17,7 +17,7 @@ LATEST = "latest"
 _CHUNK = 1 << 20  # bytes read at a time when hashing
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file or a folder's list of names to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -55,11 +55,11 @@ def atomic_write(
             content(aside)
         else:
             aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(aside)
+        sync(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
     return path
 
 
@@ -84,14 +84,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield aside
         for file in aside.rglob("*"):
-            _sync(file)
-        _sync(aside)
+            sync(file)
+        sync(aside)
         if path.exists():
             shutil.rmtree(path)
         os.rename(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def publish(folder: str | os.PathLike[str], name: str) -> None:
