@@ -1,15 +1,50 @@
 """Records, tokenizers, chat templates and graded rows."""
 
+from lora_core.data.batch import collate, find_duplicates, find_overlap, split
 from lora_core.data.chat import BUILTIN_TEMPLATES, builtin_template, load_template
+from lora_core.data.grading import ControlTextError, Graded, Grader
+from lora_core.data.records import (
+    Chat,
+    Completion,
+    PlainText,
+    Record,
+    Tokens,
+    parse_columns,
+    parse_record,
+    read_records,
+)
+from lora_core.data.report import Report, SourceReport
+from lora_core.data.sft import IGNORED, Rows, SFTDataset, mix
 from lora_core.data.text import TextWindows, encode_documents
 from lora_core.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "BUILTIN_TEMPLATES",
+    "IGNORED",
+    "Chat",
+    "Completion",
+    "ControlTextError",
+    "Graded",
+    "Grader",
+    "PlainText",
+    "Record",
+    "Report",
+    "Rows",
+    "SFTDataset",
+    "SourceReport",
     "TextWindows",
     "Tokenizer",
+    "Tokens",
     "builtin_template",
+    "collate",
     "encode_documents",
+    "find_duplicates",
+    "find_overlap",
     "load_template",
     "load_tokenizer",
+    "mix",
+    "parse_columns",
+    "parse_record",
+    "read_records",
+    "split",
 ]

@@ -80,7 +80,7 @@ def render_chat(
     *,
     add_generation_prompt: bool = False,
     tools: Sequence[Any] | None = None,
-    **variables: Any,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """Text of a conversation.
 
@@ -89,12 +89,12 @@ def render_chat(
         messages: dictionaries with `role` and `content`; further keys reach the template.
         add_generation_prompt: end with the header of an assistant turn.
         tools: JSON schemas of tools.
-        **variables: special tokens (`bos_token`) and whatever else the template reads.
+        variables: special tokens (`bos_token`) and whatever else the template reads.
 
     Raises:
         ValueError: the template is not valid Jinja, or refuses the conversation.
     """
-    names = {**variables, "add_generation_prompt": add_generation_prompt}
+    names = {**(variables or {}), "add_generation_prompt": add_generation_prompt}
     return _render(template, messages, tools, names)
 
 
@@ -103,14 +103,14 @@ def render_spans(
     messages: Messages,
     *,
     tools: Sequence[Any] | None = None,
-    **variables: Any,
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[Span]]:
     """Text of a conversation and the (start, end) characters of its `{% generation %}` blocks.
 
     Raises:
         ValueError: as `render_chat`; also nested blocks, or blocks whose marking changes the text.
     """
-    names = {**variables, "add_generation_prompt": False}
+    names = {**(variables or {}), "add_generation_prompt": False}
     nonce = secrets.token_hex(8)
     opening, closing = f"\ue000{nonce}\ue001", f"\ue000/{nonce}\ue001"
     marked = _render(template, messages, tools, names, marks=(opening, closing))
@@ -231,7 +231,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     raise ValueError(
-        f"a chat template takes strings, numbers, lists and dictionaries; got {type(value).__name__}"
+        "a chat template takes strings, numbers, lists and dictionaries; "
+        f"got {type(value).__name__}"
     )
 
 

@@ -127,7 +127,7 @@ class Tokenizer:
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
-            **{**self.special_tokens, **variables},
+            variables={**self.special_tokens, **variables},
         )
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
@@ -184,7 +184,7 @@ class Tokenizer:
         said = "ANSWER"
         chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": said}]
         try:
-            text = render_chat(template, chat, **self.special_tokens)
+            text = render_chat(template, chat, variables=self.special_tokens)
         except ValueError:  # a template may ask for more than this conversation has
             return None
         special = self.control_tokens

@@ -1,0 +1,334 @@
+"""Which tokens of a conversation are graded.
+
+What it does: `Grader(tok, template)(messages)` renders a conversation once, tokenises the text once
+and says for every token whether the model is graded on it: the assistant's text and the token that
+ends its turn, never a header, never another role.
+
+How the assistant's characters are found, in this order:
+
+1. marks: the template has `{% generation %}` blocks;
+2. family: a built-in marked template renders the very same text for this conversation;
+3. difference: for each graded turn the text up to its header and up to its end are rendered, and
+   each must be a prefix of the next longer one and of the whole, else the conversation is refused.
+   The turn then ends at its last control token (a line break after it is not graded).
+
+A token is graded if and only if its first character lies in such a span. A token that starts in a
+header and reaches into the answer is not graded and is counted (`straddles`).
+
+How it differs from the usual ways: no search for header token ids (they tokenise differently in
+context), no length of a separately tokenised prompt (the last token may merge with the answer), no
+fallback to grading everything. The trade-off: templates that rewrite earlier turns (Qwen3 removes
+past reasoning) are refused beyond the last turn, unless the template has marks.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_core.data.chat import (
+    BUILTIN_TEMPLATES,
+    Messages,
+    Span,
+    builtin_template,
+    has_marks,
+    load_template,
+    render_chat,
+    render_spans,
+    template_markers,
+)
+from lora_core.data.tokenizer import Tokenizer
+
+TRAIN_ON = ("assistant", "last", "all")
+
+
+class ControlTextError(ValueError):
+    """A message's content holds the text of a control token, which would become that token."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One tokenised text: `ids` and `graded` have a token each; `straddles` is a count."""
+
+    ids: list[int]
+    graded: list[bool]
+    straddles: int = 0
+    method: str = "text"
+
+
+class Grader:
+    """Tokenises conversations and grades their tokens.
+
+    Args:
+        tok: the tokenizer; its own chat template is used when `template` is None.
+        template: a built-in name, a file, or Jinja text.
+        train_on: "assistant" (every assistant turn whose message does not say `train: false`),
+            "last" (only the last one of these), or "all" (the whole text, headers included).
+        control_text: "refuse" content that spells a control token (raises `ControlTextError`), or
+            "keep" it, so that it becomes that token.
+
+    Raises:
+        ValueError: no template; a marker the template always writes is not one token.
+    """
+
+    def __init__(
+        self,
+        tok: Tokenizer,
+        template: str | None = None,
+        train_on: str = "assistant",
+        control_text: str = "refuse",
+    ) -> None:
+        if train_on not in TRAIN_ON:
+            raise ValueError(f"train_on must be one of {', '.join(TRAIN_ON)}; got {train_on!r}")
+        if control_text not in ("refuse", "keep"):
+            raise ValueError(f"control_text must be refuse or keep; got {control_text!r}")
+        chosen = load_template(template) if template is not None else tok.chat_template
+        if chosen is None:
+            raise ValueError(
+                "the tokenizer has no chat template; pass template= "
+                f"({', '.join(BUILTIN_TEMPLATES)}, a file or Jinja text)"
+            )
+        self.tok = tok
+        self.template = chosen
+        self.train_on = train_on
+        self.control_text = control_text
+        self.stop_ids = {*tok.eos_ids, tok.end_of_turn_id(chosen)} - {None}
+        self._control = control_pattern(tok)
+        self._missing = [m for m in self._markers() if not tok.is_token(m)]
+        self._family: str | None = None
+
+    def __call__(self, messages: Messages, tools: Sequence[Any] | None = None) -> Graded:
+        """Token ids of a conversation and which of them are graded.
+
+        Raises:
+            ControlTextError: see `control_text`.
+            ValueError: the template refuses the conversation, its spans cannot be told, a marker
+                is not one token, BOS stands twice, or a graded turn holds no stop token.
+        """
+        if self.control_text == "refuse":
+            self._refuse_control_text(messages, tools)
+        # `train` is an instruction to this library, not a part of the conversation
+        chat = [{k: v for k, v in message.items() if k != "train"} for message in messages]
+        wanted = self._wanted(messages)
+        text, spans, method = self._spans(chat, wanted, tools)
+        self._check_markers(text)
+        ids, offsets = self.tok.encode_with_offsets(text)
+        self._check_bos(ids)
+        graded, straddles = grade_offsets(offsets, spans)
+        if self.train_on != "all":
+            self._check_stops(ids, offsets, spans)
+        return Graded(ids, graded, straddles, method)
+
+    # --- spans ---
+
+    def _wanted(self, messages: Messages) -> list[int]:
+        """Positions of the messages that are to be graded."""
+        turns = [
+            i
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant" and message.get("train", True)
+        ]
+        return turns[-1:] if self.train_on == "last" else turns
+
+    def _spans(
+        self, chat: Messages, wanted: list[int], tools: Sequence[Any] | None
+    ) -> tuple[str, list[Span], str]:
+        turns = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+        if self.train_on == "all" and wanted == turns:
+            text = self._render(chat, tools)
+            return text, [(0, len(text))], "all"
+        if self.train_on == "all":
+            raise ValueError("train_on='all' grades every message; remove the `train: false` marks")
+        if has_marks(self.template):
+            text, spans = self._marked(self.template, chat, tools)
+            return text, self._pick(spans, turns, wanted), "marks"
+        text = self._render(chat, tools)
+        known = self._family_spans(chat, text, tools)
+        if known is not None:
+            return text, self._pick(known, turns, wanted), f"family {self._family}"
+        return text, self._difference_spans(chat, wanted, text, tools), "difference"
+
+    def _pick(self, spans: list[Span], turns: list[int], wanted: list[int]) -> list[Span]:
+        if wanted == turns:
+            return spans
+        if len(spans) != len(turns):
+            raise ValueError(
+                f"the template marks {len(spans)} spans for {len(turns)} assistant turns, so that "
+                "single turns cannot be told apart; use one {% generation %} block a turn"
+            )
+        return [span for span, turn in zip(spans, turns, strict=True) if turn in wanted]
+
+    def _family_spans(
+        self, chat: Messages, text: str, tools: Sequence[Any] | None
+    ) -> list[Span] | None:
+        """Spans of a built-in template that renders exactly `text`; the last match comes first."""
+        names = sorted(BUILTIN_TEMPLATES, key=lambda name: name != self._family)
+        for name in names:
+            try:
+                same, spans = self._marked(builtin_template(name), chat, tools)
+            except ValueError:  # this family has no form for the conversation
+                continue
+            if same == text:
+                self._family = name
+                return spans
+        return None
+
+    def _difference_spans(
+        self, chat: Messages, wanted: list[int], text: str, tools: Sequence[Any] | None
+    ) -> list[Span]:
+        spans = []
+        for turn in wanted:
+            try:
+                before = self._render(chat[:turn], tools, add_generation_prompt=True)
+                after = self._render(chat[: turn + 1], tools)
+            except ValueError as error:
+                raise ValueError(
+                    f"message {turn} cannot be told from the rest: {error}; {_MARK_IT}"
+                ) from None
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ValueError(
+                    f"the template writes the text up to message {turn} differently when more "
+                    f"messages follow, so its graded part cannot be told; {_MARK_IT}"
+                )
+            spans.append((len(before), self._end_of_turn(after, len(before))))
+        return spans
+
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """End of the turn's last control token, if only white space follows it."""
+        ends = [match.end() for match in self._control.finditer(text, start)]
+        return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
+
+    def _markers(self) -> set[str]:
+        """Markers the template spells out, and those it puts together for the three usual roles."""
+        chat = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+        found = set(template_markers(self.template))
+        for messages in (chat, chat[1:]):
+            try:
+                found.update(template_markers(self._render(messages, None)))
+            except ValueError:  # not every template has a system role
+                continue
+        return found
+
+    def _render(
+        self, chat: Messages, tools: Sequence[Any] | None, add_generation_prompt: bool = False
+    ) -> str:
+        return render_chat(
+            self.template,
+            chat,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            variables=self.tok.special_tokens,
+        )
+
+    def _marked(
+        self, template: str, chat: Messages, tools: Sequence[Any] | None
+    ) -> tuple[str, list[Span]]:
+        return render_spans(template, chat, tools=tools, variables=self.tok.special_tokens)
+
+    # --- guards ---
+
+    def _refuse_control_text(self, messages: Messages, tools: Sequence[Any] | None) -> None:
+        for key, text in _strings({"messages": list(messages), "tools": list(tools or ())}):
+            check_control_text(text, self._control, key)
+
+    def _check_markers(self, text: str) -> None:
+        missing = sorted(marker for marker in self._missing if marker in text)
+        if missing:
+            names = ", ".join(map(repr, missing))
+            raise ValueError(
+                f"the template writes {names}, not one token each in this tokenizer; add them with "
+                f"--add-tokens {','.join(missing)} (tok.add_tokens), or choose another template"
+            )
+
+    def _check_bos(self, ids: list[int]) -> None:
+        if self.tok.bos_id is not None and ids[:2] == [self.tok.bos_id] * 2:
+            raise ValueError(
+                f"the text starts with {self.tok.special_tokens['bos_token']!r} twice; the "
+                "template should write it once and the messages not at all"
+            )
+
+    def _check_stops(
+        self, ids: list[int], offsets: list[tuple[int, int]], spans: list[Span]
+    ) -> None:
+        starts = [start for start, _ in offsets]
+        for start, end in spans:
+            inside = ids[bisect_left(starts, start) : bisect_left(starts, end)]
+            if self.stop_ids.isdisjoint(inside):
+                names = [self.tok.decode([i]) for i in self.tok.eos_ids]
+                raise ValueError(
+                    f"no stop token ({', '.join(names) or 'the tokenizer names none'}) among the "
+                    "graded tokens of an assistant turn: the model would never learn to end it; "
+                    "put the end-of-turn token inside {% generation %}, or name it as eos_token"
+                )
+
+
+_MARK_IT = (
+    "pass a template with {% generation %} around the assistant's text (template=), or "
+    "train_on='last'"
+)
+
+
+def control_pattern(tok: Tokenizer) -> re.Pattern[str]:
+    """A pattern that finds the text of any control token, longest first."""
+    texts = sorted(tok.control_tokens.values(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")  # (?!) never matches
+
+
+def check_control_text(text: str, pattern: re.Pattern[str], key: str) -> None:
+    """Refuse text that would be encoded as a control token.
+
+    Raises:
+        ControlTextError: names the key and the token.
+    """
+    found = pattern.search(text)
+    if found is not None:
+        raise ControlTextError(f"{key} holds the control token {found.group()!r} as text")
+
+
+def grade_offsets(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
+) -> tuple[list[bool], int]:
+    """Grade tokens by where they start.
+
+    Args:
+        offsets: (start, end) in characters, per token.
+        spans: (start, end) in characters, ascending, apart from each other.
+
+    Returns:
+        Per token whether its start lies in a span; and how many tokens start before a span and
+        reach into it.
+
+    Raises:
+        ValueError: token starts run backwards (offsets of a broken tokenizer).
+    """
+    graded = []
+    straddles = 0
+    current = 0
+    previous = 0
+    for start, end in offsets:
+        if start < previous:
+            raise ValueError(
+                f"the tokenizer's offsets run backwards ({previous} to {start}); they cannot tell "
+                "which tokens are graded"
+            )
+        previous = start
+        while current < len(spans) and spans[current][1] <= start:
+            current += 1
+        first = spans[current][0] if current < len(spans) else None
+        graded.append(first is not None and first <= start)
+        straddles += first is not None and start < first < end
+    return graded, straddles
+
+
+def _strings(message: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Every string in a message with the path of keys that leads to it."""
+    found = []
+    for key, value in message.items():
+        if isinstance(value, str):
+            found.append((f"{prefix}{key}", value))
+        elif isinstance(value, Mapping):
+            found += _strings(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            found += _strings(dict(enumerate(value)), f"{prefix}{key}.")
+    return found
