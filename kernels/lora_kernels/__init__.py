@@ -1,1 +1,15 @@
-"""lora_kernels."""
+"""Operators with one plain PyTorch definition each and, where they exist, faster backends."""
+
+from lora_kernels.blockwise4 import Weight4, decode_scales, dequantize4, quantize4
+from lora_kernels.dispatch import backend_for, describe
+from lora_kernels.matmul4 import matmul4
+
+__all__ = [
+    "Weight4",
+    "backend_for",
+    "decode_scales",
+    "dequantize4",
+    "describe",
+    "matmul4",
+    "quantize4",
+]

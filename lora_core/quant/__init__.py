@@ -1,1 +1,17 @@
-"""quant."""
+"""4-bit weights: code tables, double quantization, NF4Tensor, NF4Linear."""
+
+from lora_core.quant.codebook import Codebook, codebook, nf4_values
+from lora_core.quant.linear import NF4Linear, QuantizeReport, quantize_model
+from lora_core.quant.nf4 import NF4Tensor, quantize_4bit, quantize_nf4
+
+__all__ = [
+    "Codebook",
+    "NF4Linear",
+    "NF4Tensor",
+    "QuantizeReport",
+    "codebook",
+    "nf4_values",
+    "quantize_4bit",
+    "quantize_model",
+    "quantize_nf4",
+]

@@ -1,0 +1,159 @@
+"""Multiply by a 4-bit weight: `y = x Wᵀ + b` and, for its gradient, `dx = dy W`.
+
+Why operators: written out in PyTorch, forward and backward each expand W. A compiler that sees both
+expansions merges them and keeps the dense W between forward and backward, eight times the size of
+the codes and the very memory that 4 bits were to save. So each product is one opaque operator,
+`lora_kernels::matmul4` and `lora_kernels::matmul4_dx`, in every backend, the reference included.
+Saved for backward are the codes and scales, which exist anyway, and never x: W takes no gradient.
+Each is the other's gradient, so the product can be differentiated any number of times.
+
+The weight stays in the form it is stored in: doubly quantized scales are decoded inside the
+operator, because decoded ones would be a further half bit a parameter held from forward to
+backward.
+
+Bytes moved by the reference, N x K weight: K N / 2 codes read, 2 K N written and read again as the
+16-bit W. W is rounded once, from the float32 product of table entry and scale to the dtype of x.
+
+Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.blockwise4 import Weight4, decode_scales, dequantize4
+from lora_kernels.dispatch import backend_for
+
+__all__ = ["matmul4", "matmul4_reference"]
+
+_WEIGHT = (
+    "Tensor codes, Tensor scales, Tensor table, Tensor? scale_absmax, Tensor? scale_offset, "
+    "Tensor? scale_table, int out_features, int in_features, int block_size"
+)
+torch.library.define("lora_kernels::matmul4", f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
+torch.library.define("lora_kernels::matmul4_dx", f"(Tensor dy, {_WEIGHT}) -> Tensor")
+
+
+def matmul4(x: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
+    """Multiply by a 4-bit weight: `y = x Wᵀ + bias`.
+
+    Args:
+        x: (..., K), floating-point. Under autocast it is cast first, as `nn.Linear` does.
+        weight: the codes and scales of W (N, K); takes no gradient.
+        bias: (N,) or None; cast to the dtype of x.
+
+    Returns:
+        (..., N) in the dtype of x (autocast's when active), differentiable in x and bias.
+
+    Raises:
+        TypeError: x is not floating-point.
+        ValueError: the last dimension of x is not K, or a forced backend cannot run.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating-point; got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"x must end in in_features = {weight.in_features}; got shape {tuple(x.shape)}"
+        )
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    return torch.ops.lora_kernels.matmul4(x, *_flat(weight), bias)
+
+
+def matmul4_reference(x: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
+    """The definition: expand W in the dtype of x and multiply.
+
+    Args:
+        x: (..., K), floating-point.
+        weight: codes and scales of W (N, K).
+        bias: (N,) or None.
+
+    Returns:
+        (..., N) in the dtype of x.
+    """
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, _expand(weight, x.dtype), bias)
+
+
+def _expand(weight: Weight4, dtype: torch.dtype) -> Tensor:
+    n, k = weight.out_features, weight.in_features
+    scales = decode_scales(
+        weight.scales, weight.scale_absmax, weight.scale_offset, weight.scale_table
+    )
+    flat = dequantize4(weight.codes, scales, weight.table, weight.block_size, n * k, dtype)
+    return flat.view(n, k)
+
+
+def _dx_reference(dy: Tensor, weight: Weight4) -> Tensor:
+    return dy @ _expand(weight, dy.dtype)
+
+
+def _flat(weight: Weight4) -> tuple[Any, ...]:
+    """The weight in the order of the operators' schema."""
+    w = weight
+    nested = (w.scale_absmax, w.scale_offset, w.scale_table)
+    return (w.codes, w.scales, w.table, *nested, w.out_features, w.in_features, w.block_size)
+
+
+def _weight(args: tuple[Any, ...]) -> Weight4:
+    """`_flat` undone."""
+    codes, scales, table, absmax, offset, scale_table, n, k, block_size = args
+    return Weight4(codes, scales, table, n, k, block_size, absmax, offset, scale_table)
+
+
+@torch.library.impl("lora_kernels::matmul4", "default")
+def _matmul4(x: Tensor, *args: Any) -> Tensor:
+    run = {"reference": matmul4_reference}[backend_for(x, ("reference",))]
+    with torch.autocast(x.device.type, enabled=False):  # the caller's cast is the only one
+        return run(x, _weight(args[:-1]), args[-1])
+
+
+@torch.library.impl("lora_kernels::matmul4_dx", "default")
+def _matmul4_dx(dy: Tensor, *args: Any) -> Tensor:
+    run = {"reference": _dx_reference}[backend_for(dy, ("reference",))]
+    with torch.autocast(dy.device.type, enabled=False):
+        return run(dy, _weight(args))
+
+
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], args[6]))
+
+
+def _fake_dx(dy: Tensor, *args: Any) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], args[7]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the weight as it is stored; x is not needed."""
+    ctx.save_for_backward(*inputs[1:7])
+    ctx.sizes = inputs[7:10]
+    bias = inputs[10] if len(inputs) > 10 else None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _matmul4_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.lora_kernels.matmul4_dx(dy, *ctx.saved_tensors, *ctx.sizes)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[10]:
+        rows = dy.reshape(-1, ctx.sizes[0])
+        total = rows.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        dbias = total.to(ctx.bias_dtype)
+    return (dx, *[None] * 9, dbias)
+
+
+def _matmul4_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    ddy = None
+    if ctx.needs_input_grad[0]:
+        ddy = torch.ops.lora_kernels.matmul4(ddx, *ctx.saved_tensors, *ctx.sizes, None)
+    return (ddy, *[None] * 9)
+
+
+torch.library.register_fake("lora_kernels::matmul4", _fake)
+torch.library.register_fake("lora_kernels::matmul4_dx", _fake_dx)
+torch.library.register_autograd("lora_kernels::matmul4", _matmul4_backward, setup_context=_save)
+torch.library.register_autograd(
+    "lora_kernels::matmul4_dx", _matmul4_dx_backward, setup_context=_save
+)

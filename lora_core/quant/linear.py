@@ -1,0 +1,420 @@
+"""NF4Linear: a linear layer whose weight stays in 4 bits, and the walk that puts it into a model.
+
+The layer holds codes and scales and expands the weight inside `lora_kernels.matmul4`, once in
+forward and once in backward; autograd saves neither x nor a dense weight. Nothing that a layer goes
+through changes its weight: `.to(dtype)` and `.half()` cast the bias and leave codes and scales, and
+there is no other layout for speed that could reach `state_dict()`.
+
+bitsandbytes' Linear4bit quantizes when it is moved to a device, keeps what decodes the codes in a
+side object that a plain `load_state_dict` does not fill, and repacks weights in the first
+evaluation on some CPUs. Here the layer is quantized when it is made, and its state is the tensors
+`codes`, `scales`, `scale_absmax`, `scale_offset` and `bias`, which load strictly. The code table is
+no state: it is an argument, as the block size is.
+
+`codes` has the shape (N, K / 2) when rows are whole blocks, so that it can be cut into rows, and is
+flat otherwise.
+
+Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equation 5.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.quant.codebook import Codebook, codebook
+from lora_core.quant.double_quant import dynamic_map
+from lora_core.quant.nf4 import NF4Tensor, quantize_4bit
+from lora_core.targets import Targets, output_head_name, select_modules, sites, unwrap
+from lora_kernels import Weight4, matmul4
+from lora_kernels.blockwise4 import SCALE_GROUP, check_block_size
+
+__all__ = ["NF4Linear", "QuantizeReport", "quantize_model"]
+
+
+class NF4Linear(nn.Module):
+    """`y = x Wᵀ + bias` with W in 4 bits, frozen.
+
+    The constructor makes a layer of zeros for `load_state_dict` to fill; `from_linear` and
+    `from_tensor` make one from a weight.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is one; it is frozen too.
+        code: "nf4", "fp4", "fp4_e3m0", "int4", or 16 ascending numbers as a float tensor.
+        block_size: elements that share a scale, a power of two from 32 to 4096.
+        double_quant: whether the scales are kept in 8 bits.
+        device: where; "meta" allocates nothing, for loading with `assign=True`.
+        dtype: of the bias.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    scale_absmax: Tensor | None
+    scale_offset: Tensor | None
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+    block_size: int
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        code: str | Tensor | Codebook = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_block_size(block_size)
+        self.in_features, self.out_features = in_features, out_features
+        self.codebook = codebook(code)
+        self.block_size = block_size
+
+        def zeros(*shape: int, dtype: torch.dtype | None = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        numel = in_features * out_features
+        blocks = -(-numel // block_size)
+        by_rows = in_features % block_size == 0
+        shape = (out_features, in_features // 2) if by_rows else ((numel + 1) // 2,)
+        self.codes = nn.Parameter(zeros(*shape, dtype=torch.uint8), requires_grad=False)
+        scale_dtype = torch.uint8 if double_quant else torch.float32
+        self.register_buffer("scales", zeros(blocks, dtype=scale_dtype))
+        absmax = zeros(-(-blocks // SCALE_GROUP)) if double_quant else None
+        self.register_buffer("scale_absmax", absmax)
+        self.register_buffer("scale_offset", zeros() if double_quant else None)
+        frozen = nn.Parameter(zeros(out_features, dtype=dtype), requires_grad=False)
+        self.register_parameter("bias", frozen if bias else None)
+        self._place_tables()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        code: str | Tensor | Codebook = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+    ) -> "NF4Linear":
+        """Quantize a linear layer; the layer itself is left as it is.
+
+        Args:
+            linear: any `nn.Linear`.
+            code: as the constructor's.
+            block_size: as the constructor's.
+            double_quant: as the constructor's.
+
+        Returns:
+            The 4-bit layer, on the weight's device.
+
+        Raises:
+            ValueError: NaN or infinity in the weight, or a bad option.
+        """
+        options: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant}
+        layer = cls.from_tensor(linear.weight, linear.bias, code=code, **options)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_tensor(
+        cls,
+        weight: Tensor | NF4Tensor,
+        bias: Tensor | None = None,
+        *,
+        code: str | Tensor | Codebook = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        name: str = "weight",
+    ) -> "NF4Linear":
+        """Make a layer of a weight, dense or already in 4 bits.
+
+        Args:
+            weight: (N, K) dense, which is quantized, or 4-bit, whose tensors are used as they are.
+            bias: (N,) or None; copied.
+            code: as the constructor's; like the next two, for a dense weight only.
+            block_size: as the constructor's.
+            double_quant: as the constructor's.
+            name: what a dense weight is called in messages.
+
+        Returns:
+            The 4-bit layer, on the weight's device.
+
+        Raises:
+            ValueError: a weight that is no matrix, or has NaN or infinity; a bias of another size.
+        """
+        if len(weight.shape) != 2:
+            raise ValueError(f"{name} must be a matrix (N, K); got {tuple(weight.shape)}")
+        n, k = weight.shape
+        if bias is not None and bias.shape != (n,):
+            raise ValueError(f"bias must be ({n},) for {name} ({n}, {k}); got {tuple(bias.shape)}")
+        if isinstance(weight, Tensor):
+            weight = quantize_4bit(weight, code, block_size, double_quant, name=name)
+        layer = cls(
+            k,
+            n,
+            bias is not None,
+            code=weight.code,
+            block_size=weight.block_size,
+            double_quant=weight.double_quant,
+            device="meta",
+            dtype=None if bias is None else bias.dtype,
+        )
+        packed = weight.packed.view(layer.codes.shape)
+        layer.codes = nn.Parameter(packed, requires_grad=False)
+        layer.scales = weight.scales
+        layer.scale_absmax, layer.scale_offset = weight.scale_absmax, weight.scale_offset
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer._place_tables()
+        return layer
+
+    @property
+    def code(self) -> str:
+        """Name of the code table."""
+        return self.codebook.name
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are kept in 8 bits."""
+        return self.scale_absmax is not None
+
+    @property
+    def quantized(self) -> NF4Tensor:
+        """The weight as a 4-bit tensor that shares this layer's memory; dtype float32."""
+        return NF4Tensor(
+            self.codes.detach().view(-1),
+            self.scales,
+            torch.Size((self.out_features, self.in_features)),
+            torch.float32,
+            self.codebook,
+            self.block_size,
+            self.scale_absmax,
+            self.scale_offset,
+        )
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Expand the weight.
+
+        Args:
+            dtype: of the result, to which the float32 product is rounded once.
+
+        Returns:
+            (N, K).
+        """
+        return self.quantized.dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply.
+
+        Args:
+            x: (..., K), floating-point.
+
+        Returns:
+            (..., N) in the dtype of x (autocast's when active), differentiable in x.
+        """
+        weight = Weight4(
+            self.codes,
+            self.scales,
+            self._table,
+            self.out_features,
+            self.in_features,
+            self.block_size,
+            self.scale_absmax,
+            self.scale_offset,
+            self._scale_table,
+        )
+        return matmul4(x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, code={self.code}, block_size={self.block_size}, "
+            f"double_quant={self.double_quant}"
+        )
+
+    def _place_tables(self) -> None:
+        """Make the two tables where the codes are; on the meta device they stay on the CPU."""
+        device = torch.device("cpu") if self.codes.is_meta else self.codes.device
+        self._table = self.codebook.table(device)
+        self._scale_table = dynamic_map(device) if self.double_quant else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        """Let `fn` move everything and cast the bias, but cast neither codes nor scales."""
+
+        frozen = [self.codes, self.scales, self.scale_absmax, self.scale_offset]
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if moved.dtype == t.dtype or not any(t is own for own in frozen):
+                return moved
+            return t.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._place_tables()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse codes and scales of another dtype, which `copy_` would convert in silence."""
+        for name in ("codes", "scales", "scale_absmax", "scale_offset"):
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if own is not None and given is not None and own.dtype != given.dtype:
+                error_msgs.append(
+                    f"{prefix}{name} must be {own.dtype}; the state has {given.dtype}"
+                )
+                return
+        lists = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self._place_tables()
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize_model` did; `str()` of it is a few lines for the user."""
+
+    modules: tuple[str, ...]
+    """names of the layers that are 4-bit now"""
+    kept: dict[str, str]
+    """names of the linear layers that stay dense, and why"""
+    bytes_before: int
+    """parameters and buffers of the whole model, shared memory once"""
+    bytes_after: int
+    """the same afterwards"""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.modules)} linear layers are 4-bit now",
+            f"the model: {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB",
+            *(f"kept dense: {name} ({why})" for name, why in self.kept.items()),
+        ]
+        return "\n".join(lines)
+
+
+def quantize_model(
+    model: nn.Module,
+    skip: Targets | None = None,
+    *,
+    code: str | Tensor | Codebook = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> QuantizeReport:
+    """Replace the linear layers of a model by 4-bit ones, in place, one after the other.
+
+    Kept dense are the output head, what `skip` matches, and layers whose weight another module
+    shares: two 4-bit copies, or a 4-bit and a dense one, would not be tied any more. Only modules
+    of the very class `nn.Linear` are replaced; a subclass may use its weight in a way of its own.
+    All weights are checked before the first is replaced.
+
+    Args:
+        model: any module. Linear layers inside hosts (adapters) are reached too.
+        skip: list of names or suffixes, regular expression, or predicate (name, module).
+        code: as `NF4Linear`'s.
+        block_size: as `NF4Linear`'s.
+        double_quant: as `NF4Linear`'s.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: nothing to quantize, a pattern of `skip` that matches nothing, NaN or infinity
+            in a weight (with its name), or a bad option. The model is left as it was.
+    """
+    book = codebook(code)
+    check_block_size(block_size)
+    kept = _kept(model, skip)
+    linears = _linears(model)
+    chosen = {name: linear for name, linear in linears.items() if name not in kept}
+    if not chosen:
+        raise ValueError(_nothing(model, kept))
+    for name, linear in chosen.items():
+        _check(linear.weight, f"{name}.weight")
+    before = _nbytes(model)
+    options: dict[str, Any] = {"code": book, "block_size": block_size, "double_quant": double_quant}
+    holders = _holders(model)
+    names = tuple(chosen)
+    while chosen:  # emptied on the way, so that each dense weight is freed before the next
+        name, linear = chosen.popitem()
+        layer = NF4Linear.from_tensor(linear.weight, linear.bias, name=f"{name}.weight", **options)
+        layer.train(linear.training)
+        for parent, attribute in holders.pop(id(linear)):
+            setattr(parent, attribute, layer)
+        linears.pop(name)
+    return QuantizeReport(names, kept, before, _nbytes(model))
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every plain linear layer by its first name."""
+    found: dict[int, tuple[str, nn.Linear]] = {}
+    for name, host in sites(model):
+        module = unwrap(host)
+        if name and type(module) is nn.Linear:
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
+
+
+def _kept(model: nn.Module, skip: Targets | None) -> dict[str, str]:
+    """The linear layers that stay dense, and why."""
+    kept: dict[str, str] = {}
+    linears = _linears(model)
+    if skip is not None and skip != []:
+        chosen = select_modules(model, skip, kind=lambda m: type(m) is nn.Linear, option="skip")
+        kept |= dict.fromkeys(chosen, "skipped")
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        owners.update(id(p) for p in module._parameters.values() if p is not None)
+    for name, linear in linears.items():
+        if owners[id(linear.weight)] > 1:
+            kept.setdefault(name, "its weight is shared with another module")
+    head = output_head_name(model)
+    if head in linears:
+        kept.setdefault(head, "the output head")
+    return {name: kept[name] for name in linears if name in kept}
+
+
+def _nothing(model: nn.Module, kept: dict[str, str]) -> str:
+    done = sum(isinstance(module, NF4Linear) for module in model.modules())
+    if done:
+        return f"the model is quantized already: {done} layers are 4-bit and no other is left to do"
+    if kept:
+        listed = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:5])
+        return f"nothing to quantize: every linear layer is kept dense: {listed}"
+    return "nothing to quantize: no nn.Linear inside; for one layer use NF4Linear.from_linear"
+
+
+def _check(weight: Tensor, name: str) -> None:
+    """Refuse a weight that cannot be quantized, without a copy of it."""
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values to quantize")
+    if weight.numel() and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
+        quantize_4bit(weight, name=name)  # raises with the place
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module hangs: the parents and the attributes that hold it, by its identity."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, attribute))
+    return found
+
+
+def _nbytes(model: nn.Module) -> int:
+    tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
