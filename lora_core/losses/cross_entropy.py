@@ -53,7 +53,7 @@ def count_graded(labels: Tensor) -> int:
 
 
 def _check_labels(labels: Tensor, shape: torch.Size, classes: int) -> None:
-    """Refuse labels that do not fit. Values are read on the CPU alone: elsewhere that would wait."""
+    """Refuse labels that do not fit; their values are read on the CPU alone, a GPU would wait."""
     if labels.shape != shape:
         raise ValueError(
             f"labels must be (B, T) = {tuple(shape)} like the logits; got {tuple(labels.shape)}"

@@ -8,14 +8,12 @@ it. The last batch of an epoch may be short, and so may the last group of batche
 graded tokens gives their tokens the weight of any other's within their step.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-
-from lora_core.losses import count_graded
 
 T = TypeVar("T")
 
@@ -115,7 +113,7 @@ class ReadyBatches:
 
     def per_epoch(self) -> int | None:
         """Batches in an epoch, where the iterable says its length."""
-        return len(self.batches) if hasattr(self.batches, "__len__") else None
+        return len(self.batches) if isinstance(self.batches, Sized) else None
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from the `start`-th on."""
@@ -127,7 +125,7 @@ def _is_row(item: object) -> bool:
     if not isinstance(item, Mapping) or "input_ids" not in item:
         return False
     ids = item["input_ids"]
-    return ids.ndim == 1 if isinstance(ids, Tensor) else not isinstance(ids[0], (list, tuple))
+    return getattr(ids, "ndim", 1) == 1
 
 
 def make_batches(
@@ -150,10 +148,8 @@ def make_batches(
     Raises:
         ValueError: there is no row.
     """
-    sequence = isinstance(data, Sequence) or (
-        hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    )
-    if hasattr(data, "__len__") and len(data) == 0:
+    sequence = isinstance(data, Sized) and hasattr(data, "__getitem__")
+    if isinstance(data, Sized) and len(data) == 0:
         raise ValueError("the data set is empty; it needs at least one row")
     if sequence and (collate is not None or _is_row(data[0])):  # type: ignore[index]  # checked above
         return RowBatches(data, batch_size, seed, collate or pad_rows)  # type: ignore[arg-type]
@@ -197,18 +193,6 @@ def steps_per_epoch(source: BatchSource, accumulate: int) -> int | None:
     """Optimizer steps in an epoch, where the number of batches is known."""
     count = source.per_epoch()
     return None if count is None else -(-count // accumulate)
-
-
-def graded_in(batch: Batch) -> int:
-    """What a batch weighs in the mean over its step: its graded tokens.
-
-    Args:
-        batch: a mapping with `labels` (B, T).
-
-    Returns:
-        The graded tokens, counted after the shift.
-    """
-    return count_graded(batch["labels"])
 
 
 def tokens_in(batch: Batch) -> int:

@@ -1,4 +1,4 @@
-"""The one dataclass of a training run. The command line's flags are made from it, field by field."""
+"""The one dataclass of a training run; the command line's flags are made from it field by field."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,6 +8,10 @@ from typing import Literal
 DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4, "bottleneck": 1e-4}
 """Learning rate by method. A full fine-tune moves every weight and wants a tenth of LoRA's rate
 (Schulman et al. 2025, "LoRA Without Regret")."""
+
+_SCHEDULES = ("cosine", "linear", "constant")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_WARMUP = "a share below 1 or a whole number of steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,33 +70,31 @@ class TrainConfig:
     """show a progress bar"""
 
     def __post_init__(self) -> None:
-        at_least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "keep": 1, "seed": 0}
-        optional = {"steps": 1, "eval_every": 1, "patience": 1, "save_every": 1}
-        given = {k: v for k, v in optional.items() if getattr(self, k) is not None}
-        for name, least in (at_least | given).items():
+        whole = {"epochs": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "eval_every": 1}
+        whole |= {"patience": 1, "save_every": 1, "keep": 1, "seed": 0}
+        for name, least in whole.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value is None and getattr(type(self), name) is None:
+                continue
+            if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
-        for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"min_lr_ratio must be in [0, 1]; got {self.min_lr_ratio}")
-        if self.warmup < 0 or (self.warmup >= 1 and self.warmup != int(self.warmup)):
-            raise ValueError(
-                f"warmup must be a share below 1 or a whole number of steps; got {self.warmup}"
-            )
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be 0 or more; got {self.weight_decay}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be above 0, or None not to clip; got {self.clip}")
-        if self.schedule not in ("cosine", "linear", "constant"):
-            raise ValueError(
-                f'schedule must be "cosine", "linear" or "constant"; got {self.schedule!r}'
-            )
+        share, clip = self.warmup < 1, self.clip is None or self.clip > 0
+        rules = [
+            ("lr", self.lr > 0, "above 0"),
+            ("eps", self.eps > 0, "above 0"),
+            ("clip", clip, "above 0, or None not to clip"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("beta1", 0 <= self.beta1 < 1, "in [0, 1)"),
+            ("beta2", 0 <= self.beta2 < 1, "in [0, 1)"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
+            ("warmup", self.warmup >= 0 and (share or self.warmup == int(self.warmup)), _WARMUP),
+            ("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
+            ("dtype", self.dtype in _DTYPES, f"one of {', '.join(_DTYPES)}"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"{name} must be {rule}; got {getattr(self, name)!r}")
         if self.resume and self.out is None:
             raise ValueError("resume needs out, the folder that holds the checkpoints")
 

@@ -11,12 +11,12 @@ the checkpoint, so that a run that was stopped and resumed is, bit for bit, the 
 """
 
 import contextlib
+import dataclasses
 import json
-import signal
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,89 +24,57 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.device import DtypePolicy, dtype_policy, peak_memory, reset_peak_memory
-from lora_core.files import atomic_folder, folder_lock
+from lora_core.files import folder_lock
 from lora_core.train.batches import (
     Batch,
     BatchSource,
-    graded_in,
     make_batches,
     step_groups,
     steps_per_epoch,
     to_device,
 )
 from lora_core.train.config import TrainConfig
+from lora_core.train.interrupt import Interrupts
 from lora_core.train.optim import make_adamw, trained_parameters
 from lora_core.train.recompute import recomputed_layers
-from lora_core.train.report import Bar, Metrics, plot_loss, say, write_run
-from lora_core.train.schedule import Schedule, schedule_of
-from lora_core.train.state import (
-    Checkpoints,
-    Loaded,
-    Progress,
-    restore_weights,
-    seed_everything,
+from lora_core.train.report import (
+    Bar,
+    Metrics,
+    Record,
+    TrainResult,
+    plot_loss,
+    say,
+    write_batches,
+    write_run,
 )
+from lora_core.train.schedule import Schedule, schedule_of
+from lora_core.train.snapshot import restore_weights, seed_everything
+from lora_core.train.state import Checkpoints, Loaded, Progress
 from lora_core.train.step import (
     CausalLoss,
     Loss,
     NonFiniteError,
     SourceMeans,
+    counter,
     split_rows,
     train_step,
 )
 
-Record = dict[str, Any]
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 # fields in which a continuing run may differ from the one that wrote the checkpoint
-_FREE = {
-    "out",
-    "resume",
-    "progress",
-    "epochs",
-    "steps",
-    "save_every",
-    "keep",
-    "patience",
-    "keep_best",
-}
-
-
-@dataclass
-class TrainResult:
-    """What a run did, the resumed part included."""
-
-    history: list[Record] = field(default_factory=list)
-    """one record a step: step, epoch, loss, lr, grad_norm, graded, tokens, times; eval_loss"""
-    steps: int = 0
-    """optimizer steps done"""
-    tokens: int = 0
-    """tokens fed to the model, padding not counted"""
-    tokens_per_second: float = 0.0
-    """of this process, evaluations and checkpoints not counted"""
-    peak_memory: int = 0
-    """bytes: the GPU allocator's peak, or the process's resident peak"""
-    best_step: int | None = None
-    """step of the best evaluation"""
-    best_loss: float | None = None
-    """its loss, per graded token"""
-    interrupted: bool = False
-    """whether Ctrl-C ended it"""
-    stopped_early: bool = False
-    """whether patience ran out"""
-    resumed_from: int | None = None
-    """steps already done when this process began, if it continued a checkpoint"""
+_FREE = {"out", "resume", "progress", "epochs", "steps", "save_every", "keep"}
+_FREE |= {"patience", "keep_best"}
 
 
 def train(
     model: nn.Module,
     dataset: Iterable[Any],
     config: TrainConfig | None = None,
-    *,
     eval_dataset: Iterable[Any] | None = None,
     on_step: Callable[[Record], object] | None = None,
+    *,
     loss: Loss | None = None,
-    count: Callable[[Batch], float] = graded_in,
     optimizer: OptimizerFactory | None = None,
     schedule: Schedule | None = None,
     collate: Callable[[Sequence[Any]], Batch] | None = None,
@@ -123,8 +91,8 @@ def train(
         eval_dataset: as `dataset`; read in its own order.
         on_step: is given each step's record once the step is done. KeyboardInterrupt from it ends
             the run as Ctrl-C does.
-        loss: (model, batch, normalizer) -> sum / normalizer, by default next-token cross-entropy.
-        count: what a batch weighs, by default its graded tokens.
+        loss: (model, batch, normalizer) -> sum / normalizer, by default next-token cross-entropy;
+            if it counts something other than graded tokens it has a method `count(batch)`.
         optimizer: (name, parameter) pairs -> optimizer, by default AdamW by `config`.
         schedule: (step, total) -> factor on the peak learning rate, by default by `config`.
         collate: rows -> batch; with it rows may be anything.
@@ -152,7 +120,6 @@ def train(
         else make_batches(eval_dataset, config.batch_size, None, collate),
         loss=loss or CausalLoss(config.label_smoothing),
         eval_loss=loss or CausalLoss(),
-        count=count,
         schedule=schedule or schedule_of(config),
         optimizer_factory=optimizer or (lambda named: make_adamw(named, config)),
         facts=json.loads(json.dumps(dict(facts or {}))),
@@ -180,31 +147,6 @@ def total_steps(config: TrainConfig, source: BatchSource) -> int:
     return config.epochs * per_epoch
 
 
-class Interrupts:
-    """Within the block Ctrl-C and SIGTERM ask the run to end after the step; asked twice, at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        say("interrupted: finishing this step and saving; once more stops at once")
-
-    def __enter__(self) -> "Interrupts":
-        self.previous: dict[int, Any] = {}
-        # only the main thread may set handlers; elsewhere Ctrl-C is not ours to take
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
 @dataclass
 class Run:
     """The parts of a run, and the loop over them."""
@@ -216,7 +158,6 @@ class Run:
     eval_source: BatchSource | None
     loss: Loss
     eval_loss: Loss
-    count: Callable[[Batch], float]
     schedule: Schedule
     optimizer_factory: OptimizerFactory
     facts: dict[str, Any]
@@ -229,7 +170,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.policy.scales_loss)
-        self.progress = Progress()
+        self.progress = Progress(total=self.total)
         self.best_weights: dict[str, Tensor] | None = None
         out = self.config.out
         self.out = None if out is None else Path(out)
@@ -240,39 +181,40 @@ class Run:
     def go(self, on_step: Callable[[Record], object]) -> TrainResult:
         """Resume or begin, loop, put the best weights back."""
         seed_everything(self.config.seed)
-        loaded = self.resume() if self.config.resume else None
-        result = TrainResult(resumed_from=loaded.progress.step if loaded else None)
+        resumed = self.resume() if self.config.resume else None
+        interrupted, speed = False, 0.0
         if not self.finished():
-            self.begin(loaded is not None)
+            self.begin()
             try:
-                self.loop(on_step, result)
+                interrupted, speed = self.loop(on_step)
             except NonFiniteError as error:
                 raise self.explain(error) from None
-            if self.out is not None and (
-                why := plot_loss(self.progress.history, self.out / "loss.png")
-            ):
-                say(why)
+            self.plot()
         if self.finished() and self.config.keep_best:
             self.put_back_best()
         progress = self.progress
-        result.history, result.steps, result.tokens = (
-            progress.history,
-            progress.step,
-            progress.tokens,
+        return TrainResult(
+            history=progress.history,
+            steps=progress.step,
+            tokens=progress.tokens,
+            tokens_per_second=speed,
+            peak_memory=peak_memory(self.device),
+            best_step=progress.best_step,
+            best_loss=progress.best_loss,
+            interrupted=interrupted,
+            stopped_early=progress.stopped_early,
+            resumed_from=resumed,
         )
-        result.best_step, result.best_loss = progress.best_step, progress.best_loss
-        result.stopped_early, result.peak_memory = progress.stopped_early, peak_memory(self.device)
-        return result
 
     def finished(self) -> bool:
         """Whether no step is left."""
-        return self.progress.step >= self.total or self.progress.stopped_early
+        return self.progress.finished
 
-    def begin(self, resumed: bool) -> None:
+    def begin(self) -> None:
         """Write run.json and say what is about to happen."""
         if self.out is not None and self.checkpoints is not None:
-            if not resumed:
-                self.checkpoints.clear()
+            self.checkpoints.refuse_unfinished(self.progress.step)
+            self.checkpoints.drop_after(self.progress.step)
             write_run(self.out, self.config.to_dict(), self.facts)
         trained = sum(p.numel() for p in self.parameters.values())
         every = sum(p.numel() for p in self.model.parameters())
@@ -283,8 +225,12 @@ class Run:
         )
         reset_peak_memory(self.device)
 
-    def loop(self, on_step: Callable[[Record], object], result: TrainResult) -> None:
-        """Step until the end, an interruption, or the end of patience."""
+    def loop(self, on_step: Callable[[Record], object]) -> tuple[bool, float]:
+        """Step until the end, an interruption, or the end of patience.
+
+        Returns:
+            Whether it was interrupted, and the tokens per second.
+        """
         progress = self.progress
         metrics = Metrics(self.out and self.out / "metrics.jsonl", progress.history)
         groups = step_groups(self.source, self.config.accumulate, progress.epoch, progress.group)
@@ -298,7 +244,7 @@ class Run:
             while not self.finished() and not interrupts.asked:
                 start = time.perf_counter()
                 progress.epoch, progress.group, batches = next(groups)
-                record = {"step": progress.step + 1, "epoch": progress.epoch + 1}
+                record: Record = {"step": progress.step + 1, "epoch": progress.epoch + 1}
                 record |= self.step(batches)
                 progress.step, progress.group = progress.step + 1, progress.group + 1
                 progress.tokens, fed = progress.tokens + record["tokens"], fed + record["tokens"]
@@ -315,8 +261,7 @@ class Run:
                     interrupts.asked = True
                 if better or self.save_due(record) or interrupts.asked or self.finished():
                     self.save()
-        result.tokens_per_second = fed / seconds if seconds else 0.0
-        result.interrupted = interrupts.asked and not self.finished()
+        return interrupts.asked and not self.finished(), fed / seconds
 
     def step(self, batches: Sequence[Batch]) -> Record:
         """Set the learning rate and update the weights."""
@@ -331,7 +276,6 @@ class Run:
             self.scaler,
             self.policy,
             loss=self.loss,
-            count=self.count,
             clip=self.config.clip,
         )
         return {"loss": record.pop("loss"), "lr": self.optimizer.param_groups[0]["lr"]} | record
@@ -357,7 +301,7 @@ class Run:
         due = self.epoch_ends() if every is None else last or progress.step % every == 0
         if self.eval_source is None or not due:
             return False
-        record |= self.evaluate(self.eval_source)
+        record.update(self.evaluate(self.eval_source))
         loss = record["eval_loss"]
         if progress.best_loss is None or loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.since_best = loss, progress.step, 0
@@ -372,13 +316,14 @@ class Run:
     @torch.no_grad()
     def evaluate(self, source: BatchSource) -> Record:
         """Mean loss over all graded tokens of a source of batches: sum of sums / sum of counts."""
-        total, graded, by_source = 0.0, 0.0, SourceMeans(self.count)
+        total, graded, by_source = 0.0, 0.0, SourceMeans()
+        count = counter(self.eval_loss)
         self.model.eval()
         for batch in source.epoch(0):
             moved = to_device(batch, self.device)
             with self.policy.autocast():
                 value, rows = split_rows(self.eval_loss(self.model, moved, 1))
-            total, graded = total + value.item(), graded + self.count(batch)
+            total, graded = total + value.item(), graded + count(batch)
             by_source.add(batch, rows)
         self.model.train()
         if not graded:
@@ -388,7 +333,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a continuing run has to share with the one that wrote the checkpoint."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _FREE}
-        return {"config": config, "facts": self.facts, "batches": self.source.per_epoch()}
+        return {"config": config, "facts": self.facts, "data": {"batches": self.source.per_epoch()}}
 
     def save(self) -> None:
         """Write a checkpoint, if the run has a folder."""
@@ -397,8 +342,11 @@ class Run:
                 self.progress, self.parameters, self.optimizer, self.scaler, self.identity()
             )
 
-    def resume(self) -> Loaded | None:
-        """Continue the newest good checkpoint; None where there is none.
+    def resume(self) -> int | None:
+        """Continue the newest good checkpoint.
+
+        Returns:
+            The steps it has done; None where there is no checkpoint.
 
         Raises:
             ValueError: it is another run's.
@@ -408,20 +356,19 @@ class Run:
         if loaded is None:
             say(f"nothing to resume in {self.out}: starting afresh")
             return None
-        mine, theirs = self.identity(), loaded.state["identity"]
-        flat = [(k, theirs["config"].get(k), v) for k, v in mine["config"].items()]
-        flat += [(k, theirs["facts"].get(k), v) for k, v in mine["facts"].items()]
-        flat += [("batches in an epoch", theirs["batches"], mine["batches"])]
-        changed = [f"{name} was {old}, is {new}" for name, old, new in flat if old != new]
-        if changed:
-            raise ValueError(
-                f"cannot resume {loaded.path}: {'; '.join(changed)}; use the same values, or "
-                "another folder"
-            )
+        loaded.check_identity(self.identity())
         loaded.restore(self.parameters, self.optimizer, self.scaler)
-        self.progress = loaded.progress
-        say(f"resumed {loaded.path.name} of {self.total} steps")
-        return loaded
+        self.progress = dataclasses.replace(loaded.progress, total=self.total)
+        say(f"resumed after step {self.progress.step} of {self.total}")
+        return self.progress.step
+
+    def plot(self) -> None:
+        """Draw the history beside the metrics, or say why not."""
+        if self.out is None:
+            return
+        why = plot_loss(self.progress.history, self.out / "loss.png")
+        if why is not None:
+            say(why)
 
     def put_back_best(self) -> None:
         """Give the model the weights of the best evaluation."""
@@ -431,12 +378,20 @@ class Run:
         if self.checkpoints is None:
             weights, where = self.best_weights, Path("memory")
         else:
-            where = self.checkpoints.folder / f"step-{best:08d}"
-            weights = Loaded.read(where).weights
+            where = self.checkpoints.path(best)
+            try:
+                weights = Loaded.read(where).weights
+            except (ValueError, OSError) as error:
+                warnings.warn(
+                    f"the best checkpoint, {where.name}, is damaged ({error}); the model keeps the "
+                    "weights of the last step",
+                    stacklevel=2,
+                )
+                return
         assert weights is not None  # kept when the evaluation was made
         restore_weights(self.parameters, weights, where)
 
-    def explain(self, error: NonFiniteError) -> ValueError:
+    def explain(self, error: NonFiniteError) -> NonFiniteError:
         """The error with the step in it, its batches written to the run's folder."""
         step = self.progress.step + 1
         rows = [r for b in error.batches if isinstance(b, Mapping) for r in b.get("row", [])]
@@ -448,17 +403,3 @@ class Run:
             write_batches(folder, error.batches, text)
             text += f"; the batch is in {folder}"
         return NonFiniteError(f"{text}; lower lr, or look at the data", error.batches)
-
-
-def write_batches(folder: Path, batches: Sequence[Batch], why: str) -> None:
-    """Write batches as safetensors, with what is not a tensor in JSON beside them."""
-    from safetensors.torch import save_file
-
-    with atomic_folder(folder) as aside:
-        for number, batch in enumerate(batches):
-            items = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
-            tensors = {str(k): v.contiguous() for k, v in items.items() if isinstance(v, Tensor)}
-            rest = {str(k): v for k, v in items.items() if not isinstance(v, Tensor)}
-            save_file(tensors, aside / f"batch-{number}.safetensors")
-            text = json.dumps({"why": why, **rest}, default=str, ensure_ascii=False)
-            (aside / f"batch-{number}.json").write_text(text)

@@ -26,14 +26,14 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: the model has no such list.
     """
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    stacks = [stack for stack in stacks if len({type(layer) for layer in stack}) == 1]
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    stacks = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
     if not stacks:
         raise ValueError(
             "activation_checkpointing needs the model's layers in an nn.ModuleList of one class; "
             f"{type(model).__name__} has none: switch it off"
         )
-    return list(max(stacks, key=len))
+    return max(stacks, key=len)
 
 
 @contextlib.contextmanager

@@ -5,16 +5,49 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lora_core.files import atomic_write
+from lora_core.files import atomic_folder, atomic_write
+from lora_core.train.batches import Batch
 
 _PACKAGES = ("lora-core", "torch", "triton", "safetensors", "tokenizers", "numpy", "transformers")
+
+
+Record = dict[str, Any]
+"""What is known of one step."""
+
+
+@dataclass
+class TrainResult:
+    """What a run did, the resumed part included."""
+
+    history: list[Record] = field(default_factory=list)
+    """one record a step: step, epoch, loss, lr, grad_norm, graded, tokens, times; eval_loss"""
+    steps: int = 0
+    """optimizer steps done"""
+    tokens: int = 0
+    """tokens fed to the model, padding not counted"""
+    tokens_per_second: float = 0.0
+    """of this process, evaluations and checkpoints not counted"""
+    peak_memory: int = 0
+    """bytes: the GPU allocator's peak, or the process's resident peak"""
+    best_step: int | None = None
+    """step of the best evaluation"""
+    best_loss: float | None = None
+    """its loss, per graded token"""
+    interrupted: bool = False
+    """whether Ctrl-C ended it"""
+    stopped_early: bool = False
+    """whether patience ran out"""
+    resumed_from: int | None = None
+    """steps already done when this process began, if it continued a checkpoint"""
 
 
 def say(text: str) -> None:
@@ -149,3 +182,17 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> str | None:
     axes.grid(alpha=0.3)
     atomic_write(path, lambda aside: figure.savefig(aside, format=path.suffix[1:], dpi=120))
     return None
+
+
+def write_batches(folder: Path, batches: Sequence[Batch], why: str) -> None:
+    """Write batches as safetensors, with what is not a tensor in JSON beside them."""
+    from safetensors.torch import save_file
+
+    with atomic_folder(folder) as aside:
+        for number, batch in enumerate(batches):
+            items = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
+            tensors = {str(k): v.contiguous() for k, v in items.items() if isinstance(v, Tensor)}
+            rest = {str(k): v for k, v in items.items() if not isinstance(v, Tensor)}
+            save_file(tensors, aside / f"batch-{number}.safetensors")
+            text = json.dumps({"why": why, **rest}, default=str, ensure_ascii=False)
+            (aside / f"batch-{number}.json").write_text(text)

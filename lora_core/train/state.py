@@ -16,11 +16,10 @@ one before it is used. The frozen base is not saved: it is the model the caller 
 """
 
 import json
-import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.files import atomic_folder, latest, publish, sha256_file
+from lora_core.files import LATEST, atomic_folder, latest, publish, sha256_file
+from lora_core.train.snapshot import (
+    generators,
+    optimizer_tensors,
+    owned,
+    restore_generators,
+    restore_optimizer,
+    restore_weights,
+)
 
 FORMAT = 1
 _FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -38,6 +45,8 @@ _FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "st
 class Progress:
     """Where a run stands; all that is needed beside weights, optimizer and generators."""
 
+    total: int
+    """steps of the whole run"""
     step: int = 0
     """steps done"""
     epoch: int = 0
@@ -57,59 +66,15 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     """one record a step"""
 
-
-def _numpy() -> Any:
-    import numpy  # noqa: ICN001  # only its generator's state is wanted
-
-    return numpy
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators."""
-    random.seed(seed)
-    _numpy().random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.total or self.stopped_early
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
-    """The optimizer's state as tensors by `<number>.<name>` and the rest as JSON."""
-    state = optimizer.state_dict()
-    tensors, plain = {}, {}
-    for number, entries in state["state"].items():
-        for name, value in entries.items():
-            target = tensors if isinstance(value, Tensor) else plain
-            target[f"{number}.{name}"] = value
-    return tensors, {"groups": state["param_groups"], "plain": plain}
-
-
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
-) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *rest["plain"].items()]:
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
-
-
-def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    kind, keys, position, has_gauss, gauss = _numpy().random.get_state()
-    numpy_state = [kind, keys.tolist(), position, has_gauss, gauss]
-    return tensors, {"python": random.getstate(), "numpy": numpy_state}
-
-
-def _restore_generators(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    cuda = [tensors[k] for k in sorted(tensors) if k.startswith("cuda.")]
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
-    version, internal, gauss = rest["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *others = rest["numpy"]
-    _numpy().random.set_state((kind, _numpy().array(keys, dtype="uint32"), *others))
+def _name(step: int) -> str:
+    """A name that sorts as the steps do."""
+    return f"step-{step:08d}"
 
 
 @dataclass
@@ -120,6 +85,10 @@ class Checkpoints:
     """out/checkpoints"""
     keep: int = 2
     """newest ones kept; the best is kept beside them"""
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint after a step."""
+        return self.folder / _name(step)
 
     def save(
         self,
@@ -143,9 +112,9 @@ class Checkpoints:
         """
         from safetensors.torch import save_file
 
-        path = self.folder / f"step-{progress.step:08d}"
-        tensors, rest = _optimizer_tensors(optimizer)
-        rng_tensors, rng = _generators()
+        path = self.path(progress.step)
+        tensors, rest = optimizer_tensors(optimizer)
+        rng_tensors, rng = generators()
         fields = {k: v for k, v in vars(progress).items() if k != "history"}
         state = {
             "format": FORMAT,
@@ -156,8 +125,8 @@ class Checkpoints:
             "identity": identity,
         }
         with atomic_folder(path) as aside:
-            save_file(_owned(parameters), aside / "weights.safetensors")
-            save_file(_owned(tensors), aside / "optimizer.safetensors")
+            save_file(owned(parameters), aside / "weights.safetensors")
+            save_file(owned(tensors), aside / "optimizer.safetensors")
             save_file(rng_tensors, aside / "rng.safetensors")
             (aside / "state.json").write_text(json.dumps(state))
             lines = "".join(json.dumps(record) + "\n" for record in progress.history)
@@ -177,19 +146,39 @@ class Checkpoints:
         return sorted((p for p in found if re.fullmatch(r"step-\d{8,}", p.name)), reverse=True)
 
     def _prune(self, progress: Progress) -> None:
-        best = None if progress.best_step is None else f"step-{progress.best_step:08d}"
         for path in self._steps()[self.keep :]:
-            if path.name != best:
+            if progress.best_step is None or path != self.path(progress.best_step):
                 shutil.rmtree(path)
 
-    def clear(self) -> None:
-        """Remove all checkpoints: a run that starts afresh must not find them later."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def refuse_unfinished(self, step: int) -> None:
+        """Keep a run that begins afresh (`step` 0) from wiping out one that can be continued.
+
+        Raises:
+            ValueError: there is a good checkpoint of a run that was not finished.
+        """
+        found = self.newest_good() if step == 0 else None
+        if found is not None and not found.progress.finished:
+            done = f"step {found.progress.step} of {found.progress.total}"
+            raise ValueError(
+                f"{self.folder.parent} holds an unfinished run ({done}): resume it, remove "
+                f"{self.folder}, or choose another folder"
+            )
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints after a step, which the run now makes anew; 0: all of them."""
+        for path in self._steps():
+            if step == 0 or path.name > _name(step):
+                shutil.rmtree(path)
+        if step == 0:
+            (self.folder / LATEST).unlink(missing_ok=True)
 
     def newest_good(self) -> "Loaded | None":
         """The newest checkpoint that is whole, None without any; damaged ones are named."""
-        published = latest(self.folder)
-        paths = self._steps()
+        paths, published = self._steps(), None
+        try:
+            published = latest(self.folder)
+        except ValueError as error:
+            warnings.warn(f"{error}; trying the newest checkpoint", stacklevel=2)
         if published is not None:
             # one renamed but not yet published is whole, yet the run did not count on it
             paths = [p for p in paths if p.name <= published.name]
@@ -254,6 +243,28 @@ class Loaded:
             state=state,
         )
 
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
+        """Refuse to continue another run.
+
+        Args:
+            identity: of the run that wants to continue, as given to `Checkpoints.save`.
+
+        Raises:
+            ValueError: names each value that differs.
+        """
+        saved = self.state["identity"]
+        pairs = [
+            (f"{part} {key}", saved[part].get(key), value)
+            for part, values in identity.items()
+            for key, value in values.items()
+        ]
+        changed = [f"{name} was {old!r}, is {new!r}" for name, old, new in pairs if old != new]
+        if changed:
+            raise ValueError(
+                f"cannot resume {self.path}: {'; '.join(changed)}; use the same values, or another "
+                "folder"
+            )
+
     def restore(
         self,
         parameters: Mapping[str, nn.Parameter],
@@ -266,37 +277,6 @@ class Loaded:
             ValueError: the model's trained parameters are not those of the checkpoint.
         """
         restore_weights(parameters, self.weights, self.path)
-        _restore_optimizer(optimizer, self.optimizer, self.state["optimizer"])
+        restore_optimizer(optimizer, self.optimizer, self.state["optimizer"])
         scaler.load_state_dict(self.state["scaler"])
-        _restore_generators(self.rng, self.state["rng"])
-
-
-def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies that share no storage, as safetensors wants them."""
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-
-
-def restore_weights(
-    parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], where: Path
-) -> None:
-    """Copy saved weights into the trained parameters.
-
-    Args:
-        parameters: the trained ones, by name.
-        weights: as saved.
-        where: the checkpoint, for the message.
-
-    Raises:
-        ValueError: names or shapes differ; nothing was copied.
-    """
-    wrong: Iterable[str] = sorted(parameters.keys() ^ weights.keys()) or [
-        name for name, p in parameters.items() if p.shape != weights[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{where} holds other trained parameters than the model: {', '.join(list(wrong)[:5])}; "
-            "resume with the model and adapter it was made with"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+        restore_generators(self.rng, self.state["rng"])

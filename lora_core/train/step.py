@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.device import DtypePolicy
-from lora_core.losses import token_cross_entropy
-from lora_core.train.batches import Batch, graded_in, to_device, tokens_in
+from lora_core.losses import count_graded, token_cross_entropy
+from lora_core.train.batches import Batch, to_device, tokens_in
 
 Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor]"]
 """(model, batch, normalizer) -> the batch's sum / normalizer; optionally with each row's sum (B,)
-beside it, which is only reported, by source."""
+beside it, which is only reported, by source. The normalizer is the sum of `loss.count(batch)` over
+the step's batches; a loss without `count` is taken to count graded tokens."""
 
 
 class NonFiniteError(ValueError):
@@ -45,6 +46,10 @@ class CausalLoss:
         losses = token_cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
         return losses.sum() / max(normalizer, 1), losses.detach().sum(dim=1)
 
+    def count(self, batch: Batch) -> float:
+        """The batch's graded tokens, counted after the shift."""
+        return count_graded(batch["labels"])
+
 
 def train_step(
     model: nn.Module,
@@ -55,7 +60,6 @@ def train_step(
     policy: DtypePolicy,
     *,
     loss: Loss,
-    count: Callable[[Batch], float] = graded_in,
     clip: float | None = 1.0,
 ) -> dict[str, Any]:
     """Update the weights once.
@@ -67,8 +71,7 @@ def train_step(
         optimizer: holds `parameters`; its learning rate is set already.
         scaler: of the loss, enabled for float16 alone.
         policy: where and in which dtype to compute.
-        loss: (model, batch, normalizer) -> sum / normalizer, optionally with each row's sum.
-        count: what a batch weighs; the normalizer is its sum over `batches`.
+        loss: see `Loss`.
         clip: largest norm of the gradient, or None.
 
     Returns:
@@ -79,15 +82,15 @@ def train_step(
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights did not move.
         ValueError: a trained parameter got no gradient.
     """
-    graded = sum(count(batch) for batch in batches)
-    total, by_source = 0.0, SourceMeans(count)
+    graded = sum(map(counter(loss), batches))
+    total, by_source = 0.0, SourceMeans()
     for batch in batches:
         moved = to_device(batch, policy.device)
         with policy.autocast():
             value, rows = split_rows(loss(model, moved, graded))
         if not math.isfinite(value.item()):
             raise NonFiniteError(f"the loss is {value.item()}", [batch])
-        scaler.scale(value).backward()
+        torch.autograd.backward(scaler.scale(value))
         total += value.item()
         by_source.add(batch, rows)
     check_gradients(parameters)
@@ -102,11 +105,16 @@ def train_step(
     tokens = sum(tokens_in(batch) for batch in batches)
     return {
         "loss": total,
-        "grad_norm": norm,
+        "grad_norm": norm if math.isfinite(norm) else None,
         "graded": graded,
         "tokens": tokens,
         **by_source.means(),
     }
+
+
+def counter(loss: Loss) -> Callable[[Batch], float]:
+    """What a loss counts in a batch: its own `count`, else graded tokens."""
+    return getattr(loss, "count", CausalLoss().count)
 
 
 def split_rows(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -148,8 +156,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
 class SourceMeans:
     """Mean loss per graded token for each source of the rows seen."""
 
-    def __init__(self, count: Callable[[Batch], float]) -> None:
-        self.count = count
+    def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
 
     def add(self, batch: Batch, rows: Tensor | None) -> None:
