@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lora_core.losses.cross_entropy import masked_cross_entropy
 from lora_core.models.attention import Attention, attention_rule, default_positions
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
@@ -201,8 +202,6 @@ class CausalLM(nn.Module):
         logits = self.lm_head(kept)  # (B, T, V)
         loss = None
         if labels is not None:
-            from lora_core.losses.cross_entropy import masked_cross_entropy
-
             loss = masked_cross_entropy(logits, labels)
         return ModelOutput(logits, loss, tuple(states) if output_hidden_states else None)
 
