@@ -1,6 +1,51 @@
 """Adapters: small trainable modules beside frozen ones, and how they get into a model."""
 
-from lora_core.adapters.base import Adapted, Adapter, adapted_modules, dense_weight
+from lora_core.adapters.base import Adapted, Adapter, adapted_modules, dense_weight, is_linear
+from lora_core.adapters.config import AdapterConfig, LoRAConfig, register_adapter
+from lora_core.adapters.inject import (
+    AdapterReport,
+    active_names,
+    adapter_names,
+    adapter_report,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    set_adapters,
+)
 from lora_core.adapters.lora import LoRA, LoRALinear
+from lora_core.adapters.merge import (
+    LayerMerge,
+    MergeReport,
+    merge_adapters,
+    unload_adapters,
+    unmerge_adapters,
+)
+from lora_core.adapters.tokens import TrainableTokens, grow_vocabulary
 
-__all__ = ["Adapted", "Adapter", "LoRA", "LoRALinear", "adapted_modules", "dense_weight"]
+__all__ = [
+    "Adapted",
+    "Adapter",
+    "AdapterConfig",
+    "AdapterReport",
+    "LayerMerge",
+    "LoRA",
+    "LoRAConfig",
+    "LoRALinear",
+    "MergeReport",
+    "TrainableTokens",
+    "active_names",
+    "adapted_modules",
+    "adapter_names",
+    "adapter_report",
+    "add_adapter",
+    "delete_adapter",
+    "dense_weight",
+    "disable_adapters",
+    "grow_vocabulary",
+    "is_linear",
+    "merge_adapters",
+    "register_adapter",
+    "set_adapters",
+    "unload_adapters",
+    "unmerge_adapters",
+]

@@ -20,7 +20,7 @@ changes, so unmerging is bit-exact by construction, disabling works while merged
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,19 @@ class Adapter(nn.Module):
     Attributes:
         unmergeable: why this kind cannot be folded into a weight, or None when it can
             (then `merged` is there).
+        additive: whether it adds to y something that depends on x alone, so that the order of
+            adapters does not matter.
+        keeps_ties: whether it is built to treat all holders of a tied weight alike; any other
+            adapter that could be merged is refused on a tied weight.
+        trained: names of the parameters that are trained (set when it is attached): those that
+            required gradients when it was built.
         config: the configuration that built it; set by `add_adapter`, written by `save_adapter`.
     """
 
     unmergeable: str | None = None
+    additive: bool = False
+    keeps_ties: bool = False
+    trained: tuple[str, ...] = ()
     config: Any = None
 
     def forward(self, x: Any, y: Any, base: nn.Module) -> Any:
@@ -168,8 +177,13 @@ class Adapted(nn.Module):
                 parameter.data = parameter.data.float()
         if tensor is not None:
             adapter.to(tensor.device)
+        adapter.trained = tuple(k for k, p in adapter.named_parameters() if p.requires_grad)
         adapter.train(self.training)
         self.adapters[name] = adapter
+
+    def adapter(self, name: str) -> Adapter:
+        """Return one of the adapters, typed."""
+        return cast(Adapter, self.adapters[name])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base (or what it was merged into), then every active adapter in order."""
@@ -183,6 +197,20 @@ class Adapted(nn.Module):
                 x = args[0] if args else next(iter(kwargs.values()))
                 y = self.adapters[name](x, y, self.base)
         return y
+
+    def merge(
+        self, dtype: torch.dtype | None = None, requantize: bool = False, keep_base: bool = True
+    ) -> Any:
+        """Merge the active adapters of this host: `merge_adapters(self, …)`, its report."""
+        from lora_core.adapters.merge import merge_adapters
+
+        return merge_adapters(self, None, dtype, requantize, keep_base)
+
+    def unmerge(self) -> None:
+        """Drop what `merge` made: `unmerge_adapters(self)`."""
+        from lora_core.adapters.merge import unmerge_adapters
+
+        unmerge_adapters(self)
 
     def __getattr__(self, name: str) -> Any:
         """Look up on the base what the host lacks; never special methods."""

@@ -48,6 +48,8 @@ class LoRA(Adapter):
         ValueError: rank, dropout or init out of range.
     """
 
+    additive = True
+
     def __init__(
         self,
         in_features: int,
@@ -180,7 +182,8 @@ class LoRALinear(Adapted):
 
     def delta_weight(self) -> Tensor:
         """Return the update of all active pairs, (N, K) float32."""
-        total = torch.zeros(self.out_features, self.in_features, device=self.A.device)
+        out_features, in_features = self.out_features, self.in_features
+        total = torch.zeros(out_features, in_features, device=self._lora().A.device)
         for name in self.active:
             adapter = self.adapters[name]
             if isinstance(adapter, LoRA):
@@ -190,5 +193,5 @@ class LoRALinear(Adapted):
     def _lora(self) -> LoRA:
         pairs = {n: a for n, a in self.adapters.items() if isinstance(a, LoRA)}
         if not pairs:
-            raise ValueError("this layer has no LoRA adapter")
+            raise AttributeError("this layer has no LoRA adapter")
         return pairs[next((n for n in self.active if n in pairs), next(iter(pairs)))]
