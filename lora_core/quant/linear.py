@@ -1,4 +1,4 @@
-"""NF4Linear: a linear layer whose weight stays in 4 bits, and the walk that puts it into a model.
+"""NF4Linear: a linear layer whose weight stays in 4 bits.
 
 The layer holds codes and scales and expands the weight inside `lora_kernels.matmul4`, once in
 forward and once in backward; autograd saves neither x nor a dense weight. Nothing that a layer goes
@@ -17,9 +17,7 @@ flat otherwise.
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equation 5.
 """
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,11 +26,10 @@ from torch import Tensor, nn
 from lora_core.quant.codebook import Codebook, codebook
 from lora_core.quant.double_quant import dynamic_map
 from lora_core.quant.nf4 import NF4Tensor, quantize_4bit
-from lora_core.targets import Targets, output_head_name, select_modules, sites, unwrap
 from lora_kernels import Weight4, matmul4
 from lora_kernels.blockwise4 import SCALE_GROUP, check_block_size
 
-__all__ = ["NF4Linear", "QuantizeReport", "quantize_model"]
+__all__ = ["NF4Linear"]
 
 
 class NF4Linear(nn.Module):
@@ -282,139 +279,3 @@ class NF4Linear(nn.Module):
         lists = (missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         self._place_tables()
-
-
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What `quantize_model` did; `str()` of it is a few lines for the user."""
-
-    modules: tuple[str, ...]
-    """names of the layers that are 4-bit now"""
-    kept: dict[str, str]
-    """names of the linear layers that stay dense, and why"""
-    bytes_before: int
-    """parameters and buffers of the whole model, shared memory once"""
-    bytes_after: int
-    """the same afterwards"""
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.modules)} linear layers are 4-bit now",
-            f"the model: {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB",
-            *(f"kept dense: {name} ({why})" for name, why in self.kept.items()),
-        ]
-        return "\n".join(lines)
-
-
-def quantize_model(
-    model: nn.Module,
-    skip: Targets | None = None,
-    *,
-    code: str | Tensor | Codebook = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
-) -> QuantizeReport:
-    """Replace the linear layers of a model by 4-bit ones, in place, one after the other.
-
-    Kept dense are the output head, what `skip` matches, and layers whose weight another module
-    shares: two 4-bit copies, or a 4-bit and a dense one, would not be tied any more. Only modules
-    of the very class `nn.Linear` are replaced; a subclass may use its weight in a way of its own.
-    All weights are checked before the first is replaced.
-
-    Args:
-        model: any module. Linear layers inside hosts (adapters) are reached too.
-        skip: list of names or suffixes, regular expression, or predicate (name, module).
-        code: as `NF4Linear`'s.
-        block_size: as `NF4Linear`'s.
-        double_quant: as `NF4Linear`'s.
-
-    Returns:
-        The report.
-
-    Raises:
-        ValueError: nothing to quantize, a pattern of `skip` that matches nothing, NaN or infinity
-            in a weight (with its name), or a bad option. The model is left as it was.
-    """
-    book = codebook(code)
-    check_block_size(block_size)
-    kept = _kept(model, skip)
-    linears = _linears(model)
-    chosen = {name: linear for name, linear in linears.items() if name not in kept}
-    if not chosen:
-        raise ValueError(_nothing(model, kept))
-    for name, linear in chosen.items():
-        _check(linear.weight, f"{name}.weight")
-    before = _nbytes(model)
-    options: dict[str, Any] = {"code": book, "block_size": block_size, "double_quant": double_quant}
-    holders = _holders(model)
-    names = tuple(chosen)
-    while chosen:  # emptied on the way, so that each dense weight is freed before the next
-        name, linear = chosen.popitem()
-        layer = NF4Linear.from_tensor(linear.weight, linear.bias, name=f"{name}.weight", **options)
-        layer.train(linear.training)
-        for parent, attribute in holders.pop(id(linear)):
-            setattr(parent, attribute, layer)
-        linears.pop(name)
-    return QuantizeReport(names, kept, before, _nbytes(model))
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every plain linear layer by its first name."""
-    found: dict[int, tuple[str, nn.Linear]] = {}
-    for name, host in sites(model):
-        module = unwrap(host)
-        if name and type(module) is nn.Linear:
-            found.setdefault(id(module), (name, module))
-    return dict(found.values())
-
-
-def _kept(model: nn.Module, skip: Targets | None) -> dict[str, str]:
-    """The linear layers that stay dense, and why."""
-    kept: dict[str, str] = {}
-    linears = _linears(model)
-    if skip is not None and skip != []:
-        chosen = select_modules(model, skip, kind=lambda m: type(m) is nn.Linear, option="skip")
-        kept |= dict.fromkeys(chosen, "skipped")
-    owners: Counter[int] = Counter()
-    for module in model.modules():
-        owners.update(id(p) for p in module._parameters.values() if p is not None)
-    for name, linear in linears.items():
-        if owners[id(linear.weight)] > 1:
-            kept.setdefault(name, "its weight is shared with another module")
-    head = output_head_name(model)
-    if head in linears:
-        kept.setdefault(head, "the output head")
-    return {name: kept[name] for name in linears if name in kept}
-
-
-def _nothing(model: nn.Module, kept: dict[str, str]) -> str:
-    done = sum(isinstance(module, NF4Linear) for module in model.modules())
-    if done:
-        return f"the model is quantized already: {done} layers are 4-bit and no other is left to do"
-    if kept:
-        listed = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:5])
-        return f"nothing to quantize: every linear layer is kept dense: {listed}"
-    return "nothing to quantize: no nn.Linear inside; for one layer use NF4Linear.from_linear"
-
-
-def _check(weight: Tensor, name: str) -> None:
-    """Refuse a weight that cannot be quantized, without a copy of it."""
-    if weight.is_meta:
-        raise ValueError(f"{name} is on the meta device and has no values to quantize")
-    if weight.numel() and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
-        quantize_4bit(weight, name=name)  # raises with the place
-
-
-def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each module hangs: the parents and the attributes that hold it, by its identity."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                found.setdefault(id(child), []).append((parent, attribute))
-    return found
-
-
-def _nbytes(model: nn.Module) -> int:
-    tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())

@@ -1,0 +1,197 @@
+"""Quantize the linear layers of a model in place, and put dense ones back.
+
+The walk goes by identity: a layer that hangs in several places, or inside an adapter's host, is
+replaced in all of them by one new layer. Weights are checked before the first layer is replaced, so
+a bad one leaves the model as it was, and each dense weight is freed before the next is quantized.
+
+Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.quant.codebook import Codebook, codebook
+from lora_core.quant.linear import NF4Linear
+from lora_core.quant.nf4 import quantize_4bit
+from lora_core.targets import Targets, output_head_name, select_modules, sites, unwrap
+from lora_kernels.blockwise4 import check_block_size
+
+__all__ = ["QuantizeReport", "dequantize_model", "quantize_model"]
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize_model` did; `str()` of it is a few lines for the user."""
+
+    modules: tuple[str, ...]
+    """names of the layers that are 4-bit now"""
+    kept: dict[str, str]
+    """names of the linear layers that stay dense, and why"""
+    bytes_before: int
+    """parameters and buffers of the whole model, shared memory once"""
+    bytes_after: int
+    """the same afterwards"""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.modules)} linear layers are 4-bit now",
+            f"the model: {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB",
+            *(f"kept dense: {name} ({why})" for name, why in self.kept.items()),
+        ]
+        return "\n".join(lines)
+
+
+def quantize_model(
+    model: nn.Module,
+    skip: Targets | None = None,
+    *,
+    code: str | Tensor | Codebook = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> QuantizeReport:
+    """Replace the linear layers of a model by 4-bit ones, in place, one after the other.
+
+    Kept dense are the output head, what `skip` matches, and layers whose weight another module
+    shares: two 4-bit copies, or a 4-bit and a dense one, would not be tied any more. Only modules
+    of the very class `nn.Linear` are replaced; a subclass may use its weight in a way of its own.
+    All weights are checked before the first is replaced.
+
+    Args:
+        model: any module. Linear layers inside hosts (adapters) are reached too.
+        skip: list of names or suffixes, regular expression, or predicate (name, module).
+        code: as `NF4Linear`'s.
+        block_size: as `NF4Linear`'s.
+        double_quant: as `NF4Linear`'s.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: nothing to quantize, a pattern of `skip` that matches nothing, NaN or infinity
+            in a weight (with its name), or a bad option. The model is left as it was.
+    """
+    book = codebook(code)
+    check_block_size(block_size)
+    kept = _kept(model, skip)
+    linears = _linears(model)
+    chosen = {name: linear for name, linear in linears.items() if name not in kept}
+    if not chosen:
+        raise ValueError(_nothing(model, kept))
+    for name, linear in chosen.items():
+        _check(linear.weight, f"{name}.weight")
+    before = _nbytes(model)
+    options: dict[str, Any] = {"code": book, "block_size": block_size, "double_quant": double_quant}
+    holders = _holders(model)
+    names = tuple(chosen)
+    linears.clear()
+    while chosen:  # emptied on the way, so that each dense weight is freed before the next
+        name, linear = chosen.popitem()
+        layer = NF4Linear.from_tensor(linear.weight, linear.bias, name=f"{name}.weight", **options)
+        layer.train(linear.training)
+        for parent, attribute in holders[id(linear)]:
+            setattr(parent, attribute, layer)
+    return QuantizeReport(names, kept, before, _nbytes(model))
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
+    """Replace every `NF4Linear` by a dense, frozen `nn.Linear`, in place: the way back.
+
+    The dense weights are what the codes stand for, not the weights that were quantized.
+
+    Args:
+        model: any module.
+        dtype: of the dense weights; default the bias's, and float32 without one.
+
+    Returns:
+        Names of the layers that are dense now, in module order; empty if none was 4-bit.
+    """
+    holders = _holders(model)
+    layers = {id(m): (name, m) for name, m in _named(model) if isinstance(m, NF4Linear)}
+    for key, (_, layer) in layers.items():
+        linear = _dense(layer, dtype)
+        for parent, attribute in holders[key]:
+            setattr(parent, attribute, linear)
+    return [name for name, _ in layers.values()]
+
+
+def _dense(layer: NF4Linear, dtype: torch.dtype | None) -> nn.Linear:
+    own = torch.float32 if layer.bias is None else layer.bias.dtype
+    size = (layer.in_features, layer.out_features)
+    linear = nn.Linear(*size, bias=layer.bias is not None, device="meta")
+    weight = layer.dense_weight(dtype or own)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+    return linear.train(layer.training)
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules inside any hosts with their first names; the model itself has none."""
+    seen: set[int] = set()
+    for name, host in sites(model):
+        module = unwrap(host)
+        if name and id(module) not in seen:
+            seen.add(id(module))
+            yield name, module
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every plain linear layer by its first name."""
+    return {name: module for name, module in _named(model) if type(module) is nn.Linear}
+
+
+def _kept(model: nn.Module, skip: Targets | None) -> dict[str, str]:
+    """The linear layers that stay dense, and why."""
+    kept: dict[str, str] = {}
+    linears = _linears(model)
+    if skip is not None and skip != []:
+        chosen = select_modules(model, skip, kind=lambda m: type(m) is nn.Linear, option="skip")
+        kept |= dict.fromkeys(chosen, "skipped")
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        owners.update(id(p) for p in module._parameters.values() if p is not None)
+    for name, linear in linears.items():
+        if owners[id(linear.weight)] > 1:
+            kept.setdefault(name, "its weight is shared with another module")
+    head = output_head_name(model)
+    if head in linears:
+        kept.setdefault(head, "the output head")
+    return {name: kept[name] for name in linears if name in kept}
+
+
+def _nothing(model: nn.Module, kept: dict[str, str]) -> str:
+    done = sum(isinstance(module, NF4Linear) for module in model.modules())
+    if done:
+        return f"the model is quantized already: {done} layers are 4-bit and no other is left to do"
+    if kept:
+        listed = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:5])
+        return f"nothing to quantize: every linear layer is kept dense: {listed}"
+    return "nothing to quantize: no nn.Linear inside; for one layer use NF4Linear.from_linear"
+
+
+def _check(weight: Tensor, name: str) -> None:
+    """Refuse a weight that cannot be quantized, without a copy of it."""
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values to quantize")
+    if weight.numel() and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
+        quantize_4bit(weight, name=name)  # raises with the place
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module hangs: the parents and the attributes that hold it, by its identity."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, attribute))
+    return found
+
+
+def _nbytes(model: nn.Module) -> int:
+    tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
