@@ -1,6 +1,7 @@
 """Losses on plain tensors."""
 
 from lora_core.losses.cross_entropy import (
+    IGNORE,
     count_graded,
     linear_cross_entropy,
     masked_cross_entropy,
@@ -9,6 +10,7 @@ from lora_core.losses.cross_entropy import (
 )
 
 __all__ = [
+    "IGNORE",
     "count_graded",
     "linear_cross_entropy",
     "masked_cross_entropy",

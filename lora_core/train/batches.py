@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lora_core.data import collate as default_collate
+
 T = TypeVar("T")
 
 Batch = Any
@@ -40,32 +42,6 @@ class BatchSource(Protocol):
         ...
 
 
-def pad_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Rows to one batch, padded on the right by length, never by an id.
-
-    Args:
-        rows: mappings with `input_ids` and `labels`, sequences of integers of one length.
-
-    Returns:
-        `input_ids`, `labels` and `attention_mask`, int64 (B, T); labels are -100 in the padding.
-    """
-    length = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, fill: int) -> Tensor:
-        out = torch.full((len(rows), length), fill, dtype=torch.int64)  # (B, T)
-        for line, row in zip(out, rows, strict=True):
-            line[: len(row[key])] = torch.as_tensor(row[key])
-        return out
-
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    mask = (torch.arange(length) < lengths[:, None]).long()  # (B, T)
-    return {
-        "input_ids": padded("input_ids", 0),
-        "labels": padded("labels", -100),
-        "attention_mask": mask,
-    }
-
-
 class RowBatches:
     """Batches of a sequence of rows, in an order drawn anew for each epoch."""
 
@@ -74,7 +50,7 @@ class RowBatches:
         rows: Sequence[Any],
         batch_size: int,
         seed: int | None,
-        collate: Callable[[Sequence[Any]], Batch] = pad_rows,
+        collate: Callable[[Sequence[Any]], Batch] = default_collate,
     ) -> None:
         self.rows = rows
         self.batch_size = batch_size
@@ -152,7 +128,7 @@ def make_batches(
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError("the data set is empty; it needs at least one row")
     if sequence and (collate is not None or _is_row(data[0])):  # type: ignore[index]  # checked above
-        return RowBatches(data, batch_size, seed, collate or pad_rows)  # type: ignore[arg-type]
+        return RowBatches(data, batch_size, seed, collate or default_collate)  # type: ignore[arg-type]
     if collate is not None:
         raise TypeError("collate needs a sequence of rows, with a length and an index")
     return ReadyBatches(data)
