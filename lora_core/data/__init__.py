@@ -11,6 +11,8 @@ from lora_core.data.records import (
     Tokens,
     parse_columns,
     parse_record,
+    parse_records,
+    parse_sources,
     read_records,
 )
 from lora_core.data.report import Report, SourceReport
@@ -45,6 +47,8 @@ __all__ = [
     "mix",
     "parse_columns",
     "parse_record",
+    "parse_records",
+    "parse_sources",
     "read_records",
     "split",
 ]

@@ -46,12 +46,15 @@ def builtin_template(name: str) -> str:
 
 
 def load_template(template: str | Path) -> str:
-    """A template's text from a built-in name, Jinja text, or a file.
+    """A template's text from a built-in name, Jinja text, or a file (a `Path` is always a file).
 
     Raises:
         ValueError: none of the three.
+        FileNotFoundError: a `Path` that is no file.
     """
-    name = str(template)
+    if isinstance(template, Path):
+        return template.read_text(encoding="utf-8")
+    name = template
     if name in BUILTIN_TEMPLATES:
         return builtin_template(name)
     if "{{" in name or "{%" in name:

@@ -238,7 +238,7 @@ class Grader:
             names = ", ".join(map(repr, missing))
             raise ValueError(
                 f"the template writes {names}, not one token each in this tokenizer; add them with "
-                f"--add-tokens {','.join(missing)} (tok.add_tokens), or choose another template"
+                f"--add-tokens '{','.join(missing)}' (tok.add_tokens), or choose another template"
             )
 
     def _check_bos(self, ids: list[int]) -> None:

@@ -16,7 +16,7 @@ Python, some 100 000 short lines a second.
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,25 @@ def parse_columns(text: str) -> dict[str, str]:
     return columns
 
 
+def parse_sources(words: Iterable[str]) -> list[tuple[str, float]]:
+    """`FILE[:weight]` words as (file, weight) pairs, the weight 1 where none is given.
+
+    Raises:
+        ValueError: a weight that is not above 0.
+    """
+    pairs = []
+    for word in words:
+        path, colon, last = word.rpartition(":")
+        try:
+            weight = float(last) if colon else None
+        except ValueError:  # the colon belongs to the path
+            weight = None
+        if weight is not None and not 0 < weight < float("inf"):
+            raise ValueError(f"the weight of {path} must be above 0; got {last}")
+        pairs.append((word, 1.0) if weight is None else (path, weight))
+    return pairs
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON object of each line with its file:line; blank lines are passed over.
 
@@ -143,6 +162,21 @@ def read_records(path: str | Path, columns: Mapping[str, str] | None = None) -> 
     """
     for where, row in read_rows(path):
         yield parse_record(_rename(row, columns or {}, where), where)
+
+
+def parse_records(
+    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None
+) -> Iterator[Record]:
+    """Typed records of objects in memory; error messages count them from 0."""
+    empty = True
+    for number, row in enumerate(rows):
+        empty = False
+        where = f"records[{number}]"
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where} must be a mapping; got {type(row).__name__}")
+        yield parse_record(_rename(row, columns or {}, where), where)
+    if empty:
+        raise ValueError("no records given")
 
 
 def parse_record(row: Mapping[str, Any], where: str = "record") -> Record:
@@ -337,7 +371,7 @@ def _unknown_role(role: object, known: Mapping[str, str] | tuple[str, ...]) -> s
     return f"unknown role {role!r} (known: {', '.join(known)}){hint}"
 
 
-def _rename(row: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
     for name, column in columns.items():
         if column not in row:
             raise ValueError(

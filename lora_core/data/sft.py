@@ -37,7 +37,15 @@ from lora_core.data.grading import (
     control_pattern,
     grade_offsets,
 )
-from lora_core.data.records import Chat, Completion, PlainText, Record, Tokens, read_records
+from lora_core.data.records import (
+    Chat,
+    Completion,
+    PlainText,
+    Record,
+    Tokens,
+    parse_records,
+    read_records,
+)
 from lora_core.data.report import Report, SourceReport
 from lora_core.data.tokenizer import Tokenizer
 
@@ -73,6 +81,11 @@ class Rows(Sequence[Row]):
         return [self._store.length(i) for i in self.order]
 
     @property
+    def graded_counts(self) -> list[int]:
+        """Tokens per row that the loss counts."""
+        return [sum(self._store.row(i)[1][1:]) for i in self.order]
+
+    @property
     def where(self) -> list[str]:
         """Per row, its file:line."""
         return [self._store.where[i] for i in self.order]
@@ -100,11 +113,37 @@ class Rows(Sequence[Row]):
 
 
 class SFTDataset(Rows):
-    """Rows for supervised fine-tuning, with the `report` of how they were made."""
+    """Rows for supervised fine-tuning, with the `report` of how they were made.
 
-    def __init__(self, store: "_Store", order: Sequence[int], report: Report) -> None:
-        super().__init__(store, order)
-        self.report = report
+    Args:
+        records: JSON-like objects in any of the formats; `from_jsonl` reads them from files.
+        tok: from `load_tokenizer`.
+        template: built-in name, file or Jinja text; None takes the tokenizer's own.
+        max_length: tokens a row, at least 2.
+        columns: this library's name to the records', {"prompt": "question"}.
+        train_on: "assistant", "last" or "all" (see `Grader`).
+        seed: of the sample drawn for a fractional weight, and of the order of several files.
+        control_text: what to do with content that spells a control token: "drop" the row and
+            count it, or "keep" it as that token (for prompts rendered beforehand).
+
+    Raises:
+        ValueError: what cannot be read, rendered or graded, with its place; or no row is left.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Mapping[str, Any]],
+        tok: Tokenizer,
+        template: str | None = None,
+        max_length: int = 2048,
+        columns: Mapping[str, str] | None = None,
+        train_on: str = "assistant",
+        seed: int = 0,
+        control_text: str = "drop",
+    ) -> None:
+        encoder = _Encoder(tok, template, train_on, control_text)
+        parsed = parse_records(records, columns)
+        self._build([("records", parsed, 1.0)], encoder, max_length, seed)
 
     @classmethod
     def from_jsonl(
@@ -123,43 +162,57 @@ class SFTDataset(Rows):
 
         Args:
             path: a file, or a list of files or (file, weight) pairs.
-            tok: from `load_tokenizer`.
-            template: built-in name, file or Jinja text; None takes the tokenizer's own.
-            max_length: tokens a row, at least 2.
-            columns: this library's name to the file's, {"prompt": "question"}.
-            train_on: "assistant", "last" or "all" (see `Grader`).
-            seed: of the sample drawn for a fractional weight, and of the order of several files.
-            control_text: what to do with content that spells a control token: "drop" the row and
-                count it, or "keep" it as that token (for prompts rendered beforehand).
+            tok: as for the class, and so are the following.
+            template: built-in name, file or Jinja text.
+            max_length: tokens a row.
+            columns: this library's name to the files'.
+            train_on: "assistant", "last" or "all".
+            seed: of samples and of the mixed order.
+            control_text: "drop" or "keep".
             progress: wraps the records of a file (a `tqdm`, for one).
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: file:line of what cannot be read, rendered or graded; or no row is left.
         """
+        pairs = _sources(path)
+        watch = progress or (lambda records: records)
+        names = _short_names([Path(file) for file, _ in pairs])
+        sources = [
+            (name, watch(read_records(file, columns)), weight)
+            for name, (file, weight) in zip(names, pairs, strict=True)
+        ]
+        dataset = cls.__new__(cls)
+        encoder = _Encoder(tok, template, train_on, control_text)
+        dataset._build(sources, encoder, max_length, seed)
+        return dataset
+
+    def _build(
+        self,
+        sources: list[tuple[str, Iterable[Record], float]],
+        encoder: "_Encoder",
+        max_length: int,
+        seed: int,
+    ) -> None:
+        """Fill this object with the rows of (name, records, weight) sources."""
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2 tokens; got {max_length}")
-        if control_text not in ("drop", "keep"):
-            raise ValueError(f"control_text must be drop or keep; got {control_text!r}")
-        sources = _sources(path)
-        store = _Store(_short_names([Path(file) for file, _ in sources]))
-        encoder = _Encoder(tok, template, train_on, control_text)
-        report = Report(max_length=max_length)
-        numbers: list[range] = []  # of each file's rows in the store
-        for number, (file, weight) in enumerate(sources):
-            source = SourceReport(name=str(file), weight=weight)
+        store = _Store([name for name, _, _ in sources])
+        self.report = Report(max_length=max_length)
+        numbers: list[range] = []  # of each source's rows in the store
+        for number, (name, records, weight) in enumerate(sources):
+            counts = SourceReport(name=name, weight=weight)
             first = len(store.source)
-            records: Iterable[Record] = read_records(file, columns)
-            for record in progress(records) if progress is not None else records:
-                for graded in _fitted(encoder, record, max_length, source):
+            for record in records:
+                for graded in _fitted(encoder, record, max_length, counts):
                     store.add(graded, number, record.where)
             numbers.append(range(first, len(store.source)))
-            report.sources.append(source)
-        report.notes = encoder.notes()
+            self.report.sources.append(counts)
+        self.report.notes = encoder.notes()
         if not store.source:
-            raise ValueError(f"no row is left to train on. {report.why_dropped()}")
-        order = mix([len(rows) for rows in numbers], [weight for _, weight in sources], seed)
-        return cls(store, [numbers[s][row] for s, row in order], report)
+            raise ValueError(f"no row is left to train on. {self.report.why_dropped()}")
+        order = mix([len(rows) for rows in numbers], [weight for _, _, weight in sources], seed)
+        super().__init__(store, [numbers[s][row] for s, row in order])
 
 
 class _Store:
@@ -194,6 +247,8 @@ class _Encoder:
     def __init__(
         self, tok: Tokenizer, template: str | None, train_on: str, control_text: str
     ) -> None:
+        if control_text not in ("drop", "keep"):
+            raise ValueError(f"control_text must be drop or keep; got {control_text!r}")
         self.tok = tok
         self._settings = (template, train_on, "keep" if control_text == "keep" else "refuse")
         self._control = None if control_text == "keep" else control_pattern(tok)

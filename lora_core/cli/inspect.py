@@ -1,0 +1,169 @@
+"""`lora-core inspect`: what a model would be trained on, token by token, before it is trained."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lora_core.data import (
+    IGNORED,
+    Rows,
+    SFTDataset,
+    Tokenizer,
+    find_duplicates,
+    find_overlap,
+    load_tokenizer,
+    parse_columns,
+    parse_sources,
+    split,
+)
+
+NAME = "inspect"
+HELP = "samples token by token with their labels and grades; summary of a data set"
+EXAMPLE = "lora-core inspect --model DIR --data chats.jsonl --limit 1 --summary"
+
+_QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="folder with the tokenizer's files")
+    add("--data", required=True, nargs="+", metavar="FILE[:weight]", help="JSONL files")
+    add("--eval-data", metavar="FILE", help="JSONL file to look for overlap with [split off]")
+    add("--template", help="built-in name, file or Jinja text [the tokenizer's]")
+    add("--add-tokens", metavar="T,T", help="tokens to add to the tokenizer first")
+    add("--columns", help="names of the data's fields: prompt=question,…")
+    add("--train-on", choices=["assistant", "last", "all"], default="assistant")
+    add("--control-text", choices=["drop", "keep"], default="drop", help="see docs/data.md [drop]")
+    add("--max-length", type=int, default=2048, help="longest row, tokens [2048]")
+    add("--eval-fraction", type=float, default=0.05, help="share split off for evaluation [0.05]")
+    add("--seed", type=int, default=0, help="of the split and the mixing [0]")
+    add("--limit", type=int, help="samples to print [3; 0 with --summary]")
+    add("--summary", action="store_true", help="lengths, graded share, duplicates, overlap")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print samples, the summary, or both."""
+    limit = args.limit if args.limit is not None else (0 if args.summary else 3)
+    if limit < 0:
+        raise ValueError(f"--limit must be 0 or more; got {limit}")
+    tok = load_tokenizer(args.model)
+    if args.add_tokens:
+        tok.add_tokens(args.add_tokens.split(","))
+    rows = _read(parse_sources(args.data), tok, args)
+    shown = rows[: min(limit, len(rows))]
+    if args.json:
+        found: dict[str, Any] = {"report": rows.report.as_dict()}
+        found["samples"] = [
+            {"where": where, "tokens": token_table(tok, row)}
+            for where, row in zip(shown.where, shown, strict=True)
+        ]
+        if args.summary:
+            found["summary"] = summarize(rows, _evaluation(rows, tok, args))
+        print(json.dumps(found, ensure_ascii=False))
+        return 0
+    for where, row in zip(shown.where, shown, strict=True):
+        print_sample(where, token_table(tok, row), colour=sys.stdout.isatty())
+    print(rows.report)
+    if args.summary:
+        print_summary(summarize(rows, _evaluation(rows, tok, args)))
+    return 0
+
+
+def token_table(tok: Tokenizer, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row as one {"token", "id", "label", "graded"} per token."""
+    return [
+        {"token": _shown(tok, index), "id": index, "label": label, "graded": label != IGNORED}
+        for index, label in zip(row["input_ids"], row["labels"], strict=True)
+    ]
+
+
+def print_sample(where: str, tokens: Sequence[dict[str, Any]], colour: bool) -> None:
+    """A table of tokens; graded ones have a mark, and a colour on a terminal."""
+    graded = sum(token["graded"] for token in tokens)
+    print(f"{where}: {len(tokens)} tokens, {graded} graded")
+    width = min(40, max(len(token["token"]) for token in tokens))
+    print(f"  {'token':<{width}}  {'id':>7}  {'label':>7}  grade")
+    for token in tokens:
+        line = f"  {token['token']:<{width}}  {token['id']:>7}  {token['label']:>7}"
+        if token["graded"]:
+            line = f"\033[32m{line}  graded\033[0m" if colour else f"{line}  graded"
+        print(line)
+    print()
+
+
+def summarize(rows: Rows, evaluation: tuple[Rows, Rows]) -> dict[str, Any]:
+    """Lengths, graded share, duplicates and train/evaluation overlap.
+
+    Args:
+        rows: the whole data set.
+        evaluation: what is trained on and what is evaluated on.
+    """
+    lengths = sorted(rows.lengths)
+    graded = rows.graded_counts
+    train, held_out = evaluation
+    overlap = find_overlap(train, held_out)
+    duplicates = find_duplicates(rows)
+    return {
+        "rows": len(rows),
+        "tokens": sum(lengths),
+        "lengths": {f"{q:.0%}": lengths[round(q * (len(lengths) - 1))] for q in _QUANTILES},
+        "graded_tokens": sum(graded),
+        "graded_share": sum(graded) / sum(lengths),
+        "graded_per_row": {"least": min(graded), "most": max(graded)},
+        "duplicate_groups": len(duplicates),
+        "duplicate_rows": sum(len(group) - 1 for group in duplicates),
+        "train_rows": len(train),
+        "eval_rows": len(held_out),
+        "eval_rows_in_train": len(overlap["rows"]),
+        "eval_prompts_in_train": len(overlap["prompts"]),
+        "overlap_at": [held_out.where[i] for i in overlap["prompts"][:3]],
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The summary, a line a fact."""
+    print()
+    for name, value in summary.items():
+        print(f"{name.replace('_', ' '):<22} {_fact(value)}")
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {part}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return f"{value:.1%}" if isinstance(value, float) else str(value)
+
+
+def _read(paths: list[tuple[str, float]], tok: Tokenizer, args: argparse.Namespace) -> SFTDataset:
+    return SFTDataset.from_jsonl(
+        paths,
+        tok,
+        template=args.template,
+        max_length=args.max_length,
+        columns=parse_columns(args.columns) if args.columns else None,
+        train_on=args.train_on,
+        seed=args.seed,
+        control_text=args.control_text,
+    )
+
+
+def _evaluation(rows: Rows, tok: Tokenizer, args: argparse.Namespace) -> tuple[Rows, Rows]:
+    """The rows trained on and those evaluated on, as `finetune` would make them."""
+    if args.eval_data is not None:
+        return rows, _read([(args.eval_data, 1.0)], tok, args)
+    if len(rows) < 2:
+        return rows, rows.select([])
+    return split(rows, args.eval_fraction, args.seed)
+
+
+def _shown(tok: Tokenizer, index: int) -> str:
+    """A token in quotes; bare and as the vocabulary stores it if it is a part of a character."""
+    text = tok.decode([index])
+    if "\ufffd" in text or not text:
+        return tok.token(index) or f"<{index}>"
+    return repr(text)
