@@ -196,6 +196,8 @@ class CausalLM(nn.Module):
         self._check(input_ids, inputs_embeds, attention_mask, cache, document_ids)
         if labels is not None and logits_to_keep is not None:
             raise ValueError("labels need every position's logits: leave logits_to_keep out")
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise ValueError(f"logits_to_keep must be at least 1; got {logits_to_keep}")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         states = self.model(x, attention_mask, position_ids, cache=cache, document_ids=document_ids)
         kept = states[-1] if logits_to_keep is None else states[-1][:, -logits_to_keep:]
@@ -226,6 +228,10 @@ class CausalLM(nn.Module):
             )
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids are for packed training rows: not with a cache")
+        if document_ids is not None and document_ids.shape != (batch, tokens):
+            raise ValueError(
+                f"document_ids must have shape ({batch}, {tokens}); got {tuple(document_ids.shape)}"
+            )
 
     def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
         """Fresh weights: normal with deviation `std`, biases 0, norms 1.
