@@ -25,6 +25,7 @@ __all__ = [
     "adapter_names",
     "adapter_report",
     "add_adapter",
+    "attach_built",
     "delete_adapter",
     "disable_adapters",
     "replace_modules",
@@ -84,13 +85,43 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
         ValueError: a name taken, a target that matches nothing, a tied weight, a merged model, no
             site or no trainable parameter. The model is then as it was.
     """
+    _refuse_name(model, name)
+    return attach_built(model, config, name, build_all(config, model))
+
+
+def _refuse_name(model: nn.Module, name: str) -> None:
     check_name(name)
     _refuse_merged(model, "adding an adapter")
     if name in adapter_names(model):
         raise ValueError(
             f"the adapter name {name!r} is taken; delete_adapter it, or choose another"
         )
-    built = build_all(config, model)
+
+
+def attach_built(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    built: dict[str, Adapter],
+    trainable: bool = True,
+) -> AdapterReport:
+    """Check adapters that were built for a model and put them in; the end of `add_adapter`.
+
+    Args:
+        model: the model they were built for.
+        config: the configuration they were built from.
+        name: the adapter's name.
+        built: {module name: adapter}.
+        trainable: False freezes the new adapter and leaves other adapters' `requires_grad` alone;
+            everything else is frozen either way.
+
+    Returns:
+        What was added.
+
+    Raises:
+        ValueError: see `add_adapter`.
+    """
+    _refuse_name(model, name)
     modules = dict(sites(model))
     if not built:
         raise ValueError(f"{type(config).__name__} found no module to attach to")
@@ -103,10 +134,16 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
     for module in untied:
         _untie(model, module)
     replace_modules(model, {id(modules[site]): host for site, host in hosts.items()})
-    model.requires_grad_(False)
+    others = {id(p) for _, host in adapted_modules(model) for p in host.adapters.parameters()}
+    for parameter in model.parameters():
+        if trainable or id(parameter) not in others:
+            parameter.requires_grad_(False)
     for site, adapter in built.items():
         adapter.config = config
         hosts[site].attach(name, adapter)
+    if not trainable:
+        for adapter in built.values():
+            adapter.requires_grad_(False)
     _activate(model, [name])
     return adapter_report(model, name)
 

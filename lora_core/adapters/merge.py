@@ -156,20 +156,17 @@ def unload_adapters(model: nn.Module, merge: bool = False) -> None:
     Args:
         model: a model with adapters.
         merge: put the merged modules in place (merging the active adapters first where that has
-            not been done); else the bases.
+            not been done); else the bases, which with keep_base=False are the merged modules.
 
     Raises:
-        ValueError: the model is itself a host, or an adapter that cannot be merged, or a base that
-            was not kept. The model is then as it was.
+        ValueError: the model is itself a host, or an adapter that cannot be merged, or a layer
+            merged in part. The model is then as it was.
     """
     if isinstance(model, Adapted):
         raise ValueError("the model is itself a host and cannot replace itself: use its .base")
     hosts = list(adapted_modules(model))
     plain: dict[int, nn.Module] = {}
     for name, host in hosts:
-        folded = host.merged is not None and host.merged.module is None
-        if folded and not merge:
-            raise ValueError(f"{name!r} was merged with keep_base=False: no base is left")
         if host.merged is None and merge and host.active:
             dtype = _default_dtype(model, host.base)
             plain[id(host)], _ = _merged_module(name, host, host.active, dtype, False)

@@ -1,6 +1,21 @@
 """Model folders and adapters on disk."""
 
 from lora_core.checkpoint.folder import load_model, save_model
+from lora_core.checkpoint.peft import (
+    adapter_state_dict,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
 from lora_core.checkpoint.safetensors_folder import SafetensorsFolder, load_state
 
-__all__ = ["SafetensorsFolder", "load_model", "load_state", "save_model"]
+__all__ = [
+    "SafetensorsFolder",
+    "adapter_state_dict",
+    "load_adapter",
+    "load_model",
+    "load_state",
+    "read_adapter",
+    "save_adapter",
+    "save_model",
+]
