@@ -311,7 +311,8 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def _not_finite(values: Tensor, start: int, shape: torch.Size, name: str) -> str:
-    bad = int((~values.float().isfinite()).nonzero()[0, 0])
+    values = values.float()
+    bad = int(values.isfinite().logical_not().nonzero()[0, 0])
     where = torch.unravel_index(torch.tensor(start + bad), shape)
     index = ", ".join(str(int(i)) for i in where)
     return (

@@ -1,0 +1,235 @@
+"""Codes and scales against the definition, spelled out slowly."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_core.quant.codebook import CODEBOOKS
+from lora_kernels import decode_scales, dequantize4, quantize4
+from lora_kernels.blockwise4 import CHUNK, _Encoder
+
+BLOCKS = [2**i for i in range(5, 13)]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+CLOSE = torch.cat((torch.linspace(-1, 0.5, 14), torch.tensor([0.500001, 0.5000011])))
+WIDE = torch.linspace(-3, 5, 16)
+TABLES = {
+    **{name: book.table() for name, book in CODEBOOKS.items()},
+    "entries too near for cells": CLOSE,
+    "entries outside the block": WIDE,
+}
+
+
+def quantize_slowly(x: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The definition: block by block, each quotient against each midpoint."""
+    flat = x.reshape(-1).float()
+    first = {float(v): i for i, v in reversed(list(enumerate(table)))}
+    values = sorted(first)
+    order = [first[v] for v in values]
+    middle = [(torch.tensor(a) + torch.tensor(b)) / 2 for a, b in itertools.pairwise(values)]
+    codes, scales = [], []
+    for start in range(0, len(flat), block):
+        part = flat[start : start + block]
+        absmax = part.abs().max()
+        bound = absmax.clamp(min=1e-38)
+        quotients = part * (1 / bound) if len(part) == block else part / bound
+        rank = sum((quotients > m).int() for m in middle)
+        codes += [order[i] for i in rank.tolist()]
+        scales.append(bound if len(part) < block and absmax > 0 else absmax)
+    if len(codes) % 2:
+        codes.append(order[int(sum(m < 0.0 for m in middle))])
+    codes = torch.tensor(codes, dtype=torch.uint8)
+    scales = torch.stack(scales) if scales else torch.empty(0)
+    return codes[0::2] << 4 | codes[1::2], scales
+
+
+def test_two_codes_a_byte_the_first_high() -> None:
+    x = torch.zeros(64)
+    x[:4] = torch.tensor([-1.0, 1.0, 0.4407098, -0.28444138])
+    codes, scales = quantize4(x, TABLES["nf4"], 64)
+    assert codes[:3].tolist() == [0x0F, 0xC4, 0x77]
+    assert scales.tolist() == [1.0]
+
+
+@given(
+    shape=st.lists(st.integers(0, 70), min_size=0, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    block=st.sampled_from(BLOCKS),
+    name=st.sampled_from(sorted(TABLES)),
+    scale=st.sampled_from([1.0, 1e-3, 2.0**-20, 1e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_codes_and_scales_are_the_definition_s(
+    shape: list[int], dtype: torch.dtype, block: int, name: str, scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(shape, generator=generator) * scale).to(dtype)
+    codes, scales = quantize4(x, TABLES[name], block)
+    wanted_codes, wanted_scales = quantize_slowly(x, TABLES[name], block)
+    assert torch.equal(codes, wanted_codes)
+    assert torch.equal(scales, wanted_scales)
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_cells_agree_with_a_search_at_every_midpoint(name: str) -> None:
+    """Around each midpoint, at both ends, on a fine grid: the cells must not shift one value."""
+    encode = _Encoder(TABLES[name], torch.device("cpu"))
+    near = encode.middle[encode.middle.abs() <= 1]
+    for towards in (-2.0, 2.0):
+        step = near
+        for _ in range(3):
+            step = torch.nextafter(step, torch.full_like(step, towards))
+            near = torch.cat((near, step))
+    ends = torch.tensor([-1.0000002, -1.0, -0.99999994, -0.0, 0.0, 1e-45, 0.99999994, 1.0000002])
+    grid = torch.linspace(-1, 1, 40_001)
+    x = torch.cat((near, ends, grid))
+    rank = torch.bucketize(x, encode.middle).to(torch.uint8)
+    wanted = rank if encode.order is None else encode.order[rank.int()]
+    assert torch.equal(encode(x), wanted)
+
+
+def test_a_tie_goes_to_the_lower_entry() -> None:
+    table = torch.linspace(-1, 1, 17)[1:]  # steps of 1/8, so midpoints are exact
+    x = torch.zeros(64)
+    x[0], x[1], x[2] = 1.0, 0.0625, 0.0625 + 2**-24
+    codes, _ = quantize4(x, table, 64)
+    assert codes[0] & 15 == 7  # 0, not 0.125
+    assert codes[1] >> 4 == 8
+
+
+def test_a_second_zero_is_never_written() -> None:
+    x = torch.cat((torch.tensor([1.0, 0.0, -0.0, 1e-9, -1e-9]), torch.zeros(59)))
+    codes, _ = quantize4(x, TABLES["fp4"], 64)
+    assert 8 not in {*(codes >> 4).tolist(), *(codes & 15).tolist()}
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-39, 3e38])
+def test_the_ends_of_float32(scale: float) -> None:
+    x = torch.linspace(-1, 1, 96) * scale
+    codes, scales = quantize4(x, TABLES["nf4"], 64)
+    wanted_codes, wanted_scales = quantize_slowly(x, TABLES["nf4"], 64)
+    assert torch.equal(codes, wanted_codes)
+    assert torch.equal(scales, wanted_scales)
+
+
+@pytest.mark.parametrize("n", [64, 40, 100])
+def test_a_block_of_zeros_has_scale_zero(n: int) -> None:
+    codes, scales = quantize4(torch.zeros(n), TABLES["nf4"], 64)
+    assert codes.eq(0x77).all()
+    assert scales.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        lambda x: x.t(),
+        lambda x: x[:, 1:],
+        lambda x: x[::3],
+        lambda x: x[:, ::2],
+        lambda x: x.expand(2, *x.shape),
+        lambda x: torch.as_strided(x, (7,), (3,), 5),
+    ],
+    ids=["transposed", "columns", "every third row", "every second column", "expanded", "1-D"],
+)
+@pytest.mark.parametrize("width", [64, 65])
+def test_layout_does_not_matter(lay_out: Callable[[Tensor], Tensor], width: int) -> None:
+    x = lay_out(torch.randn(48, width))
+    assert not x.is_contiguous()
+    for got, wanted in zip(
+        quantize4(x, TABLES["nf4"], 64), quantize4(x.contiguous(), TABLES["nf4"], 64), strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 63, 64, 65])
+def test_chunks_join_without_a_seam(extra: int) -> None:
+    x = torch.randn(CHUNK + extra)
+    codes, scales = quantize4(x, TABLES["nf4"], 64)
+    tail_codes, tail_scales = quantize4(x[CHUNK - 64 :], TABLES["nf4"], 64)
+    assert torch.equal(codes[(CHUNK - 64) // 2 :], tail_codes)
+    assert torch.equal(scales[CHUNK // 64 - 1 :], tail_scales)
+    back = dequantize4(codes, scales, TABLES["nf4"], 64, x.numel())
+    tail = dequantize4(tail_codes, tail_scales, TABLES["nf4"], 64, 64 + extra)
+    assert torch.equal(back[CHUNK - 64 :], tail)
+
+
+@given(
+    n=st.integers(0, 5000),
+    dtype=st.sampled_from(DTYPES),
+    block=st.sampled_from(BLOCKS),
+    seed=st.integers(0, 2**31),
+)
+def test_dequantizing_rounds_the_float32_product_once(
+    n: int, dtype: torch.dtype, block: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, ((n + 1) // 2,), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(-(-n // block), generator=generator)
+    index = torch.stack((codes >> 4, codes & 15), 1).view(-1)[:n].long()
+    wanted = TABLES["nf4"][index] * scales.repeat_interleave(block)[:n]
+    got = dequantize4(codes, scales, TABLES["nf4"], block, n, dtype)
+    assert torch.equal(got, wanted.to(dtype))
+
+
+@pytest.mark.usefixtures("poison")
+def test_every_element_is_written() -> None:
+    x = torch.randn(1000)
+    codes, scales = quantize4(x, TABLES["nf4"], 64)
+    wanted_codes, wanted_scales = quantize_slowly(x, TABLES["nf4"], 64)
+    assert torch.equal(codes, wanted_codes)
+    assert torch.equal(scales, wanted_scales)
+    assert dequantize4(codes, scales, TABLES["nf4"], 64, 1000, torch.bfloat16).isfinite().all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_is_a_few_chunks_beside_input_and_output(live_bytes: Any, transposed: bool) -> None:
+    x = torch.randn(2048, 4096, dtype=torch.bfloat16)
+    x = x.t() if transposed else x
+    with live_bytes as memory:
+        codes, scales = quantize4(x, TABLES["nf4"], 64)
+    few = 6 * 4 * CHUNK  # six chunks in float32: 6 MB, where x in float32 would be 32 MB
+    assert codes.nbytes + scales.nbytes < memory.peak <= codes.nbytes + scales.nbytes + few
+    with type(memory)() as memory:
+        back = dequantize4(codes, scales, TABLES["nf4"], 64, x.numel(), torch.bfloat16)
+    assert back.nbytes < memory.peak <= back.nbytes + few
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [(0, 0), (1, 7), (4, 99)])
+def test_what_is_not_finite_is_named_with_its_place(bad: float, place: tuple[int, int]) -> None:
+    x = torch.randn(5, 100)
+    x[place] = bad
+    x[4, 99] = bad
+    expected = rf"model\.up\.weight\[{place[0]}, {place[1]}\] is {bad} in float32"
+    with pytest.raises(ValueError, match=expected):
+        quantize4(x, TABLES["nf4"], 64, name="model.up.weight")
+
+
+def test_float64_beyond_float32_is_not_finite() -> None:
+    with pytest.raises(ValueError, match=r"tensor\[1\] is inf in float32"):
+        quantize4(torch.tensor([0.0, 1e300], dtype=torch.float64), TABLES["nf4"], 64)
+
+
+def test_options_that_cannot_be() -> None:
+    nf4 = TABLES["nf4"]
+    for block in (0, 16, 48, 8192):
+        with pytest.raises(ValueError, match=f"power of two from 32 to 4096; got {block}"):
+            quantize4(torch.ones(64), nf4, block)
+    with pytest.raises(TypeError, match=r"w must be float16, .* got torch.int64"):
+        quantize4(torch.ones(64, dtype=torch.int64), nf4, 64, name="w")
+    with pytest.raises(ValueError, match="w is on the meta device"):
+        quantize4(torch.ones(64, device="meta"), nf4, 64, name="w")
+    with pytest.raises(ValueError, match=r"code table must be float32 \(16,\); got .* \(8,\)"):
+        quantize4(torch.ones(64), nf4[:8], 64)
+    codes, scales = torch.zeros(65, dtype=torch.uint8), torch.ones(3)
+    with pytest.raises(ValueError, match=r"ceil\(n / 2\) = 65 bytes for n = 130; got 64"):
+        dequantize4(codes[:64], scales, nf4, 64, 130)
+    with pytest.raises(ValueError, match=r"= 3 entries for n = 130, block = 64; got 2"):
+        dequantize4(codes, scales[:2], nf4, 64, 130)
+    with pytest.raises(ValueError, match=r"scales of torch\.uint8 need scale_absmax"):
+        decode_scales(codes)
