@@ -213,6 +213,8 @@ def save_model(
         ValueError: the model has adapters or other parts that config.json does not describe.
         FileNotFoundError: `source` is no folder.
     """
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size must be at least 1; got {max_shard_size}")
     tensors = _pending(model, None if dtype is None else _dtype_of(dtype))
     directory = Path(directory)
     if source is not None and not Path(source).is_dir():
