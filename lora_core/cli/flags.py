@@ -59,8 +59,8 @@ def _number_of(kinds: Collection[type]) -> Any:
 def _options(annotation: Any) -> dict[str, Any] | None:
     """The argparse keywords of a field's type; None for a type that no flag can hold."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    kinds = [k for k in (typing.get_args(annotation) if union else [annotation])]
-    kinds = [k for k in kinds if k is not type(None)]
+    members = typing.get_args(annotation) if union else [annotation]
+    kinds = [k for k in members if k is not type(None)]
     if any(typing.get_origin(k) is typing.Literal for k in kinds):
         choices = [c for k in kinds for c in typing.get_args(k)]
         return {"choices": choices, "type": type(choices[0])}

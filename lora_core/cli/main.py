@@ -22,7 +22,7 @@ VERBS = {
     "generate": "answer a prompt with a model and, if given, an adapter",
     "evaluate": "loss, perplexity and accuracy on graded tokens",
     "merge": "fold an adapter into its base and write a Hugging Face folder",
-    "quantize": "write a model with 4-bit weights dequantized to 16 bits, and report the error",
+    "quantize": "write a model with its linear layers in 4 bits, in bitsandbytes' format",
     "inspect": "samples token by token with their labels and grades; summary of a data set",
     "info": "versions, backends and what this machine can run",
 }

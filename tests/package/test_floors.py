@@ -1,4 +1,4 @@
-"""Imports go down only; `lora_core` imports no triton and asks no question about CUDA in its maths."""
+"""Imports go down only, and `lora_core` imports no triton."""
 
 import ast
 from collections.abc import Iterator

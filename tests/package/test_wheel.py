@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# the build's tools are those of the test extra, so that nothing is fetched
+WHEEL_OPTIONS = ("--no-deps", "--no-build-isolation")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, "."],
+        [sys.executable, "-m", "pip", "wheel", "-q", *WHEEL_OPTIONS, "-w", str(folder), "."],
         cwd=source,
         check=True,
     )

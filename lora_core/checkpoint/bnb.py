@@ -1,0 +1,222 @@
+"""4-bit layers on disk in bitsandbytes' format, which transformers, vLLM and PEFT load.
+
+In memory a 4-bit layer is `codes`, `scales`, `scale_absmax`, `scale_offset` (lora_core/quant). On
+disk the same bytes have bitsandbytes' names. For a layer `X` with a weight (N, K) of n = N·K
+elements, in blocks of `blocksize`:
+
+    X.weight                                uint8 (ceil(n / 2), 1)    codes, first in high nibble
+    X.weight.absmax                         float32 (blocks,), or uint8 (blocks,) if nested
+    X.weight.quant_map                      float32 (16,)             value of each code
+    X.weight.nested_absmax                  float32 (ceil(blocks / 256),)      if nested
+    X.weight.nested_quant_map               float32 (256,)                     if nested
+    X.weight.quant_state.bitsandbytes__nf4  uint8, JSON: quant_type, blocksize, dtype, shape and, if
+                                            nested, nested_blocksize, nested_dtype, nested_offset
+
+and config.json has a `quantization_config`. No code is computed again in either direction, so the
+packed codes are byte-identical. The scale's offset travels as a decimal number in the JSON, which
+Python prints so that it reads back to the same float32.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_core.checkpoint.safetensors_folder import Entry, Pending, SafetensorsFolder
+from lora_core.quant import NF4Linear, NF4Tensor
+from lora_core.quant.codebook import codebook
+from lora_core.quant.double_quant import dynamic_map
+from lora_kernels.blockwise4 import SCALE_GROUP
+
+TYPES = ("nf4", "fp4")
+_PART = re.compile(
+    r"(?P<layer>.+)\.weight\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|"
+    r"quant_state\.bitsandbytes__(?:nf4|fp4))"
+)
+
+
+@dataclass
+class Packed:
+    """The entries of one 4-bit layer in a file."""
+
+    layer: str
+    """Name of the layer."""
+    state: str = ""
+    """Name of the entry that holds the JSON."""
+    parts: set[str] = field(default_factory=set)
+    """What there is besides the codes and the JSON."""
+
+
+def quantization_config(code: str, double_quant: bool, dtype: str) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    Args:
+        code: "nf4" or "fp4".
+        double_quant: whether the scales are nested.
+        dtype: what the layers compute in, "bfloat16" for example.
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": code,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+
+
+def pending(name: str, layer: NF4Linear, dtype: torch.dtype) -> Iterator[Pending]:
+    """The entries of one layer's weight (its bias is an ordinary tensor).
+
+    Args:
+        name: of the layer.
+        layer: "nf4" or "fp4".
+        dtype: that bitsandbytes expands the weight to.
+
+    Raises:
+        ValueError: a code that bitsandbytes does not have.
+    """
+    if layer.code not in TYPES:
+        raise ValueError(
+            f"{name} is quantized with {layer.code!r}; bitsandbytes' format holds only "
+            f"{' and '.join(TYPES)}"
+        )
+    numel = layer.in_features * layer.out_features
+    weight = f"{name}.weight"
+    state: dict[str, Any] = {
+        "quant_type": layer.code,
+        "blocksize": layer.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [layer.out_features, layer.in_features],
+    }
+    tensors = {
+        "": layer.codes.detach().reshape((numel + 1) // 2, 1),
+        ".absmax": layer.scales,
+        ".quant_map": layer.codebook.table(),
+    }
+    if layer.scale_absmax is not None and layer.scale_offset is not None:
+        tensors[".nested_absmax"] = layer.scale_absmax
+        tensors[".nested_quant_map"] = dynamic_map()
+        state |= {"nested_blocksize": SCALE_GROUP, "nested_dtype": "float32"}
+        state["nested_offset"] = layer.scale_offset.item()
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f".quant_state.bitsandbytes__{layer.code}"] = text
+    for suffix, tensor in tensors.items():
+        yield Pending(weight + suffix, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def packed_layers(entries: Mapping[str, Entry]) -> dict[str, Packed]:
+    """The 4-bit layers among a folder's entries, by the layer's name.
+
+    Raises:
+        ValueError: parts of a 4-bit layer without the rest of it.
+    """
+    found: dict[str, Packed] = {}
+    for name in entries:
+        if match := _PART.fullmatch(name):
+            layer, part = match["layer"], match["part"]
+            packed = found.setdefault(layer, Packed(layer))
+            if part.startswith("quant_state."):
+                packed.state = name
+            else:
+                packed.parts.add(part)
+    for layer, packed in found.items():
+        nested = {"nested_absmax", "nested_quant_map"} & packed.parts
+        wanted = {"absmax", "quant_map"}
+        wanted |= {"nested_absmax", "nested_quant_map"} if nested else set()
+        lacking = sorted(wanted - packed.parts)
+        lacking += [] if packed.state else ["quant_state"]
+        lacking += [] if f"{layer}.weight" in entries else ["the codes"]
+        if lacking:
+            raise ValueError(f"the 4-bit weight of {layer} is incomplete: no {', '.join(lacking)}")
+    return found
+
+
+def names_of(packed: Packed) -> list[str]:
+    """Every entry that makes up the layer's weight."""
+    weight = f"{packed.layer}.weight"
+    return [weight, packed.state, *(f"{weight}.{part}" for part in sorted(packed.parts))]
+
+
+def read_layer(
+    folder: SafetensorsFolder,
+    packed: Packed,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    device: torch.device,
+) -> NF4Linear:
+    """Make a 4-bit layer of its entries.
+
+    Args:
+        folder: the open folder.
+        packed: what `packed_layers` found.
+        shape: (N, K), as config.json calls for.
+        bias: (N,) or None.
+        device: where the layer goes.
+
+    Raises:
+        ValueError: entries that do not fit the shape or each other.
+    """
+    name = packed.layer
+    where = f"{folder.directory}: the 4-bit weight of {name}"
+    try:
+        state = json.loads(bytes(folder.tensor(packed.state).tolist()).decode())
+        told, block_size = tuple(state["shape"]), int(state["blocksize"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} has an unreadable quant_state: {error!r}") from None
+    if told != shape:
+        raise ValueError(f"{where} says it is {told}; config.json calls for {shape}")
+
+    def part(suffix: str, size: int, dtype: torch.dtype) -> Tensor:
+        tensor = folder.tensor(f"{name}.weight{suffix}")
+        if suffix == "":  # stored under any dtype, the bytes are the codes
+            tensor = tensor.contiguous().view(-1).view(torch.uint8)
+        if tensor.dtype != dtype or tensor.numel() != size:
+            raise ValueError(
+                f"{where}: {suffix.removeprefix('.') or 'codes'} should be {size} of {dtype}; got "
+                f"{tensor.numel()} of {tensor.dtype}"
+            )
+        return tensor.reshape(-1).to(device, copy=True)
+
+    numel = math.prod(shape)
+    blocks = -(-numel // block_size)
+    nested = "nested_absmax" in packed.parts
+    table = part(".quant_map", 16, torch.float32).cpu()
+    kind = packed.state.rpartition("__")[2]
+    book = codebook(kind)
+    if not torch.equal(table, book.table()):
+        raise ValueError(f"{where}: its quant_map is not the {kind} table")
+    absmax = offset = None
+    if nested:
+        if state.get("nested_blocksize") != SCALE_GROUP:
+            raise ValueError(
+                f"{where}: nested_blocksize is {state.get('nested_blocksize')}; only "
+                f"{SCALE_GROUP} is known"
+            )
+        if not torch.equal(part(".nested_quant_map", 256, torch.float32).cpu(), dynamic_map()):
+            raise ValueError(f"{where}: its nested_quant_map is not the signed dynamic map")
+        absmax = part(".nested_absmax", -(-blocks // SCALE_GROUP), torch.float32)
+        offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=device)
+    weight = NF4Tensor(
+        part("", (numel + 1) // 2, torch.uint8),
+        part(".absmax", blocks, torch.uint8 if nested else torch.float32),
+        torch.Size(shape),
+        torch.float32,
+        book,
+        block_size,
+        absmax,
+        offset,
+    )
+    return NF4Linear.from_tensor(weight, bias)

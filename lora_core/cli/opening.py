@@ -1,0 +1,162 @@
+"""Open a model as it was trained: its folder, its adapter, its precision, its template.
+
+`finetune` leaves a `run.json` beside an adapter. It says which base the adapter belongs to, which
+4-bit code that base was quantized with and in which template it learned to speak; the verbs that
+use the adapter follow it, and say so where a flag goes against it.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_core.adapters import BottleneckConfig, LoRAConfig
+from lora_core.checkpoint import load_adapter, load_model
+from lora_core.data import Tokenizer, load_template, load_tokenizer
+from lora_core.device import default_device
+from lora_core.models import CausalLM
+
+RUN_FILE = "run.json"
+ADAPTER_FILE = "adapter_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+AdapterConfig = LoRAConfig | BottleneckConfig
+
+
+@dataclasses.dataclass
+class Opened:
+    """A model ready to use, its tokenizer, and what the user should know about both."""
+
+    model: CausalLM
+    tok: Tokenizer
+    source: Path
+    """Folder of the base (or of the whole model)."""
+    quantize: str | None
+    """4-bit code of the base's linear layers; None: they are dense."""
+    notes: list[str]
+    """Lines to print."""
+
+
+def resident_dtype(device: torch.device) -> torch.dtype:
+    """Dtype in which frozen weights are held: bfloat16 where the device multiplies it natively.
+
+    On a CPU float32: the adapters' arithmetic is then exact to rounding, and most CPUs gain nothing
+    from bfloat16.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def read_run(directory: str | Path) -> dict[str, Any]:
+    """The `run.json` of a folder that `finetune` made; {} where there is none.
+
+    Raises:
+        ValueError: it is not valid JSON.
+    """
+    file = Path(directory) / RUN_FILE
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object; got {type(content).__name__}")
+    return content
+
+
+def _base_of(adapter: Path) -> Path:
+    """The base model's folder that an adapter names."""
+    file = adapter / ADAPTER_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{adapter} holds no adapter: {ADAPTER_FILE} is missing")
+    named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise ValueError(f"{file} names no base model: give --model")
+    if not Path(named).is_dir():
+        raise FileNotFoundError(f"the adapter's base {named!r} is no folder here: give --model")
+    return Path(named)
+
+
+def _template_of(adapter: Path | None, tok: Tokenizer, notes: list[str]) -> None:
+    """Let the adapter's template take the base's place, and say so where they differ."""
+    file = None if adapter is None else adapter / TEMPLATE_FILE
+    if file is None or not file.is_file():
+        return
+    template = load_template(file)
+    if tok.chat_template is not None and tok.chat_template != template:
+        notes.append("the base's chat template differs; using the one saved with the adapter")
+    tok.chat_template = template
+
+
+def open_model(
+    model: str | Path | None,
+    adapter: str | Path | None = None,
+    *,
+    quantize: str | None = None,
+    device: str | None = None,
+) -> Opened:
+    """Load a model and, if one is given, its adapter, as they were trained.
+
+    Args:
+        model: Hugging Face folder; None: the base that the adapter names.
+        adapter: adapter folder; None: none.
+        quantize: "nf4", "fp4", "int4", "none" (dense), or None: as the adapter's run.json says,
+            dense where nothing says.
+        device: None: the accelerator, else the CPU.
+
+    Returns:
+        The model in eval mode, its adapter loaded and active but not trainable.
+
+    Raises:
+        ValueError: neither model nor adapter, or files that do not fit together.
+        FileNotFoundError: a folder or file is missing.
+    """
+    if model is None and adapter is None:
+        raise ValueError("give --model, --adapter, or both")
+    notes: list[str] = []
+    where = None if adapter is None else Path(adapter)
+    source = Path(model) if model is not None else _base_of(Path(str(adapter)))
+    trained_on = {} if where is None else read_run(where).get("base", {})
+    code = trained_on.get("quantize") if quantize is None else quantize
+    code = None if code == "none" else code
+    if where is not None and trained_on and code != trained_on.get("quantize"):
+        notes.append(
+            f"the adapter was trained on a {trained_on.get('quantize') or 'dense'} base; "
+            f"this one is {code or 'dense'}"
+        )
+    place = torch.device(device) if device else default_device()
+    # added tokens come with the adapter's own tokenizer
+    own = where is not None and (where / "tokenizer.json").is_file()
+    tok = load_tokenizer(where if own and where is not None else source)
+    loaded = load_model(source, quantize=code, dtype=resident_dtype(place), device=place)
+    _template_of(where, tok, notes)
+    if where is not None:
+        grow_to(loaded, tok)
+        load_adapter(loaded, where)
+    return Opened(loaded.eval(), tok, source, code, notes)
+
+
+def grow_to(model: CausalLM, tok: Tokenizer) -> bool:
+    """Grow embedding and head to the tokenizer's size, where they are smaller; says whether."""
+    from lora_core.adapters import grow_vocabulary
+
+    rows = model.get_input_embeddings().num_embeddings
+    if tok.vocab_size <= rows:
+        return False
+    grow_vocabulary(model, tok.vocab_size)
+    return True
+
+
+def add_opening_flags(parser: Any, *, adapter: bool = True) -> None:
+    """The flags that `open_model` needs."""
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face folder [the adapter's base]")
+    if adapter:
+        parser.add_argument("--adapter", metavar="DIR", help="adapter folder, as of finetune")
+    parser.add_argument(
+        "--quantize",
+        choices=["nf4", "fp4", "int4", "none"],
+        help="4-bit code of the base [as the adapter was trained; else none]",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … [the accelerator, else cpu]")
