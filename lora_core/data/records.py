@@ -216,7 +216,7 @@ def _from_sharegpt(turn: Any, place: str) -> Any:
     if not isinstance(turn, dict) or "from" not in turn:
         return turn
     role = turn["from"]
-    if role not in _SHAREGPT_ROLES:
+    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         raise ValueError(f"{place}.from: {_unknown_role(role, _SHAREGPT_ROLES)}")
     rest = {key: turn[key] for key in turn if key not in ("from", "value")}
     return {"role": _SHAREGPT_ROLES[role], "content": turn.get("value"), **rest}
@@ -259,7 +259,7 @@ def _parse_text(row: Mapping[str, Any], where: str) -> PlainText:
 
 def _parse_tokens(row: Mapping[str, Any], where: str) -> Tokens:
     ids = _integers(row, "input_ids", where)
-    if not all(row.get("attention_mask", [])):
+    if "attention_mask" in row and not all(_integers(row, "attention_mask", where)):
         raise ValueError(f"{where}: attention_mask hides tokens; store rows without padding")
     if row.get("labels") is None:
         return Tokens(where, ids)
@@ -393,7 +393,7 @@ def _without_byte_order_mark(raw: bytes, where: str) -> bytes:
 
 def _parse_line(raw: bytes, where: str) -> dict[str, Any]:
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
