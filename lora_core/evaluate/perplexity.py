@@ -19,48 +19,20 @@ from lora_core.losses import IGNORE, shift_labels, token_cross_entropy
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Sums over a data set, and the measures made of them."""
+    """What a model makes of the graded tokens of a data set."""
 
-    nll: float
-    """summed -log p of the graded tokens, in nats"""
+    loss: float
+    """nats per graded token: nll / tokens"""
+    perplexity: float
+    """exp(loss); infinity beyond the range of a float"""
+    accuracy: float
+    """share of graded tokens that were the model's first choice, in [0, 1]"""
     tokens: int
     """graded tokens"""
-    correct: int
-    """graded tokens that were the model's first choice"""
-
-    @property
-    def loss(self) -> float:
-        """Nats per graded token."""
-        return self.nll / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats per token); infinity beyond the range of a float."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
-
-    @property
-    def accuracy(self) -> float:
-        """Share of graded tokens that were the model's first choice, in [0, 1]."""
-        return self.correct / self.tokens
-
-    def bits_per_byte(self, graded_bytes: int) -> float:
-        """Bits per byte of the graded text.
-
-        Args:
-            graded_bytes: UTF-8 bytes of the text that the graded tokens stand for.
-
-        Returns:
-            Σ NLL / (ln 2 · bytes).
-
-        Raises:
-            ValueError: no bytes.
-        """
-        if graded_bytes < 1:
-            raise ValueError(f"graded_bytes must be 1 or more; got {graded_bytes}")
-        return self.nll / math.log(2) / graded_bytes
+    nll: float
+    """summed -log p of the graded tokens, in nats"""
+    bits_per_byte: float | None
+    """nll / (ln 2 · bytes of graded text), where the bytes were given"""
 
 
 def as_batches(data: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[Mapping[str, Any]]:
@@ -84,6 +56,7 @@ def perplexity(
     data: Iterable[Mapping[str, Any]],
     *,
     batch_size: int = 8,
+    graded_bytes: int | None = None,
 ) -> Perplexity:
     """Judge a model on graded tokens.
 
@@ -92,13 +65,16 @@ def perplexity(
         data: rows `{"input_ids", "labels"}`, or batches of tensors under those names (B, T), with
             anything else the model takes.
         batch_size: rows in one forward pass.
+        graded_bytes: UTF-8 bytes of the text that the graded tokens stand for.
 
     Returns:
-        The sums; `.perplexity`, `.loss`, `.accuracy` and `.bits_per_byte(n)`.
+        The measures, each over the whole data set.
 
     Raises:
-        ValueError: no token is graded.
+        ValueError: no token is graded, or `graded_bytes` is below 1.
     """
+    if graded_bytes is not None and graded_bytes < 1:
+        raise ValueError(f"graded_bytes must be 1 or more; got {graded_bytes}")
     was_training = model.training
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -118,4 +94,12 @@ def perplexity(
         model.train(was_training)
     if tokens == 0:
         raise ValueError("no token of the data is graded, so it has no perplexity")
-    return Perplexity(nll, tokens, correct)
+    return Perplexity(
+        loss=nll / tokens,
+        # exp overflows a float from 710 on
+        perplexity=math.exp(nll / tokens) if nll / tokens < 709 else math.inf,
+        accuracy=correct / tokens,
+        tokens=tokens,
+        nll=nll,
+        bits_per_byte=None if graded_bytes is None else nll / math.log(2) / graded_bytes,
+    )

@@ -1,0 +1,93 @@
+"""Perplexity against a direct computation, over rows and over batches of any size."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lora_core.data import collate
+from lora_core.evaluate import perplexity
+
+VOCABULARY = 11
+
+
+class Bigram(nn.Module):
+    """Logits of the next token from the last one alone, with dropout that has to be off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, VOCABULARY)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.dropout(self.table(input_ids)))
+
+
+def make_rows(seed: int, count: int) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(2, 9, (1,), generator=generator))
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+        masked = int(torch.randint(0, length, (1,), generator=generator))
+        rows.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
+    return rows
+
+
+def direct(model: Bigram, rows: list[dict[str, list[int]]]) -> tuple[float, int, int]:
+    nll, tokens, correct = 0.0, 0, 0
+    for row in rows:
+        for before, label in zip(row["input_ids"], row["labels"][1:], strict=False):
+            if label != -100:
+                logp = model.table.weight[before].detach().double().log_softmax(0)
+                nll, tokens = nll - float(logp[label]), tokens + 1
+                correct += int(logp.argmax()) == label
+    return nll, tokens, correct
+
+
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 5))
+def test_equals_a_direct_computation(seed: int, count: int, batch_size: int) -> None:
+    torch.manual_seed(seed)
+    model, rows = Bigram(), make_rows(seed, count)
+    nll, tokens, correct = direct(model, rows)
+    model.train()
+    found = perplexity(model, rows, batch_size=batch_size, graded_bytes=123)
+    assert model.training
+    assert (found.tokens, found.accuracy) == (tokens, correct / tokens)
+    # each token's loss is rounded once to float32; losses here stay below 16
+    assert found.nll == pytest.approx(nll, abs=tokens * 16 * torch.finfo(torch.float32).eps)
+    assert found.loss == found.nll / tokens
+    assert found.perplexity == math.exp(found.loss)
+    assert found.bits_per_byte == pytest.approx(found.nll / 123 / 0.6931471805599453, rel=1e-12)
+
+
+def test_batches_pass_through_and_the_cut_does_not_matter() -> None:
+    model, rows = Bigram(), make_rows(0, 8)
+    by_row = perplexity(model, rows, batch_size=1)
+    batches = [collate(rows[:5]), collate(rows[5:])]
+    assert perplexity(model, batches).loss == pytest.approx(by_row.loss, rel=1e-12)
+    assert by_row.bits_per_byte is None
+    # a mean of the batches' means would be another number
+    means = [perplexity(model, [batch]).loss for batch in batches]
+    assert abs(sum(means) / 2 - by_row.loss) > 1e-4
+
+
+def test_a_hopeless_model_has_infinite_perplexity() -> None:
+    model = Bigram()
+    nn.init.zeros_(model.table.weight)
+    with torch.no_grad():
+        model.table.weight[:, 0] = 5000.0
+    found = perplexity(model, [{"input_ids": [1, 2], "labels": [-100, 2]}])
+    assert found.perplexity == math.inf
+    assert found.loss == 5000
+
+
+def test_nothing_to_judge() -> None:
+    with pytest.raises(ValueError, match="no token of the data is graded, so it has no perplexity"):
+        perplexity(Bigram(), [{"input_ids": [1, 2], "labels": [-100, -100]}])
+    with pytest.raises(ValueError, match="graded_bytes must be 1 or more; got 0"):
+        perplexity(Bigram(), make_rows(0, 1), graded_bytes=0)
