@@ -1,6 +1,7 @@
 """Adapters: small trainable modules beside frozen ones, and how they get into a model."""
 
 from lora_core.adapters.base import Adapted, Adapter, adapted_modules, dense_weight, is_linear
+from lora_core.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from lora_core.adapters.config import AdapterConfig, LoRAConfig, register_adapter
 from lora_core.adapters.inject import (
     AdapterReport,
@@ -27,6 +28,8 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterReport",
+    "BottleneckAdapter",
+    "BottleneckConfig",
     "LayerMerge",
     "LoRA",
     "LoRAConfig",
