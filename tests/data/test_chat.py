@@ -21,8 +21,23 @@ CHAT = [
 ]
 # contents that try to look like the marks, like tags and like control tokens
 TRICKY = st.text() | st.sampled_from(
-    ["", " ", "\n\n", "\ue000", "\ue000\ue001", "\ue000/x\ue001", "{% generation %}", "{{ 1 }}"]
-    + ["<|im_end|>", "<|im_start|>assistant\n", "👩‍👩‍👧", "e\u0301", "\u2028", "\x00", "[/INST]"]
+    [
+        "",
+        " ",
+        "\n\n",
+        "\ue000",
+        "\ue000\ue001",
+        "\ue000/x\ue001",
+        "{% generation %}",
+        "{{ 1 }}",
+        "<|im_end|>",
+        "<|im_start|>assistant\n",
+        "👩‍👩‍👧",
+        "e\u0301",
+        "\u2028",
+        "\x00",
+        "[/INST]",
+    ]
 )
 
 
@@ -84,19 +99,17 @@ def test_builtin_text_and_spans(families: dict[str, Tokenizer], name: str) -> No
 
 def test_system_messages(families: dict[str, Tokenizer]) -> None:
     expected = {
-        "alpaca": "<s> be short \n\nBelow is",
+        # the system text stands in place of the usual introduction
+        "alpaca": "<s> be short \n\n### Instruction:",
         "chatml": "<|im_start|>system\n be short <|im_end|>\n<|im_start|>user",
         "llama2": "<s>[INST] <<SYS>>\n be short \n<</SYS>>\n\n q1 [/INST]",
-        "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe short<|eot_id|>",
+        "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe short<|",
         "mistral": "<s>[INST]  be short \n\n q1 [/INST]",
         "phi3": "<|system|>\n be short <|end|>\n<|user|>",
     }
     for name, start in expected.items():
-        text = families[name].render([SYSTEM, *CHAT])
-        if name == "alpaca":  # the system text stands in place of the usual introduction
-            start = "<s> be short \n\n### Instruction:"
-        assert text.startswith(start), name
-    with pytest.raises(ValueError, match="gemma wants user and assistant in turn.*no system role"):
+        assert families[name].render([SYSTEM, *CHAT]).startswith(start), name
+    with pytest.raises(ValueError, match=r"gemma wants user and assistant in turn.*no system role"):
         families["gemma"].render([SYSTEM, *CHAT])
 
 
@@ -212,18 +225,18 @@ def test_templates_that_fail_or_reach_out(template: str, message: str) -> None:
 
 def test_marks_that_cannot_be_trusted() -> None:
     nested = "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}"
-    with pytest.raises(ValueError, match="nests {% generation %} blocks"):
+    with pytest.raises(ValueError, match=r"nests \{% generation %} blocks"):
         render_spans(nested, CHAT)
     filtered = "{% filter trim %}{% generation %} a {% endgeneration %}{% endfilter %}"
-    with pytest.raises(ValueError, match="changes the text of a {% generation %} block"):
+    with pytest.raises(ValueError, match=r"changes the text of a \{% generation %} block"):
         render_spans(filtered, CHAT)
     cut = "{% filter truncate(24, True, '') %}{% generation %}aaa{% endgeneration %}{% endfilter %}"
-    with pytest.raises(ValueError, match="changes the text of a {% generation %} block"):
+    with pytest.raises(ValueError, match=r"changes the text of a \{% generation %} block"):
         render_spans(cut, CHAT)
 
 
 def test_only_plain_data_reaches_a_template() -> None:
-    with pytest.raises(ValueError, match="takes strings, numbers, lists.*; got PosixPath"):
+    with pytest.raises(ValueError, match=r"takes strings, numbers, lists.*; got PosixPath"):
         render_chat("{{ messages }}", [{"role": "user", "content": Path("x")}])
 
     class Text(str):
@@ -249,4 +262,5 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
 def test_markers_and_marks() -> None:
     assert template_markers(builtin_template("gemma")) == ["<start_of_turn>", "<end_of_turn>"]
     assert all(has_marks(builtin_template(name)) for name in BUILTIN_TEMPLATES)
-    assert has_marks("{%- generation -%}") and not has_marks("{{ generation }}")
+    assert has_marks("{%- generation -%}")
+    assert not has_marks("{{ generation }}")

@@ -125,7 +125,7 @@ def test_templates_that_rewrite_earlier_turns_are_refused_or_exact(tok: Tokenize
 
 def test_templates_that_cannot_be_cut_are_refused(tok: Tokenizer) -> None:
     alone = OWN + "{% if messages | length < 4 %}{{ raise_exception('too short') }}{% endif %}"
-    with pytest.raises(ValueError, match="message 1 cannot be told from the rest: .*too short"):
+    with pytest.raises(ValueError, match=r"message 1 cannot be told from the rest: .*too short"):
         Grader(tok, alone)(CHAT)
     no_header = OWN.replace("From assistant: ", "something else")
     with pytest.raises(ValueError, match="writes the text up to message 1 differently"):

@@ -229,14 +229,34 @@ JSON = st.recursive(
     max_leaves=8,
 )
 KEYS = st.sampled_from(
-    ["messages", "conversations", "instruction", "input", "output", "prompt", "completion"]
-    + ["text", "input_ids", "labels", "role", "content", "from", "value", "tools", "train"]
+    [
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "prompt",
+        "completion",
+        "text",
+        "input_ids",
+        "labels",
+        "role",
+        "content",
+        "from",
+        "value",
+        "tools",
+        "train",
+    ]
 )
 
 
 @given(st.dictionaries(KEYS, JSON | st.lists(st.dictionaries(KEYS, JSON, max_size=3)), max_size=4))
 def test_any_object_is_a_record_or_a_one_line_error(row: dict[str, Any]) -> None:
     try:
-        parse_record(row, "here:1")
+        record = parse_record(row, "here:1")
     except ValueError as error:
-        assert str(error).startswith("here:1: ")
+        message = str(error)
+    else:
+        message = record.where + ": a record"
+    assert message.startswith("here:1: ")
+    assert "\n" not in message

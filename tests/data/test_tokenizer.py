@@ -205,7 +205,7 @@ def test_transformers_reads_what_is_saved(
 
 
 def test_errors(folder: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no folder '.*nowhere' to read a tokenizer from"):
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*nowhere' to read a tokenizer from"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json; copy"):
         load_tokenizer(tmp_path)
