@@ -14,7 +14,6 @@ name alone, so it is the same for every Python version. The text itself differs 
 """
 
 import ast
-import hashlib
 import json
 import random
 import re
@@ -25,10 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-END_OF_TEXT = "<|endoftext|>"
-TURN_START = "<|im_start|>"
-TURN_END = "<|im_end|>"
-SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+from lora_core.data.corpus import TURN_END, TURN_START, Corpus, is_held_out
 
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
@@ -64,16 +60,6 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents to train on and documents held out, with the hash of both."""
-
-    train: list[str]
-    held_out: list[str]
-    held_out_names: list[str]
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Function:
     """A documented function or method: where it is, how it is called and what it says."""
 
@@ -81,6 +67,16 @@ class Function:
     name: str
     signature: str
     doc: str
+
+    @property
+    def last_name(self) -> str:
+        """The name without its class."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def is_public(self) -> bool:
+        """Whether the name is meant for others."""
+        return not self.last_name.startswith("_")
 
     @property
     def summary(self) -> str:
@@ -92,12 +88,6 @@ class Function:
 def library_root() -> Path:
     """The folder of the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
-
-
-def is_held_out(module: str, percent: int = 4) -> bool:
-    """Whether a module is kept from training: by a hash of its name, the same everywhere."""
-    digest = hashlib.sha256(module.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 100 < percent
 
 
 def read_modules(root: str | Path | None = None) -> list[Module]:
@@ -129,7 +119,7 @@ def read_modules(root: str | Path | None = None) -> list[Module]:
 
 
 def _read(path: Path) -> str:
-    """A source file's text; "" where it cannot be decoded. pydoc's topics are taken out of quotes."""
+    """A source file's text, "" where it cannot be decoded; of pydoc's topics the prose itself."""
     try:
         with tokenize.open(path) as file:
             text = file.read()
@@ -142,39 +132,36 @@ def _read(path: Path) -> str:
     return "\n\n".join(topics)
 
 
-def read_corpus(root: str | Path | None = None, held_out_percent: int = 4) -> Corpus:
+def read_corpus(root: str | Path | None = None, percent: float = 5.0) -> Corpus:
     """Read the text to pretrain on, and the modules held out.
 
     Args:
         root: folder of the library; None takes the running interpreter's.
-        held_out_percent: share of the modules to hold out, by a hash of the name, in percent.
+        percent: share of the modules to hold out, by a hash of the name.
 
     Returns:
-        One document per module; documentation strings of the training modules follow as ChatML
+        One document per module; public functions of the training modules follow as ChatML
         conversations, one document each. Held-out modules give plain text only.
     """
     modules = read_modules(root)
-    held_out = [module for module in modules if is_held_out(module.name, held_out_percent)]
-    kept = [module for module in modules if not is_held_out(module.name, held_out_percent)]
-    train = [module.text for module in kept]
-    train += [_conversation(function) for module in kept for function in functions(module)]
-    digest = hashlib.sha256()
-    for document in [*train, *(module.text for module in held_out)]:
-        digest.update(document.encode())
-        digest.update(b"\0")
-    names = [module.name for module in held_out]
-    return Corpus(train, [module.text for module in held_out], names, digest.hexdigest())
-
-
-def chatml(role: str, content: str) -> str:
-    """One turn as the shipped model's chat template writes it."""
-    return f"{TURN_START}{role}\n{content}{TURN_END}\n"
+    kept = [module for module in modules if not is_held_out(module.name, percent)]
+    held_out = [module for module in modules if is_held_out(module.name, percent)]
+    texts = [module.text for module in kept]
+    texts += [_conversation(f) for m in kept for f in functions(m) if f.is_public]
+    return Corpus(texts, [m.text for m in held_out], [m.name for m in held_out])
 
 
 def _conversation(function: Function) -> str:
-    """A pretraining document: a call, answered by its documentation string. No JSON in it."""
-    question = f"What does `{function.module}.{function.name}{function.signature}` do?"
-    return chatml("user", question) + chatml("assistant", function.doc)
+    """A pretraining document: a call, answered by its signature and first paragraph. No JSON."""
+    call = f"{function.last_name}{function.signature}"
+    question = f"What does `{call}` do in the module `{function.module}`?"
+    answer = f"{call}\n\n{function.doc.split(chr(10) * 2)[0]}"
+    return _turn("user", question) + _turn("assistant", answer)
+
+
+def _turn(role: str, content: str) -> str:
+    """One turn as the built-in ChatML template writes it."""
+    return f"{TURN_START}{role}\n{content}{TURN_END}\n"
 
 
 def functions(module: Module) -> Iterator[Function]:
@@ -198,7 +185,7 @@ def function_conversations(
     seed: int = 0,
     root: str | Path | None = None,
     max_summary: int = 100,
-    max_question: int = 320,
+    max_doc: int = 160,
 ) -> list[FunctionRow]:
     """Make the quickstart's data: `help()` of a function in, a JSON object about it out.
 
@@ -206,7 +193,7 @@ def function_conversations(
         seed: order of the rows.
         root: folder of the library; None takes the running interpreter's.
         max_summary: longest first sentence to keep, in characters.
-        max_question: length at which the help text is cut (at a line), in characters.
+        max_doc: length at which the documentation is cut (at a line), in characters.
 
     Returns:
         Shuffled rows with `messages` (user, assistant), `module` and `name`; one row a function,
@@ -220,16 +207,15 @@ def function_conversations(
             if key in seen or not _is_plain(function, max_summary):
                 continue
             seen.add(key)
-            rows.append(_row(function, max_question))
+            rows.append(_row(function, max_doc))
     random.Random(seed).shuffle(rows)
     return rows
 
 
 def _is_plain(function: Function, max_summary: int) -> bool:
     """Whether a function makes a short and fair question: public, with a sentence of its own."""
-    last = function.name.rpartition(".")[2]
     return (
-        not last.startswith("_")
+        function.is_public
         and 12 <= len(function.summary) <= max_summary
         and len(function.signature) <= 80
         and function.summary.isascii()
@@ -237,24 +223,24 @@ def _is_plain(function: Function, max_summary: int) -> bool:
 
 
 def help_text(function: Function, max_chars: int) -> str:
-    """What `help()` would print, cut after the first sentence's paragraph or at `max_chars`."""
+    """Much what `help()` prints: header, signature and the documentation string's beginning.
+
+    The names stand in backquotes and the text is not indented, so that a byte-level tokenizer cuts
+    them as it cuts them in the answer: the task is then to find and copy, not to respell.
+    """
     kind = "method" if "." in function.name else "function"
-    last = function.name.rpartition(".")[2]
-    lines = [f"Help on {kind} {function.name} in module {function.module}:", ""]
-    lines.append(f"{last}{function.signature}")
-    size = sum(len(line) + 1 for line in lines)
-    first = len(function.doc.split("\n\n")[0].split("\n"))
-    for number, line in enumerate(function.doc.split("\n")):
-        size += len(line) + 5
-        if number >= first and size > max_chars:
-            break
-        lines.append(f"    {line}" if line else "")
-    return "\n".join(lines).rstrip()
+    lines = function.doc.split("\n")
+    kept = len(function.doc.split("\n\n")[0].split("\n"))  # the first paragraph in any case
+    while kept < len(lines) and sum(map(len, lines[: kept + 1])) <= max_chars:
+        kept += 1
+    head = f"Help on {kind} `{function.name}` in module `{function.module}`:"
+    call = f"{function.last_name}{function.signature}"
+    return "\n".join([head, "", call, "", *lines[:kept]]).rstrip()
 
 
-def _row(function: Function, max_question: int) -> FunctionRow:
+def _row(function: Function, max_doc: int) -> FunctionRow:
     answer = {"module": function.module, "name": function.name, "summary": function.summary}
-    question = f"{_INSTRUCTION}\n\n{help_text(function, max_question)}"
+    question = f"{_INSTRUCTION}\n\n{help_text(function, max_doc)}"
     return {
         "messages": [
             {"role": "user", "content": question},
