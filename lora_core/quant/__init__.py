@@ -1,6 +1,6 @@
 """4-bit weights: code tables, double quantization, NF4Tensor, NF4Linear."""
 
-from lora_core.quant.codebook import Codebook, codebook, nf4_values
+from lora_core.quant.codebook import Codebook, bin_masses, codebook, nf4_values
 from lora_core.quant.linear import NF4Linear
 from lora_core.quant.model import QuantizeReport, dequantize_model, quantize_model
 from lora_core.quant.nf4 import NF4Tensor, quantize_4bit, quantize_nf4
@@ -10,6 +10,7 @@ __all__ = [
     "NF4Linear",
     "NF4Tensor",
     "QuantizeReport",
+    "bin_masses",
     "codebook",
     "dequantize_model",
     "nf4_values",

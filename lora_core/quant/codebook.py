@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Codebook", "codebook", "nf4_values"]
+__all__ = ["Codebook", "bin_masses", "codebook", "nf4_values"]
 
 NF4_OFFSET = 0.9677083
 
@@ -127,3 +127,37 @@ def nf4_values(offset: float = NF4_OFFSET) -> Tensor:
 
     values = torch.cat((-quantiles(7), torch.zeros(1), quantiles(8))).sort().values
     return values / values[-1]
+
+
+def bin_masses(code: str | Tensor | Codebook = "nf4", block_size: int = 64) -> Tensor:
+    """How often each code is used when blocks of independent normal numbers are quantized.
+
+    One element of a block is its largest magnitude m and becomes exactly -1 or 1; the others are
+    normal within (-m, m). So, with Phi the normal distribution and F(m) = 2 Phi(m) - 1,
+
+        P(code) = (B-1)/B * E_m[ (Phi(b m) - Phi(a m)) / F(m) ]  +  1/(2B) for each end in (a, b],
+
+    where (a, b] is the code's bin and m has the density of the largest of B: B F(m)^(B-1) F'(m).
+
+    Args:
+        code: as `codebook` takes it.
+        block_size: B, elements that share a scale.
+
+    Returns:
+        float64 (16,), in the order of the codes, summing to 1; exact to about 1e-6.
+    """
+    values, order = codebook(code).table().double().sort(stable=True)
+    first = values.diff(prepend=values.new_tensor([-torch.inf])) != 0  # a second zero is not used
+    values, order = values[first], order[first]
+    middle = (values[:-1] + values[1:]) / 2
+    infinity = torch.tensor([torch.inf], dtype=torch.float64)
+    low, high = (torch.cat(t).clamp(-1, 1) for t in ((-infinity, middle), (middle, infinity)))
+    # quantiles of m, evenly spaced: F(m)^B is uniform on (0, 1)
+    level = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    inside = level ** (1 / block_size)  # F(m)
+    m = torch.special.ndtri((1 + inside) / 2)[:, None]  # (4096, 1)
+    share = (torch.special.ndtr(high * m) - torch.special.ndtr(low * m)) / inside[:, None]
+    mass = share.mean(0) * (block_size - 1) / block_size
+    for end in (-1.0, 1.0):
+        mass[torch.bucketize(end, middle)] += 0.5 / block_size
+    return mass.new_zeros(16).scatter_(0, order, mass)

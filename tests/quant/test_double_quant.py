@@ -1,0 +1,87 @@
+"""The 8-bit map and the nearest entry."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_core.quant.double_quant import dynamic_map, encode_scales
+from lora_kernels import decode_scales
+
+
+def test_the_map_is_seven_decades_of_either_sign() -> None:
+    entries = dynamic_map()
+    assert entries.dtype == torch.float32
+    assert bool((entries.diff() > 0).all())
+    assert entries[127] == 0
+    assert entries[-1] == 1
+    # 2^i evenly spaced values in decade i, mirrored: only 1 has no counterpart
+    assert torch.equal(entries[:127], -entries[128:255].flip(0))
+    for decade in range(7):
+        top = 10.0 ** (decade - 6)
+        inside = entries[(entries > 0.1 * top) & (entries < top)]
+        step = 0.9 * top / 2**decade
+        wanted = 0.1 * top + step * (torch.arange(2**decade) + 0.5)
+        assert torch.allclose(inside, wanted, rtol=3e-7, atol=0)
+
+
+def test_the_map_cannot_be_spoilt_from_outside() -> None:
+    dynamic_map().zero_()
+    assert dynamic_map()[-1] == 1
+    with torch.device("meta"):
+        assert dynamic_map().device.type == "cpu"
+
+
+@given(
+    n=st.integers(1, 1500),
+    spread=st.sampled_from([0.0, 1e-7, 0.1, 3.0]),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
+    seed=st.integers(0, 2**31),
+)
+def test_each_scale_gets_the_nearest_entry(n: int, spread: float, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scales = (1 + spread * torch.rand(n, generator=generator)) * scale
+    q, absmax, offset = encode_scales(scales)
+    assert torch.equal(offset, scales.mean())
+    centred = (scales - offset).double()
+    group = torch.arange(n) // 256
+    wanted_absmax = [centred[group == g].abs().max() for g in range(-(-n // 256))]
+    assert torch.equal(absmax.double(), torch.stack(wanted_absmax))
+    # by brute force: the distance to every entry, times the group's scale
+    entries = dynamic_map().double()
+    distance = (centred[:, None] - entries * absmax.double()[group, None]).abs()  # (n, 256)
+    chosen = distance[torch.arange(n), q.long()]
+    # the distance itself is rounded in float64
+    assert bool((chosen <= distance.amin(1) + 1e-15 * absmax.double()[group]).all())
+
+
+def test_decoding_multiplies_then_adds_in_float32() -> None:
+    scales = torch.rand(700) + 1
+    q, absmax, offset = encode_scales(scales)
+    entries = dynamic_map()
+    decoded = decode_scales(q, absmax, offset, entries)
+    wanted = torch.stack(
+        [entries[int(q[i])] * absmax[i // 256] + offset for i in range(len(scales))]
+    )
+    assert torch.equal(decoded, wanted)
+    # half the widest gap of the map, 0.9/64/2, and two roundings
+    assert (decoded - scales).abs().max() <= (0.45 / 64 + 1e-6) * absmax.max()
+    assert torch.equal(decode_scales(scales), scales)
+
+
+def test_equal_scales_come_back_exactly() -> None:
+    scales = torch.full((300,), 0.75)
+    q, absmax, offset = encode_scales(scales)
+    assert q.eq(127).all()
+    assert torch.equal(decode_scales(q, absmax, offset, dynamic_map()), scales)
+
+
+def test_no_scales() -> None:
+    q, absmax, offset = encode_scales(torch.empty(0))
+    assert (q.shape, q.dtype, absmax.shape, offset.item()) == ((0,), torch.uint8, (0,), 0.0)
+    assert decode_scales(q, absmax, offset, dynamic_map()).shape == (0,)
+
+
+def test_scales_that_overflow_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 scales sum to more than float32 .*3e\+38\); use"):
+        encode_scales(torch.tensor([3e38, 3e38]))
