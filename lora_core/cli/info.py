@@ -29,14 +29,13 @@ def _version(package: str) -> str:
 
 def gather() -> dict[str, Any]:
     """Everything that `info` prints, as plain data."""
-    from lora_core import __version__
     from lora_core.checkpoint import base_model_path
 
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "lora-core": __version__,
+        "lora-core": _version("lora-core"),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}",

@@ -182,7 +182,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_resume_continues_starts_afresh_and_leaves_a_finished_run_alone(
     llama_folder: Path, chats: Path, tmp_path: Path
 ) -> None:
-    more = ["--method", "lora", "--dropout", "0.1", "--seed", "3", "--save-every", "1"]
+    more = ["--method", "lora", "--dropout", "0.1", "--seed", "3", "--save-every", "1", "--keep", "9"]
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     assert finetune(llama_folder, chats, straight, *more, "--resume") == 0  # nothing there: afresh
     assert finetune(llama_folder, chats, halted, *more) == 0
@@ -244,7 +244,7 @@ def test_added_tokens_are_trained_saved_and_merged(
         (["--targets", "q_porj"], "q_porj"),
         (["--lr", "0"], "lr must be above 0"),
         (["--eval-fraction", "1.5"], "eval_fraction must be in"),
-        (["--columns", "prompt"], "--columns wants"),
+        (["--columns", "prompt"], "is not NAME=COLUMN"),
         (["--template", "nonsense"], "template 'nonsense'"),
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--add-tokens", "<a>", "--method", "bottleneck"], "--add-tokens"),
