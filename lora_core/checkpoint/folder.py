@@ -210,9 +210,12 @@ def save_model(
         max_shard_size: bytes; more are split over several files with an index.
 
     Raises:
+        TypeError: the model is no `CausalLM`.
         ValueError: the model has adapters or other parts that config.json does not describe.
         FileNotFoundError: `source` is no folder.
     """
+    if not isinstance(model, CausalLM):
+        raise TypeError(f"save_model writes this library's CausalLM; got {type(model).__name__}")
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size must be at least 1; got {max_shard_size}")
     tensors = _pending(model, None if dtype is None else _dtype_of(dtype))

@@ -15,7 +15,11 @@ from lora_core.models.rope import rotate
 
 
 def attention_rule(
-    tokens: int, past: int, attention_mask: Tensor | None, document_ids: Tensor | None
+    tokens: int,
+    past: int,
+    attention_mask: Tensor | None,
+    document_ids: Tensor | None,
+    device: torch.device | None = None,
 ) -> Tensor | None:
     """The boolean mask of a forward, or None where plain causal attention is meant.
 
@@ -24,6 +28,7 @@ def attention_rule(
         past: tokens in the cache; S = past + T.
         attention_mask: (B, S), nonzero for real tokens; or None.
         document_ids: (B, T) integers; a token sees only tokens with its own id; or None.
+        device: where the mask is made; None: the CPU.
 
     Returns:
         (B or 1, 1, T, S) bool, or None. A padded query sees itself, since a row that sees nothing
@@ -34,8 +39,6 @@ def attention_rule(
     # several new tokens after a cache: the operator's causal path would align them to its start
     if attention_mask is None and document_ids is None and (past == 0 or tokens == 1):
         return None
-    reference = attention_mask if attention_mask is not None else document_ids
-    device = None if reference is None else reference.device
     query = torch.arange(past, past + tokens, device=device)[:, None]  # (T, 1)
     key = torch.arange(past + tokens, device=device)  # (S,)
     allowed = (key <= query)[None]  # (1, T, S)
@@ -48,7 +51,11 @@ def attention_rule(
 
 
 def default_positions(
-    tokens: int, past: int, attention_mask: Tensor | None, document_ids: Tensor | None
+    tokens: int,
+    past: int,
+    attention_mask: Tensor | None,
+    document_ids: Tensor | None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Position of each new token: counted over real tokens, from 0 again in each document.
 
@@ -57,18 +64,19 @@ def default_positions(
         past: tokens in the cache.
         attention_mask: (B, past + T), or None.
         document_ids: (B, T), or None.
+        device: where the positions are made; None: the CPU.
 
     Returns:
         (B or 1, T) int64.
     """
     if document_ids is not None:
-        index = torch.arange(tokens, device=document_ids.device).expand_as(document_ids)
+        index = torch.arange(tokens, device=device).expand_as(document_ids)
         starts = torch.ones_like(document_ids, dtype=torch.bool)
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         return index - torch.where(starts, index, 0).cummax(dim=1).values
     if attention_mask is not None:
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-    return torch.arange(past, past + tokens)[None]
+    return torch.arange(past, past + tokens, device=device)[None]
 
 
 class Attention(nn.Module):
@@ -113,7 +121,7 @@ class Attention(nn.Module):
         if q.shape[2] == 1:
             # one new token: the query heads of a group stand where rows of a sequence would, so
             # the whole cache is read in place
-            rows = q.view(q.shape[0], k.shape[1], self.groups, self.head_dim)  # (B, Hkv, G, D)
+            rows = q.reshape(q.shape[0], k.shape[1], self.groups, self.head_dim)  # (B, Hkv, G, D)
             return F.scaled_dot_product_attention(rows, k, v, mask, dropout).reshape_as(q)
         if self.groups > 1:
             # not enable_gqa: the memory-saving kernels of a GPU refuse it in float32 or with a mask

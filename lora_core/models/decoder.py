@@ -128,11 +128,10 @@ class Decoder(nn.Module):
             The layers' inputs in order, then the normed output: L + 1 tensors (B, T, C).
         """
         tokens, past = x.shape[1], 0 if cache is None else cache.length
-        mask = attention_rule(tokens, past, attention_mask, document_ids)
+        mask = attention_rule(tokens, past, attention_mask, document_ids, x.device)
         if position_ids is None:
-            position_ids = default_positions(tokens, past, attention_mask, document_ids)
-        rotary = self.rotary(position_ids.to(x.device))
-        mask = None if mask is None else mask.to(x.device)
+            position_ids = default_positions(tokens, past, attention_mask, document_ids, x.device)
+        rotary = self.rotary(position_ids)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         states = [x]
         for layer in self.layers:

@@ -450,6 +450,8 @@ def test_options(model: CausalLM, tmp_path: Path) -> None:
             save_model(model, tmp_path, dtype=dtype)
     with pytest.raises(ValueError, match="max_shard_size must be at least 1; got 0"):
         save_model(model, tmp_path, max_shard_size=0)
+    with pytest.raises(TypeError, match="this library's CausalLM; got Linear"):
+        save_model(nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="nothing to copy a tokenizer from"):
         save_model(model, tmp_path / "b", source=tmp_path / "absent")
     assert not (tmp_path / "b").exists()
