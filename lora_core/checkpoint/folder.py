@@ -16,12 +16,21 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_core.checkpoint.bnb import (
+    Packed,
+    names_of,
+    packed_layers,
+    quantization_config,
+    read_layer,
+)
+from lora_core.checkpoint.bnb import pending as bnb_pending
 from lora_core.checkpoint.safetensors_folder import (
     DTYPES,
     INDEX,
@@ -35,6 +44,7 @@ from lora_core.files import sync
 from lora_core.models.config import DTYPES as MODEL_DTYPES
 from lora_core.models.config import ModelConfig
 from lora_core.models.decoder import CausalLM
+from lora_core.quant import NF4Linear
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _CODES = ("nf4", "fp4", "int4")
@@ -81,22 +91,48 @@ def load_model(
         raise ValueError(f"quantize must be one of {', '.join(_CODES)}, or None; got {quantize!r}")
     directory = Path(directory)
     config = ModelConfig.from_folder(directory)
-    if "quantization_config" in read_json_object(directory / "config.json"):
-        raise ValueError(
-            f"{directory / 'config.json'} says that the weights are already quantized "
-            "(quantization_config): load the 16-bit original, with quantize="
-        )
+    is_packed = _is_packed(directory / "config.json", quantize)
     with torch.device("meta"):
         model = CausalLM(config)
     with SafetensorsFolder(directory) as folder:
-        names = _check_tensors(model, folder)
+        packed = packed_layers(folder.entries) if is_packed else {}
+        names = _check_tensors(model, folder, packed)
         if dtype is None:
             dtype = config.dtype or DTYPES[folder.entries[_EMBEDDING].dtype]
         wanted = _dtype_of(dtype)
         model.config = dataclasses.replace(config, dtype=_name_of(wanted))
-        _fill(model, folder, names, quantize, wanted, torch.device(device or "cpu"))
+        place = torch.device(device or "cpu")
+        _fill(model, folder, names, quantize, wanted, place)
+        for name, layer in packed.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)  # its weight is in the plan, as a matrix
+            shape = (linear.out_features, linear.in_features)
+            model.set_submodule(name, read_layer(folder, layer, shape, linear.bias, place))
     model.tie_weights()
     return model.eval()
+
+
+def _is_packed(config_json: Path, quantize: str | None) -> bool:
+    """Whether the folder says that its weights are bitsandbytes' 4-bit ones.
+
+    Raises:
+        ValueError: another quantization, or one on top of it is asked for.
+    """
+    told = read_json_object(config_json).get("quantization_config")
+    if told is None:
+        return False
+    method = told.get("quant_method") if isinstance(told, dict) else told
+    if method != "bitsandbytes" or not told.get("load_in_4bit"):
+        raise ValueError(
+            f"{config_json}: quantization_config names {method!r}; known is bitsandbytes in 4 bits "
+            "alone, so load the 16-bit original, with quantize="
+        )
+    if quantize is not None:
+        raise ValueError(
+            f"{config_json} says that the weights are already quantized (quantization_config): "
+            "leave quantize out, or load the 16-bit original"
+        )
+    return True
 
 
 def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
@@ -110,11 +146,20 @@ def _name_of(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_tensors(model: CausalLM, folder: SafetensorsFolder) -> list[str]:
-    """Compare all headers with the model; returns the names to read."""
+def _check_tensors(
+    model: CausalLM, folder: SafetensorsFolder, packed: Mapping[str, Packed]
+) -> list[str]:
+    """Compare all headers with the model; returns the names of the dense tensors to read."""
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    elsewhere = {name for layer in packed.values() for name in names_of(layer)}
     # old files carry the rotary frequencies, which follow from the configuration
     found = {n: e for n, e in folder.entries.items() if not n.endswith("rotary_emb.inv_freq")}
+    for name in packed:
+        if expected.pop(f"{name}.weight", None) is None:
+            raise ValueError(
+                f"{folder.directory} holds a 4-bit {name}, which config.json has no place for"
+            )
+    found = {name: entry for name, entry in found.items() if name not in elsewhere}
     where = folder.directory
     if missing := [name for name in expected if name not in found]:
         hint = "; a tied head needs tie_word_embeddings in config.json" if _HEAD in missing else ""
@@ -179,8 +224,6 @@ def _fill(
 
 
 def _quantized(name: str, linear: nn.Linear, code: str) -> nn.Module:
-    from lora_core.quant import NF4Linear
-
     try:
         return NF4Linear.from_linear(linear, code=code, block_size=64, double_quant=True)
     except ValueError as error:
@@ -193,6 +236,7 @@ def save_model(
     source: str | os.PathLike[str] | None = None,
     *,
     dtype: torch.dtype | str | None = None,
+    quantized: bool = False,
     max_shard_size: int = 5_000_000_000,
 ) -> None:
     """Write a Hugging Face folder that transformers and `load_model` load.
@@ -207,6 +251,8 @@ def save_model(
             config.json that this library does not know are kept as well.
         dtype: floating dtype of the weights on disk; None: each as it is, 4-bit layers in the
             embedding's.
+        quantized: write 4-bit layers as they are, in bitsandbytes' format (checkpoint/bnb.py),
+            instead of dense.
         max_shard_size: bytes; more are split over several files with an index.
 
     Raises:
@@ -218,7 +264,8 @@ def save_model(
         raise TypeError(f"save_model writes this library's CausalLM; got {type(model).__name__}")
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size must be at least 1; got {max_shard_size}")
-    tensors = _pending(model, None if dtype is None else _dtype_of(dtype))
+    tensors = _pending(model, None if dtype is None else _dtype_of(dtype), quantized)
+    packing = _packing(model, tensors[0].dtype) if quantized else {}
     directory = Path(directory)
     if source is not None and not Path(source).is_dir():
         raise FileNotFoundError(f"{source} is not a folder: nothing to copy a tokenizer from")
@@ -229,15 +276,27 @@ def save_model(
         raw = _copy_from(Path(source), aside) if source is not None else {}
         _write_weights(aside, tensors, max_shard_size)
         config = dataclasses.replace(model.config, dtype=_name_of(tensors[0].dtype))
-        text = json.dumps(raw | config.to_dict(), indent=2)
+        text = json.dumps(raw | config.to_dict() | packing, indent=2)
         (aside / "config.json").write_text(text + "\n", encoding="utf-8")
         _move_in(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _pending(model: CausalLM, dtype: torch.dtype | None) -> list[Pending]:
-    """Every tensor that the configuration calls for, plain or made dense."""
+def _packing(model: CausalLM, dtype: torch.dtype) -> dict[str, Any]:
+    """The entry of config.json for a model with 4-bit layers."""
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    if not layers:
+        raise ValueError("the model has no 4-bit layer to write: load it with quantize=")
+    kinds = {(layer.code, layer.double_quant) for layer in layers}
+    if len(kinds) > 1:
+        raise ValueError(f"config.json can name one kind of 4-bit layer; there are {len(kinds)}")
+    code, double_quant = kinds.pop()
+    return {"quantization_config": quantization_config(code, double_quant, _name_of(dtype))}
+
+
+def _pending(model: CausalLM, dtype: torch.dtype | None, quantized: bool) -> list[Pending]:
+    """Every tensor that the configuration calls for: plain, made dense, or 4-bit."""
     with torch.device("meta"):
         plan = CausalLM(model.config)
     known = dict(plan.named_modules())
@@ -246,10 +305,16 @@ def _pending(model: CausalLM, dtype: torch.dtype | None) -> list[Pending]:
             f"the model has parts that config.json does not describe ({extra[0]}): merge and "
             "unload adapters before saving a model folder"
         )
-    return [
-        _one(model, name, tuple(parameter.shape), dtype)
-        for name, parameter in plan.named_parameters()
-    ]
+    tensors: list[Pending] = []
+    for name, parameter in plan.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if quantized and attribute == "weight" and isinstance(module, NF4Linear):
+            wanted = dtype or model.model.embed_tokens.weight.dtype
+            tensors += bnb_pending(owner, module, wanted)
+        else:
+            tensors.append(_one(model, name, tuple(parameter.shape), dtype))
+    return tensors
 
 
 def _one(model: CausalLM, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> Pending:

@@ -298,3 +298,19 @@ def test_two_sources_are_mixed_and_reported(
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     named = {key for record in records for key in record if key.startswith("loss/")}
     assert len(named) == 2
+
+
+def test_quantize_writes_a_folder_that_loads_and_trains(
+    llama_folder: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "nf4"
+    assert main(["quantize", "--model", str(llama_folder), "--out", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["layers"] == 21
+    # 4 bits a code, 8 a scale of 64, and by layer 32 bits of offset and of each nested scale
+    assert 4.125 < facts["bits_per_weight"] < 4.25
+    assert facts["bytes_after"] < facts["bytes_before"]
+    assert facts["logit_rms_error"] < facts["logit_rms"]
+    assert finetune(out, chats, tmp_path / "run") == 0
+    assert main(["quantize", "--model", str(llama_folder), "--out", str(out)]) == 1
+    assert "is not empty" in capsys.readouterr().err
