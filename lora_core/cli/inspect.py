@@ -95,8 +95,8 @@ def print_sample(where: str, tokens: Sequence[dict[str, Any]], colour: bool) -> 
     print()
 
 
-def summarize(rows: Rows, evaluation: tuple[Rows, Rows]) -> dict[str, Any]:
-    """Lengths, graded share, duplicates and train/evaluation overlap.
+def summarize(rows: SFTDataset, evaluation: tuple[Rows, Rows]) -> dict[str, Any]:
+    """Lengths, graded share, truncation, duplicates and train/evaluation overlap.
 
     Args:
         rows: the whole data set.
@@ -107,6 +107,7 @@ def summarize(rows: Rows, evaluation: tuple[Rows, Rows]) -> dict[str, Any]:
     train, held_out = evaluation
     overlap = find_overlap(train, held_out)
     duplicates = find_duplicates(rows)
+    total = rows.report.total
     return {
         "rows": len(rows),
         "tokens": sum(lengths),
@@ -114,6 +115,9 @@ def summarize(rows: Rows, evaluation: tuple[Rows, Rows]) -> dict[str, Any]:
         "graded_tokens": sum(graded),
         "graded_share": sum(graded) / sum(lengths),
         "graded_per_row": {"least": min(graded), "most": max(graded)},
+        "truncated_rows": total.truncated,
+        "graded_tokens_cut": total.graded_cut,
+        "longest_before_cutting": total.longest,
         "duplicate_groups": len(duplicates),
         "duplicate_rows": sum(len(group) - 1 for group in duplicates),
         "train_rows": len(train),
@@ -128,7 +132,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     """The summary, a line a fact."""
     print()
     for name, value in summary.items():
-        print(f"{name.replace('_', ' '):<22} {_fact(value)}")
+        print(f"{name.replace('_', ' '):<23} {_fact(value)}")
 
 
 def _fact(value: object) -> str:
@@ -156,7 +160,8 @@ def _evaluation(rows: Rows, tok: Tokenizer, args: argparse.Namespace) -> tuple[R
     """The rows trained on and those evaluated on, as `finetune` would make them."""
     if args.eval_data is not None:
         return rows, _read([(args.eval_data, 1.0)], tok, args)
-    if len(rows) < 2:
+    repeated = sum(len(group) - 1 for group in find_duplicates(rows))
+    if len(rows) - repeated < 2:  # all rows are the same: nothing could be set aside
         return rows, rows.select([])
     return split(rows, args.eval_fraction, args.seed)
 

@@ -25,6 +25,8 @@ class SourceReport:
     """Rows cut to the maximal length."""
     graded_cut: int = 0
     """Graded tokens lost by that."""
+    longest: int = 0
+    """Tokens of the longest record, before it was cut or split."""
     split: int = 0
     """Plain texts split into several rows."""
     straddles: int = 0
@@ -60,6 +62,7 @@ class SourceReport:
             },
             truncated=self.truncated + other.truncated,
             graded_cut=self.graded_cut + other.graded_cut,
+            longest=max(self.longest, other.longest),
             split=self.split + other.split,
             straddles=self.straddles + other.straddles,
             tokens=self.tokens + other.tokens,
@@ -112,7 +115,7 @@ class Report:
         if total.truncated:
             lines.append(
                 f"{total.truncated} rows cut to {self.max_length} tokens "
-                f"({total.graded_cut} graded tokens lost)"
+                f"({total.graded_cut} graded tokens lost); the longest has {total.longest}"
             )
         if total.split:
             lines.append(f"{total.split} texts split into rows of {self.max_length} tokens")

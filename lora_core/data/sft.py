@@ -325,6 +325,7 @@ def _fitted(
         raise ValueError(f"{record.where}: {error}") from None
     report.methods[row.method] += 1
     report.straddles += row.straddles
+    report.longest = max(report.longest, len(row.ids))
     if not any(row.graded[1:]):  # the first token has nothing before it to be predicted from
         report.drop("no graded token", record.where)
         return []

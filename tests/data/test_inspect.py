@@ -79,15 +79,19 @@ def test_json(
 def test_summary_finds_overlap_between_files(
     folder: Path, jsonl: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, held_out = jsonl(CHAT, name="a.jsonl"), jsonl(CHAT, name="b.jsonl")
+    data, held_out = jsonl(CHAT, CHAT, name="a.jsonl"), jsonl(CHAT, name="b.jsonl")
     run("--model", folder, "--data", data, "--eval-data", held_out, "--summary")
     out = capsys.readouterr().out
-    assert "eval rows in train     1" in out
-    assert "eval prompts in train  1" in out
-    assert f"overlap at             {held_out}:1" in out
+    assert "eval rows in train      1" in out
+    assert "eval prompts in train   1" in out
+    assert f"overlap at              {held_out}:1" in out
     assert "token  " not in out  # a summary alone prints no samples
     run("--model", folder, "--data", data, "--summary")
-    assert "eval rows              0" in capsys.readouterr().out
+    assert "eval rows               0" in capsys.readouterr().out
+    run("--model", folder, "--data", data, "--summary", "--max-length", 12)
+    out = capsys.readouterr().out
+    assert "truncated rows          2" in out
+    assert "2 rows cut to 12 tokens (0 graded tokens lost); the longest has" in out
 
 
 def test_options_reach_the_data(folder: Path, jsonl: Callable[..., Path], capsys: Any) -> None:
