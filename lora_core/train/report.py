@@ -171,7 +171,8 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> str | None:
         from matplotlib.figure import Figure
     except ImportError:
         return "no loss.png: matplotlib is not installed (pip install 'lora-core[plots]')"
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
+    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.13, top=0.96)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per graded token)")
     axes.plot([r["step"] for r in history], [r["loss"] for r in history], lw=1, label="train")
     evaluated = [r for r in history if "eval_loss" in r]

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_core.train import loop
+
 VOCABULARY = 17
 # what differs between a run and its repetition
 TIMES = {"seconds", "tokens_per_second", "peak_memory"}
@@ -67,3 +69,9 @@ def make_rows() -> Callable[..., list[dict[str, Any]]]:
 def without_times() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
     """A history without what no two runs share: times and memory."""
     return lambda history: [{k: v for k, v in r.items() if k not in TIMES} for r in history]
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave loss.png out: drawing it takes longer than the run it shows."""
+    monkeypatch.setattr(loop, "plot_loss", lambda history, path: None)

@@ -19,6 +19,7 @@ from lora_core.train import TrainConfig, train
 from lora_core.train.state import Checkpoints, Loaded
 
 Make = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 
 def config(out: Path | str | None, **kwargs: Any) -> TrainConfig:

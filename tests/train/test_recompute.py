@@ -1,0 +1,103 @@
+"""Activation checkpointing and resume on real architectures: transformers' and this library's."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_core.models import CausalLM, ModelConfig
+from lora_core.train import TrainConfig, train
+from lora_core.train.recompute import recomputed_layers, repeated_layers
+
+SIZES = {
+    "vocab_size": 17,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "attention_dropout": 0.1,
+}
+
+
+def build(kind: str, oracle: Callable[[str], ModuleType]) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "transformers":
+        transformers = oracle("transformers")
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    model = CausalLM(ModelConfig(**SIZES))
+    model.init_weights()
+    return model
+
+
+def config(**kwargs: Any) -> TrainConfig:
+    return TrainConfig(epochs=2, batch_size=3, accumulate=2, lr=1e-2, progress=False, **kwargs)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["lora_core", "transformers"])
+@pytest.mark.usefixtures("no_plot")
+def test_same_numbers_with_and_without_stopped_or_not(
+    kind: str,
+    oracle: Callable[[str], ModuleType],
+    make_rows: Callable[..., Any],
+    without_times: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    rows, models = make_rows(), [build(kind, oracle) for _ in range(4)]
+    plain = train(models[0], rows, config())
+    recomputed = train(models[1], rows, config(activation_checkpointing=True))
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 4:
+            raise KeyboardInterrupt
+
+    train(models[2], rows, config(out=tmp_path), on_step=stop)
+    resumed = train(models[3], rows, config(out=tmp_path, resume=True))
+    assert without_times(plain.history) == without_times(recomputed.history)
+    assert without_times(plain.history) == without_times(resumed.history)
+    for other in (models[1], models[3]):
+        pairs = zip(models[0].parameters(), other.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_layers_are_the_longest_list_of_one_class() -> None:
+    model = nn.Module()
+    model.heads = nn.ModuleList([nn.Linear(1, 1)])
+    model.mixed = nn.ModuleList([nn.Linear(1, 1), nn.Tanh(), nn.Tanh()])
+    model.layers = nn.ModuleList([nn.Tanh(), nn.Tanh()])
+    assert repeated_layers(model) == list(model.layers)
+
+
+def test_layers_are_restored_after_an_error() -> None:
+    model = nn.Sequential(nn.ModuleList([nn.Tanh()]))
+    with pytest.raises(ZeroDivisionError), recomputed_layers(model):
+        assert "forward" in vars(model[0][0])
+        1 / 0  # noqa: B018
+    assert "forward" not in vars(model[0][0])
+
+
+def test_less_is_saved_for_backward(make_rows: Callable[..., Any]) -> None:
+    model = CausalLM(ModelConfig(**SIZES | {"num_hidden_layers": 6}))
+    ids = torch.randint(0, 17, (2, 32))
+
+    def saved(on: bool) -> int:
+        total = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with (
+            recomputed_layers(model, on),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            model(ids).logits.sum()
+        return total
+
+    assert saved(True) < saved(False) / 3
