@@ -112,9 +112,9 @@ def check_lora(r: int, alpha: float, dropout: float, init: str) -> None:
     """Check the settings of one LoRA pair; ValueError names the one that is wrong."""
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r must be a whole number of at least 1, got {r!r}")
-    if not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"alpha must be a finite number, got {alpha!r}")
-    if not 0.0 <= dropout < 1.0:
+    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {init!r}")
