@@ -114,24 +114,21 @@ def render_spans(
         ValueError: as `render_chat`; also nested blocks, or blocks whose marking changes the text.
     """
     names = {**(variables or {}), "add_generation_prompt": False}
-    nonce = secrets.token_hex(8)
-    opening, closing = f"\ue000{nonce}\ue001", f"\ue000/{nonce}\ue001"
-    marked = _render(template, messages, tools, names, marks=(opening, closing))
-    pieces: list[str] = []
+    nonce = f"\ue000{secrets.token_hex(8)}"
+    marked = _render(template, messages, tools, names, marks=(f"{nonce}<", f"{nonce}>"))
+    before, *pieces = marked.split(nonce)  # each piece starts with < or >
     spans: list[Span] = []
-    position, start = 0, None
-    for piece in re.split(f"({opening}|{closing})", marked):
-        if piece == opening and start is None:
+    position, start = len(before), None
+    for piece in pieces:
+        if piece[:1] == "<" and start is None:
             start = position
-        elif piece == closing and start is not None:
+        elif piece[:1] == ">" and start is not None:
             spans.append((start, position))
             start = None
-        elif piece in (opening, closing):
-            raise ValueError("the template nests {% generation %} blocks; mark each part once")
         else:
-            pieces.append(piece)
-            position += len(piece)
-    text = "".join(pieces)
+            raise ValueError("the template nests {% generation %} blocks; mark each part once")
+        position += len(piece) - 1
+    text = before + "".join(piece[1:] for piece in pieces)
     if start is not None or text != _render(template, messages, tools, names):
         raise ValueError(
             "the template changes the text of a {% generation %} block after rendering it (a "

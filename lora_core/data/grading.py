@@ -302,22 +302,20 @@ def grade_offsets(
     Raises:
         ValueError: token starts run backwards (offsets of a broken tokenizer).
     """
-    graded = []
+    starts = [start for start, _ in offsets]
+    if starts != sorted(starts):
+        raise ValueError(
+            "the tokenizer's offsets run backwards; they cannot tell which tokens are graded"
+        )
+    graded = [False] * len(starts)
     straddles = 0
-    current = 0
-    previous = 0
-    for start, end in offsets:
-        if start < previous:
-            raise ValueError(
-                f"the tokenizer's offsets run backwards ({previous} to {start}); they cannot tell "
-                "which tokens are graded"
-            )
-        previous = start
-        while current < len(spans) and spans[current][1] <= start:
-            current += 1
-        first = spans[current][0] if current < len(spans) else None
-        graded.append(first is not None and first <= start)
-        straddles += first is not None and start < first < end
+    for start, end in spans:
+        first, stop = bisect_left(starts, start), bisect_left(starts, end)
+        graded[first:stop] = [True] * (stop - first)
+        for before in range(first - 1, -1, -1):
+            if offsets[before][1] <= start:
+                break
+            straddles += not graded[before]  # in the span before: graded there
     return graded, straddles
 
 

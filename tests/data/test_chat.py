@@ -26,8 +26,8 @@ TRICKY = st.text() | st.sampled_from(
         " ",
         "\n\n",
         "\ue000",
-        "\ue000\ue001",
-        "\ue000/x\ue001",
+        "\ue000<",
+        "\ue000>x<",
         "{% generation %}",
         "{{ 1 }}",
         "<|im_end|>",
@@ -195,7 +195,7 @@ def test_a_new_number_in_every_render(monkeypatch: pytest.MonkeyPatch) -> None:
     template = (
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
     )
-    imitation = "\ue000deadbeefdeadbeef\ue001x\ue000/deadbeefdeadbeef\ue001"
+    imitation = "\ue000deadbeefdeadbeef<x\ue000deadbeefdeadbeef>"
     text, spans = render_spans(template, [{"content": imitation}, {"content": "b"}])
     assert text == f"{imitation};b;"
     assert spans == [(0, len(imitation)), (len(imitation) + 1, len(imitation) + 2)]

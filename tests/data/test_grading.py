@@ -198,7 +198,7 @@ def test_grade_offsets_by_definition(steps: list[tuple[int, int]], data: st.Data
 
 
 def test_offsets_that_run_backwards_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"offsets run backwards \(5 to 0\)"):
+    with pytest.raises(ValueError, match="offsets run backwards; they cannot tell"):
         grade_offsets([(0, 5), (5, 6), (0, 0)], [(5, 6)])
 
 

@@ -109,6 +109,7 @@ def test_plain_text_is_graded_whole_and_split(tok: Tokenizer) -> None:
     assert all(len(row["input_ids"]) <= 16 for row in ds)
     # every token but the very first is predicted exactly once
     assert [i for row in ds for i in graded({"labels": row["labels"][1:]})] == whole[1:]
+    assert [row["labels"][0] for row in ds[1:]] == [-100] * (len(ds) - 1)
     assert (ds.report.total.split, ds.report.total.graded) == (1, len(whole) - 1)
 
 
