@@ -64,6 +64,15 @@ class ScaleDroppedInMerge(Plain):
         return self.B @ self.A
 
 
+class ScaleSlightlyOffInMerge(Plain):
+    """One part in ten thousand, far below the tolerances in common use."""
+
+    def merge(self):
+        with torch.no_grad():
+            super().merge()
+            self.base.weight.copy_(self.kept.float() + 1.0001 * self.delta_weight())
+
+
 class Swapped(Plain):
     """A and B change places, which fits where N = K: the update is transposed."""
 
@@ -173,6 +182,7 @@ class NotSaved(Plain):
 FAULTS = {
     ScaleDroppedInForward: r"the output in eval is .*; it should be x \(W \+ dW\)\^T \+ b",
     ScaleDroppedInMerge: r"delta_weight\(\) is .*; it should be scaling",
+    ScaleSlightlyOffInMerge: "the merged output is",
     Swapped: "the output in eval is",
     SwappedMerge: "the merged output is",
     MergedTwice: "the merged output is",
@@ -236,6 +246,35 @@ def test_an_exception_counts_as_a_failure():
 
     with pytest.raises(AssertionError, match=r"raised RuntimeError: no vectors here\nsmallest"):
         check_adapter(Raises, square())
+
+
+def test_a_layer_that_answers_at_random_is_said_to():
+    class Moody(Plain):
+        calls = 0
+
+        def forward(self, x):
+            Moody.calls += 1
+            return super().forward(x) + (Moody.calls == 40)
+
+    with pytest.raises(AssertionError, match="fails on some calls and passes on others"):
+        check_adapter(Moody, square())
+
+
+def test_what_the_layer_lacks_is_named():
+    class NoDelta(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.gate = base.requires_grad_(False), nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return self.base(x) * (1 + self.gate)
+
+    with pytest.raises(AssertionError, match=r"NoDelta has no delta_weight\(\) and is no host"):
+        check_adapter(NoDelta, square())
+    with pytest.raises(AssertionError, match="NoDelta has no attribute `enabled`"):
+        check_adapter(NoDelta, square(), mergeable=False)
+    with pytest.raises(AssertionError, match=r"merge\(\) does not refuse"):
+        check_adapter(Plain, square(), mergeable=False)
 
 
 def test_examples_must_be_positive():
