@@ -209,6 +209,7 @@ def load_adapter(
     if untie and isinstance(config, LoRAConfig):
         config = dataclasses.replace(config, untie=True)
     built = build_all(config, model)
+    tensors = _without_base_weights(model, tensors, where)
     _fill(_keyed(built, _prefix(config)), tensors, where)
     return attach_built(model, config, name, built, trainable=trainable)
 
@@ -233,6 +234,34 @@ def _keyed(adapters: Mapping[str, Adapter], prefix: str) -> dict[str, Tensor]:
         for site, adapter in adapters.items()
         for key, tensor in adapter.tensors().items()
     }
+
+
+def _without_base_weights(
+    model: nn.Module, tensors: dict[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """Leave out copies of base weights, which PEFT stores when it adapts an embedding or a head.
+
+    Raises:
+        ValueError: such a copy differs from the model's own weight.
+    """
+    modules = dict(sites(model))
+    rest = {}
+    for key, tensor in tensors.items():
+        site = key.removeprefix(PEFT_PREFIX).removesuffix(".base_layer.weight")
+        if not key.endswith(".base_layer.weight") or site not in modules:
+            rest[key] = tensor
+            continue
+        own = getattr(unwrap(modules[site]), "weight", None)
+        if (
+            own is None
+            or own.shape != tensor.shape
+            or not torch.equal(own.cpu(), tensor.to(own.dtype))
+        ):
+            raise ValueError(
+                f"{where}: {key!r} is not the weight that {site!r} has: the adapter belongs to "
+                "another base, or to one whose vocabulary was changed"
+            )
+    return rest
 
 
 def _fill(wanted: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:

@@ -300,6 +300,18 @@ def test_tensors_that_do_not_fit(
     assert not list(adapted_modules(base))
 
 
+def test_copies_of_base_weights_are_compared(base: Net, saved: tuple[nn.Module, Path]) -> None:
+    model, folder = saved
+    key = "base_model.model.blocks.0.up.base_layer.weight"
+    weight = base.blocks[0]["up"].weight.detach()
+    rewrite(folder, with_(key, weight + 1))
+    with pytest.raises(ValueError, match=f"'{key}' is not the weight that 'blocks.0.up' has"):
+        load_adapter(base, folder)
+    rewrite(folder, with_(key, weight.clone()))
+    load_adapter(base, folder)
+    assert torch.equal(base(torch.arange(9)), model(torch.arange(9)))
+
+
 def test_16_bit_adapters_load_as_float32(base: Net, saved: tuple[nn.Module, Path]) -> None:
     model, folder = saved
     rewrite(folder, lambda tensors: {k: v.bfloat16() for k, v in tensors.items()})
