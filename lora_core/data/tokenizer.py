@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.data.chat import render_chat
+from lora_core.files import atomic_write
 
 NAMED_TOKENS = (
     "bos_token",
@@ -238,17 +239,18 @@ class Tokenizer:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         _set_trim_offsets(self.backend, self._trimmed)
-        self.backend.save(str(folder / "tokenizer.json"))
+        atomic_write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         _set_trim_offsets(self.backend, False)
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         template_file = folder / "chat_template.jinja"
-        template_file.unlink(missing_ok=True)
-        if self.chat_template is not None:
+        if self.chat_template is None:
+            template_file.unlink(missing_ok=True)  # another template would be read from it
+        else:
             config["chat_template"] = self.chat_template
-            template_file.write_text(self.chat_template, encoding="utf-8")
+            atomic_write(template_file, self.chat_template)
         text = json.dumps(config, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        atomic_write(folder / "tokenizer_config.json", text + "\n")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tokenizer":
         from tokenizers import Tokenizer as Backend
