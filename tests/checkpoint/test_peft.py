@@ -243,7 +243,7 @@ def test_the_librarys_decoder_is_a_causal_lm(tmp_path: Path) -> None:
         ({"target_parameters": ["w"]}, r"supported here: target_parameters=\['w'\]"),
         ({"some_new_option": 3}, "supported here: some_new_option=3"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
-        ({"r": 3}, r"lora_A.weight' has shape \(2, 6\), the model needs \(3, 6\)"),
+        ({"r": 3}, r"lora_A.weight' has shape \(2, 8\), the model needs \(3, 8\)"),
         ({"r": 0}, "a: r must be a whole number"),
         ({"lora_alpha": "8"}, "a: alpha must be a finite number, got '8'"),
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported: LORA and LORA_CORE_<KIND> are"),
