@@ -150,6 +150,25 @@ def test_families(build, family, placement):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("kin", ["Mistral", "Qwen3", "Phi3", "Roberta"])
+def test_kin_of_the_families(oracle, kin, placement):
+    """Models that share the names, or nearly; Phi-3 has one matrix for gate and up."""
+    transformers = oracle("transformers")
+    sizes = SIZES | {"intermediate_size": 40, "pad_token_id": 1}
+    if kin != "Roberta":
+        sizes |= {"num_key_value_heads": 2, "head_dim": 8}
+    model = getattr(transformers, f"{kin}ForCausalLM")(
+        getattr(transformers, f"{kin}Config")(**sizes)
+    ).eval()
+    before = logits(model)
+    report = add_adapter(model, BottleneckConfig(8, placement=placement))
+    assert len(report.sites) == (2 if placement == "pfeiffer" else 4)
+    assert torch.equal(logits(model), before)
+    fill(model)
+    assert not torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize(("family", "by_hand"), [("Bert", bert_by_hand), ("Llama", llama_by_hand)])
 def test_against_the_layer_written_out(build, family, by_hand, placement):
     model = build(family)
