@@ -121,6 +121,7 @@ def train(
         loss=loss or CausalLoss(config.label_smoothing),
         eval_loss=loss or CausalLoss(),
         schedule=schedule or schedule_of(config),
+        schedule_name="" if schedule else f" {config.schedule}",
         optimizer_factory=optimizer or (lambda named: make_adamw(named, config)),
         facts=json.loads(json.dumps(dict(facts or {}))),
     )
@@ -159,6 +160,7 @@ class Run:
     loss: Loss
     eval_loss: Loss
     schedule: Schedule
+    schedule_name: str
     optimizer_factory: OptimizerFactory
     facts: dict[str, Any]
 
@@ -169,6 +171,7 @@ class Run:
         self.optimizer = self.optimizer_factory(list(self.parameters.items()))
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
+        self.peak_lr: float = max(group["initial_lr"] for group in self.optimizer.param_groups)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.policy.scales_loss)
         self.progress = Progress(total=self.total)
         self.best_weights: dict[str, Tensor] | None = None
@@ -220,8 +223,8 @@ class Run:
         every = sum(p.numel() for p in self.model.parameters())
         say(
             f"training {trained:,} of {every:,} parameters ({trained / every:.2%}) for "
-            f"{self.total - self.progress.step} steps, lr {self.config.lr:g} "
-            f"{self.config.schedule}; {self.policy}"
+            f"{self.total - self.progress.step} steps, lr {self.peak_lr:g}"
+            f"{self.schedule_name}; {self.policy}"
         )
         reset_peak_memory(self.device)
 

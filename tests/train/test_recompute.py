@@ -76,8 +76,8 @@ def test_layers_are_the_longest_list_of_one_class() -> None:
 def test_layers_are_restored_after_an_error() -> None:
     model = nn.Sequential(nn.ModuleList([nn.Tanh()]))
     with pytest.raises(ZeroDivisionError), recomputed_layers(model):
-        assert "forward" in vars(model[0][0])
-        1 / 0  # noqa: B018
+        # raises only where the layer was replaced
+        _ = 1 // ("forward" not in vars(model[0][0]))
     assert "forward" not in vars(model[0][0])
 
 
