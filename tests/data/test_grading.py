@@ -173,6 +173,59 @@ def test_same_tokens_as_transformers(
     assert (plain.ids, plain.graded, plain.straddles) == (row.ids, row.graded, row.straddles)
 
 
+def other_tokenizers() -> dict[str, Any]:
+    """SentencePiece's two ways to write blanks, and byte-level BPE that skips merges."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    prepend, metaspace = Backend(models.BPE()), Backend(models.BPE())
+    prepend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    whole_words = Backend(models.BPE(ignore_merges=True))
+    whole_words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made = {"prepend": prepend, "metaspace": metaspace, "ignore_merges": whole_words}
+    text = ["A function maps x to y, asked the user. [INST] yes [/INST] café 🙂\n\n? "] * 5
+    for backend in made.values():
+        trainer = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(text, trainer)
+    return made
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["llama2", "mistral", "alpaca"])
+@pytest.mark.parametrize("kind", ["prepend", "metaspace", "ignore_merges"])
+def test_other_kinds_of_tokenizers(
+    oracle: Callable[[str], ModuleType], kind: str, name: str
+) -> None:
+    backend = other_tokenizers()[kind]
+    specials = {"bos_token": "<s>", "eos_token": "</s>"}
+    peer = oracle("transformers").PreTrainedTokenizerFast(tokenizer_object=backend, **specials)
+    tok = Tokenizer(backend, specials)
+    chat = [*CHAT[:3], {"role": "assistant", "content": "yes café 🙂"}]
+    theirs = peer.apply_chat_template(
+        chat,
+        chat_template=builtin_template(name),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    row = Grader(tok, name)(chat)
+    assert row.ids == theirs["input_ids"]
+    differing = [
+        (ours, mask)
+        for ours, mask in zip(row.graded, theirs["assistant_masks"], strict=True)
+        if ours != bool(mask)
+    ]
+    assert differing == [(False, 1)] * row.straddles
+    assert sum(row.graded) > 4
+
+
 def test_a_token_across_header_and_answer_is_counted(tok: Tokenizer) -> None:
     joined = tok.encode("\n\n")
     assert len(joined) == 1  # so the header's line break and the answer's form one token
