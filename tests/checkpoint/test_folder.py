@@ -99,13 +99,11 @@ def test_dtype_of_the_files_of_the_config_and_on_request(model: CausalLM, tmp_pa
 
 def test_weights_are_not_shared_with_the_file(model: CausalLM, tmp_path: Path) -> None:
     save_model(model, tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
     loaded = load_model(tmp_path)
-    with torch.no_grad():
-        for parameter in loaded.parameters():
-            parameter.zero_()
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert same(load_model(tmp_path), model)
+    path = tmp_path / "model.safetensors"
+    with path.open("r+b") as stream:  # the same file, other bytes
+        stream.write(bytes(path.stat().st_size))
+    assert same(loaded, model)
 
 
 def test_tokenizer_files_and_foreign_keys_come_along(
