@@ -32,9 +32,6 @@ def shift_labels(labels: Tensor) -> Tensor:
 
     Returns:
         Integers (B, T): column t is `labels[:, t + 1]`.
-
-    Ref:
-        Radford et al. 2018, eq. 1: the likelihood of token t given those before it.
     """
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T)
 

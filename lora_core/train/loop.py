@@ -174,6 +174,7 @@ class Run:
         self.peak_lr: float = max(group["initial_lr"] for group in self.optimizer.param_groups)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.policy.scales_loss)
         self.progress = Progress(total=self.total)
+        self.checked = False
         self.best_weights: dict[str, Tensor] | None = None
         out = self.config.out
         self.out = None if out is None else Path(out)
@@ -280,7 +281,9 @@ class Run:
             self.policy,
             loss=self.loss,
             clip=self.config.clip,
+            check=not self.checked,
         )
+        self.checked = True
         return {"loss": record.pop("loss"), "lr": self.optimizer.param_groups[0]["lr"]} | record
 
     def epoch_ends(self) -> bool:

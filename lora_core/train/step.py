@@ -5,7 +5,7 @@ of the batches add up to the gradient of the mean over all of them, however the 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,7 @@ def train_step(
     *,
     loss: Loss,
     clip: float | None = 1.0,
+    check: bool = True,
 ) -> dict[str, Any]:
     """Update the weights once.
 
@@ -73,6 +74,8 @@ def train_step(
         policy: where and in which dtype to compute.
         loss: see `Loss`.
         clip: largest norm of the gradient, or None.
+        check: refuse a trained parameter without a gradient. The loop checks its first step: later
+            an expert may get no token, or an adapter no row.
 
     Returns:
         loss (mean over graded tokens), grad_norm (before clipping), graded, tokens, and
@@ -88,12 +91,14 @@ def train_step(
         moved = to_device(batch, policy.device)
         with policy.autocast():
             value, rows = split_rows(loss(model, moved, graded))
-        if not math.isfinite(value.item()):
-            raise NonFiniteError(f"the loss is {value.item()}", [batch])
+        number = value.item()
+        if not math.isfinite(number):
+            raise NonFiniteError(f"the loss is {number}", [batch])
         torch.autograd.backward(scaler.scale(value))
-        total += value.item()
+        total += number
         by_source.add(batch, rows)
-    check_gradients(parameters)
+    if check:
+        check_gradients(parameters)
     scaler.unscale_(optimizer)
     norm = clip_gradients(parameters.values(), clip)
     # with loss scaling an overflow is expected now and then: the scaler skips the step and halves
@@ -122,16 +127,20 @@ def split_rows(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor |
     return result if isinstance(result, tuple) else (result, None)
 
 
-def clip_gradients(parameters: Any, clip: float | None) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], clip: float | None) -> float:
     """Scale the gradients to a norm of at most `clip`.
+
+    Args:
+        parameters: with their gradients; those without one are left out.
+        clip: the largest norm; None: measure only.
 
     Returns:
         The norm before.
     """
-    limit = math.inf if clip is None else clip
+    moved = [p for p in parameters if p.grad is not None]
     if clip is None:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-    return float(torch.nn.utils.clip_grad_norm_(list(parameters), limit))
+        return float(torch.nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None]))
+    return float(torch.nn.utils.clip_grad_norm_(moved, clip))
 
 
 def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:

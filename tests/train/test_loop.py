@@ -1,5 +1,6 @@
 """The loop: what it reports, evaluates, keeps, refuses."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch import nn
 
 from lora_core.files import folder_lock
 from lora_core.losses import masked_cross_entropy
-from lora_core.train import NonFiniteError, TrainConfig, train
+from lora_core.train import CausalLoss, NonFiniteError, TrainConfig, train
 
 Make = Callable[..., Any]
 
@@ -255,6 +256,25 @@ def test_what_cannot_run(tiny: Make, make_rows: Make, tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"another run \(process \d+\) works in"),
     ):
         train(tiny(), rows, config(out=tmp_path))
+
+
+def test_a_parameter_may_go_without_a_gradient_after_the_first_step(
+    tiny: Make, make_rows: Make
+) -> None:
+    class Sometimes:
+        calls = 0
+
+        def __call__(self, model: nn.Module, batch: Any, normalizer: float) -> torch.Tensor:
+            self.calls += 1
+            loss, _ = CausalLoss()(model, batch, normalizer)
+            return loss + 0 * model.expert.weight.sum() if self.calls == self.reached else loss
+
+    for reached, error in ((1, None), (2, "1 of 10 trained parameters got no gradient: expert.w")):
+        model, loss = tiny(), Sometimes()
+        loss.reached, model.expert = reached, nn.Linear(1, 1, bias=False)
+        outcome = pytest.raises(ValueError, match=error) if error else contextlib.nullcontext()
+        with outcome:
+            assert train(model, make_rows(), config(steps=3, accumulate=1), loss=loss).steps == 3
 
 
 def test_the_mode_is_left_as_found_and_threads_may_train(tiny: Make, make_rows: Make) -> None:
