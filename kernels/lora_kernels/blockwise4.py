@@ -238,11 +238,11 @@ class _Encoder:
                 f"the code table must be float32 (16,); got {table.dtype} {tuple(table.shape)}"
             )
         values, order = table.cpu().sort(stable=True)
-        first = torch.cat((torch.tensor([True]), values[1:] != values[:-1]))
+        first = torch.cat((values.new_ones(1, dtype=torch.bool), values[1:] != values[:-1]))
         values, order = values[first], order[first].to(torch.uint8)
         middle = (values[:-1] + values[1:]) / 2
         self.middle = middle.to(device)
-        self.order = None if bool((order == torch.arange(16)[: len(order)]).all()) else order
+        self.order = None if bool((order.int().diff() == 1).all()) else order
         if self.order is not None:
             self.order = self.order.to(device)
         self.cells = 16
@@ -250,8 +250,8 @@ class _Encoder:
             self.cells *= 2
         if self.cells > MAX_CELLS:  # entries too near each other: search instead
             return
-        cell, every = self._cell(middle), torch.arange(self.cells + 2)
-        own = torch.full((self.cells + 2,), math.inf)
+        cell, own = self._cell(middle), middle.new_full((self.cells + 2,), math.inf)
+        every = torch.arange(self.cells + 2, device=middle.device)
         inside = (cell >= 0) & (cell < len(own))
         own[cell[inside].long()] = middle[inside]
         self.below = (cell < every[:, None]).sum(1).to(torch.uint8).to(device)
@@ -313,7 +313,7 @@ def _pack(codes: Tensor) -> Tensor:
 def _not_finite(values: Tensor, start: int, shape: torch.Size, name: str) -> str:
     values = values.float()
     bad = int(values.isfinite().logical_not().nonzero()[0, 0])
-    where = torch.unravel_index(torch.tensor(start + bad), shape)
+    where = torch.unravel_index(torch.tensor(start + bad, device="cpu"), shape)
     index = ", ".join(str(int(i)) for i in where)
     return (
         f"{name}[{index}] is {float(values[bad])} in float32; 4-bit codes need finite values, "

@@ -102,6 +102,20 @@ def test_a_tie_goes_to_the_lower_entry() -> None:
     assert codes[1] >> 4 == 8
 
 
+@pytest.mark.parametrize("block", [32, 64], ids=["full", "partial"])
+def test_full_blocks_multiply_by_the_reciprocal_and_a_partial_one_divides(block: int) -> None:
+    """The two differ in the last bit, which decides the code of an element at a midpoint."""
+    table = TABLES["nf4"]
+    middle = (table[:-1] + table[1:]) / 2
+    differ = 0
+    for scale in torch.linspace(0.5, 2, 200):
+        x = torch.cat((scale.view(1), middle * scale, -middle * scale, torch.zeros(1)))  # (32,)
+        differ += int(((x * (1 / scale) > middle[0]) != (x / scale > middle[0])).sum())
+        codes, _ = quantize4(x, table, block)
+        assert torch.equal(codes, quantize_slowly(x, table, block)[0])
+    assert differ  # the test would notice
+
+
 def test_a_second_zero_is_never_written() -> None:
     x = torch.cat((torch.tensor([1.0, 0.0, -0.0, 1e-9, -1e-9]), torch.zeros(59)))
     codes, _ = quantize4(x, TABLES["fp4"], 64)
@@ -115,6 +129,25 @@ def test_the_ends_of_float32(scale: float) -> None:
     wanted_codes, wanted_scales = quantize_slowly(x, TABLES["nf4"], 64)
     assert torch.equal(codes, wanted_codes)
     assert torch.equal(scales, wanted_scales)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_default_dtype_and_device_do_not_matter(device: str) -> None:
+    """Loaders set both while they build a model."""
+    x = torch.randn(5, 70)
+    wanted = quantize4(x, TABLES["fp4"], 64)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            got = quantize4(x, TABLES["fp4"], 64)
+            back = dequantize4(*got, TABLES["fp4"], 64, 350)
+            with pytest.raises(ValueError, match=r"tensor\[0, 0\] is nan"):
+                quantize4(x * torch.nan, TABLES["fp4"], 64)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
+    assert back.dtype == torch.float32
 
 
 @pytest.mark.parametrize("n", [64, 40, 100])
