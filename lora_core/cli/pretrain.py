@@ -241,8 +241,8 @@ def _tokenizer(
     corpus: "Corpus", shape: PretrainConfig, given_folder: str | None, out: Path, resume: bool
 ) -> "Tokenizer":
     """The tokenizer given, that of the run being continued, or a new one."""
+    from lora_core.data import load_tokenizer
     from lora_core.data.corpus import train_tokenizer
-    from lora_core.data.tokenizer import load_tokenizer
 
     mine = out / "training" / "tokenizer"
     folder = Path(given_folder) if given_folder else mine if resume and mine.is_dir() else None

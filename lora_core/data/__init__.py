@@ -3,6 +3,7 @@
 from lora_core.data.batch import collate, find_duplicates, find_overlap, split
 from lora_core.data.chat import BUILTIN_TEMPLATES, builtin_template, load_template
 from lora_core.data.grading import ControlTextError, Graded, Grader
+from lora_core.data.mixing import mix
 from lora_core.data.records import (
     Chat,
     Completion,
@@ -16,9 +17,10 @@ from lora_core.data.records import (
     read_records,
 )
 from lora_core.data.report import Report, SourceReport
-from lora_core.data.sft import IGNORED, Rows, SFTDataset, mix
+from lora_core.data.sft import IGNORED, Rows, SFTDataset
 from lora_core.data.text import TextWindows, encode_documents
-from lora_core.data.tokenizer import Tokenizer, load_tokenizer
+from lora_core.data.tokenizer import Tokenizer
+from lora_core.data.tokenizer_folder import load_tokenizer
 
 __all__ = [
     "BUILTIN_TEMPLATES",

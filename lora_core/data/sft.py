@@ -4,17 +4,8 @@ What it does: `SFTDataset.from_jsonl` reads one file or several with weights, to
 every record (`lora_core.data.grading`), fits it into `max_length`, drops rows that could teach
 nothing, and counts all of that per source in `.report`.
 
-How a row that is too long is fitted (never by inserting an end token, never silently):
-
-* a plain `text` is split into rows that overlap by one token: every token stays graded, once;
-* else ungraded tokens after the last graded one go first, then the oldest tokens of the prompt (a
-  leading BOS stays), so that every graded token is kept as long as one token of context fits;
-* if the graded part alone is too long, a quarter of the row is prompt and the rest is the beginning
-  of the graded part; the tokens cut off are counted (`graded_cut`).
-
-How sources are mixed: weight w shows each row of the file w times an epoch: the whole part of w in
-full copies, the rest as a sample drawn with `seed`; several sources are then shuffled together with
-`seed`. Without weights, files are simply joined. One file with weight 1 keeps its order.
+Rows that are too long are fitted as `lora_core.data.fit` says, sources mixed as
+`lora_core.data.mixing` says.
 
 How it differs from the known loaders: rows are held as two flat arrays (5 bytes a token), labels
 come from character spans and never from comparing ids with a pad token, and a conversation whose
@@ -22,13 +13,12 @@ graded part cannot be told is an error instead of a warning. The trade-off: ever
 before the first step.
 """
 
-import random
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import floor
 from pathlib import Path
 from typing import Any, overload
 
+from lora_core.data.fit import split_text, truncate
 from lora_core.data.grading import (
     ControlTextError,
     Graded,
@@ -37,6 +27,7 @@ from lora_core.data.grading import (
     control_pattern,
     grade_offsets,
 )
+from lora_core.data.mixing import mix
 from lora_core.data.records import (
     Chat,
     Completion,
@@ -341,64 +332,6 @@ def _fitted(
     for part in rows:
         report.keep(len(part.ids), sum(part.graded[1:]))
     return rows
-
-
-def truncate(row: Graded, length: int, keep_first: bool = False) -> Graded:
-    """Fit a row into `length` tokens as the module's docstring says; at least one stays graded.
-
-    Args:
-        row: has a graded token after the first.
-        length: tokens to keep, at least 2.
-        keep_first: keep the first token (BOS) in front when the prompt is cut.
-    """
-    first = row.graded.index(True, 1)
-    last = len(row.graded) - row.graded[::-1].index(True)  # one past the last graded token
-    region = last - first
-    # tokens of prompt to keep: what the graded part leaves, or a quarter where it leaves nothing
-    prompt = length - region if region < length else max(1, length // 4)
-    prompt = min(first, prompt)
-    start, stop = first - prompt, first - prompt + length
-    kept = list(range(start, min(stop, len(row.ids))))
-    if keep_first:
-        kept[0] = 0  # in place of the oldest token of the prompt
-    ids = [row.ids[i] for i in kept]
-    return Graded(ids, [row.graded[i] for i in kept], row.straddles, row.method)
-
-
-def split_text(row: Graded, length: int) -> list[Graded]:
-    """Parts of at most `length` tokens; each starts with the last token of the one before."""
-    parts = []
-    for start in range(0, len(row.ids) - 1, length - 1):
-        ids = row.ids[start : start + length]
-        graded = row.graded[start : start + length]
-        # the shared token is graded in the part before
-        parts.append(Graded(ids, [start == 0 and graded[0], *graded[1:]], 0, row.method))
-    return parts
-
-
-def mix(lengths: Sequence[int], weights: Sequence[float], seed: int = 0) -> list[tuple[int, int]]:
-    """One epoch's (source, row) pairs: each row `weight` times.
-
-    Args:
-        lengths: rows per source.
-        weights: per source how often a row is shown; the whole part as copies, the rest as a
-            sample without repetition.
-        seed: of the sample and of the joint shuffle (one source with weight 1 keeps its order).
-
-    Raises:
-        ValueError: a weight is not positive and finite.
-    """
-    generator = random.Random(seed)
-    order: list[tuple[int, int]] = []
-    for source, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"a data weight must be positive; got {weight} for source {source}")
-        copies = floor(weight)
-        extra = generator.sample(range(length), round((weight - copies) * length))
-        order += [(source, row) for row in [*range(length)] * copies + sorted(extra)]
-    if len(lengths) > 1:
-        generator.shuffle(order)
-    return order
 
 
 def _short_names(files: list[Path]) -> list[str]:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.data import SFTDataset, Tokenizer, mix
+from lora_core.data.fit import split_text, truncate
 from lora_core.data.grading import Graded
-from lora_core.data.sft import split_text, truncate
 
 USER = {"role": "user", "content": "what is a function?"}
 BOT = {"role": "assistant", "content": "A function maps x to y."}

@@ -1,0 +1,35 @@
+"""Mix several sources by weight.
+
+Weight w shows each row of a file w times an epoch: the whole part of w as full copies, the rest as
+a sample drawn with the seed. Several sources are then shuffled together with the seed. Without
+weights, files are simply joined. One file with weight 1 keeps its order.
+"""
+
+import random
+from collections.abc import Sequence
+from math import floor
+
+
+def mix(lengths: Sequence[int], weights: Sequence[float], seed: int = 0) -> list[tuple[int, int]]:
+    """One epoch's (source, row) pairs: each row `weight` times.
+
+    Args:
+        lengths: rows per source.
+        weights: per source how often a row is shown; the whole part as copies, the rest as a
+            sample without repetition.
+        seed: of the sample and of the joint shuffle (one source with weight 1 keeps its order).
+
+    Raises:
+        ValueError: a weight is not positive and finite.
+    """
+    generator = random.Random(seed)
+    order: list[tuple[int, int]] = []
+    for source, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"a data weight must be positive; got {weight} for source {source}")
+        copies = floor(weight)
+        extra = generator.sample(range(length), round((weight - copies) * length))
+        order += [(source, row) for row in [*range(length)] * copies + sorted(extra)]
+    if len(lengths) > 1:
+        generator.shuffle(order)
+    return order
