@@ -218,6 +218,7 @@ def _is_plain(function: Function, max_summary: int) -> bool:
         function.is_public
         and 12 <= len(function.summary) <= max_summary
         and len(function.signature) <= 80
+        and len(function.doc.split("\n\n")[0]) <= 3 * max_summary
         and function.summary.isascii()
     )
 
