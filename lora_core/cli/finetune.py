@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +30,13 @@ from lora_core.cli.opening import (
     resident_dtype,
 )
 from lora_core.data import (
+    Record,
     SFTDataset,
     Tokenizer,
     load_template,
     load_tokenizer,
     parse_columns,
+    parse_sources,
     split,
 )
 from lora_core.device import default_device
@@ -74,6 +76,8 @@ class FinetuneConfig:
     """Which turns are graded: the assistant's, its last one, or everything."""
     max_length: int = 2048
     """Longest row, in tokens."""
+    control_text: Literal["drop", "keep"] = "drop"
+    """A message that spells a control token: drop its row, counted, or keep it as that token."""
     add_tokens: str | None = None
     """Tokens to add to the vocabulary, separated by commas; their rows are trained and saved."""
     device: str | None = None
@@ -99,23 +103,11 @@ class Finetuned:
     """What was attached: sites, trainable parameters and their share."""
 
 
-def sources(words: Sequence[str]) -> list[tuple[str, float]]:
-    """`FILE[:weight]` to (path, weight), the weight 1 where none is given.
+def records_bar(records: Iterable[Record]) -> Iterable[Record]:
+    """A progress bar over records as they are read; silent where reading takes no time."""
+    from tqdm import tqdm
 
-    Raises:
-        ValueError: a weight that is not above 0.
-    """
-    found = []
-    for word in words:
-        path, colon, weight = word.rpartition(":")
-        try:
-            value = float(weight) if colon else None
-        except ValueError:  # a colon of the path itself
-            value = None
-        if value is not None and not value > 0:
-            raise ValueError(f"the weight of {path} must be above 0; got {weight}")
-        found.append((word, 1.0) if value is None else (path, value))
-    return found
+    return tqdm(records, unit=" records", desc="reading", delay=1, leave=False)
 
 
 def read_data(
@@ -132,9 +124,11 @@ def read_data(
             columns=None if config.columns is None else parse_columns(config.columns),
             train_on=config.train_on,
             seed=seed,
+            control_text=config.control_text,
+            progress=records_bar,
         )
 
-    rows = read(sources(config.data))
+    rows = read(parse_sources(config.data))
     lines = [f"data: {rows.report}"]
     if config.eval_data is not None:
         held_out = read([(config.eval_data, 1.0)])
@@ -175,7 +169,7 @@ def provenance(config: FinetuneConfig, tok: Tokenizer) -> dict[str, Any]:
     import hashlib
 
     weights = sorted(Path(config.model).glob("*.safetensors"))
-    paths = [path for path, _ in sources(config.data)]
+    paths = [path for path, _ in parse_sources(config.data)]
     paths += [config.eval_data] if config.eval_data else []
     template = (tok.chat_template or "").encode()
     return {

@@ -142,8 +142,7 @@ def grow_to(model: CausalLM, tok: Tokenizer) -> bool:
     """Grow embedding and head to the tokenizer's size, where they are smaller; says whether."""
     from lora_core.adapters import grow_vocabulary
 
-    rows = model.get_input_embeddings().num_embeddings
-    if tok.vocab_size <= rows:
+    if tok.vocab_size <= model.config.vocab_size:
         return False
     grow_vocabulary(model, tok.vocab_size)
     return True
