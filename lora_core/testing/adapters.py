@@ -109,8 +109,8 @@ def check_adapter(
 
     Args:
         make: returns a new layer around the module it is given.
-        base: a linear-like module (`weight` or `dense_weight()`, `bias` or None); copied, so that
-            it stays as it is.
+        base: a linear-like module (`weight` or `dense_weight()`, `bias` or None), on the device to
+            run on; copied, so that it stays as it is.
         dtypes: dtypes to run in, base and input both.
         mergeable: False for a kind that refuses to merge: the refusal is checked instead, and
             outputs and gradients are not compared with a dense weight.
@@ -123,7 +123,8 @@ def check_adapter(
     def check(case: AdapterCase) -> None:
         torch.manual_seed(case.seed)
         wrapped = copy.deepcopy(base).to(case.dtype)
-        x = _normal((*case.lead, _width(wrapped)), case.seed, case.input_scale).to(case.dtype)
+        x = _normal((*case.lead, _width(wrapped)), case.seed, case.input_scale)
+        x = x.to(dense_weight(wrapped).device, case.dtype)
         plain = wrapped(x).detach()
         layer = make(wrapped)
         wrapped = layer.base
@@ -188,7 +189,7 @@ def _terms(layer: Layer, base: nn.Module, dtype: torch.dtype) -> _Terms:
     """Read the mathematics off the layer, and hold its `delta_weight` to its factors."""
     weight = dense_weight(base)
     bias = getattr(base, "bias", None)
-    bias = torch.zeros(weight.shape[0]) if bias is None else bias.detach()
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
     factors = None
     if hasattr(layer, "delta_weight"):
         delta, new_bias = layer.delta_weight().detach(), bias
@@ -304,7 +305,7 @@ def _check_gradients(layer: Layer, base: nn.Module, x: Tensor, terms: _Terms | N
     assert own, "the adapter has no trainable parameter"
     trainable = [name for name, p in base.named_parameters() if p.requires_grad]
     assert not trainable, f"parameters of the base are trainable: {', '.join(trainable)}"
-    dy = _normal(tuple(layer(x).shape), 7, 1.0).to(x.dtype)
+    dy = _normal(tuple(layer(x).shape), 7, 1.0).to(x)
     for mode in (True, False):
         layer.train(mode)
         layer.zero_grad()

@@ -55,6 +55,7 @@ def check_operator(
     reference: Operator,
     *,
     inputs: "SearchStrategy[Any] | None" = None,
+    device: torch.device | str = "cpu",
     examples: int = 25,
 ) -> None:
     """Check an operator against its definition; see the module's docstring for the bound.
@@ -70,6 +71,7 @@ def check_operator(
         inputs: strategy of the arguments: `operands("m k", "k n")`, or any that draws tuples;
             integer tensors and other values are passed through. Default: as many tensors of one
             shape as `reference` has positional parameters without a default.
+        device: where the tensors are moved to.
         examples: number of cases.
 
     Raises:
@@ -78,7 +80,7 @@ def check_operator(
     drawn = operands(*["rows columns"] * _arity(reference)) if inputs is None else inputs
 
     def check(case: Operands | _Arguments) -> None:
-        values = case.tensors()
+        values = [v.to(device) if isinstance(v, Tensor) else v for v in case.tensors()]
         for strided in (False, True):
             truth = _evaluate(reference, [_double(v) for v in values], strided)
             theirs = _evaluate(reference, values, strided)

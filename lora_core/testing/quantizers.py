@@ -66,6 +66,7 @@ def check_quantizer(
     block_sizes: Sequence[int] = (32, 64, 128, 4096),
     dtypes: Sequence[torch.dtype] = FLOATS,
     scale_gap: float = SCALE_GAP,
+    device: torch.device | str = "cpu",
     examples: int = 50,
 ) -> None:
     """Check a blockwise quantizer; see the module's docstring for the bounds.
@@ -84,6 +85,7 @@ def check_quantizer(
         block_sizes: block sizes to draw from.
         dtypes: dtypes of w to draw from.
         scale_gap: widest gap of the map that double quantization stores the scales with.
+        device: where w is.
         examples: number of cases.
 
     Raises:
@@ -92,10 +94,10 @@ def check_quantizer(
 
     Ref: Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3.
     """
-    levels = _levels(code)
+    levels = _levels(code).to(device)
 
     def check(case: QuantizerCase) -> None:
-        w = case.weight.tensor()
+        w = case.weight.tensor().to(device)
         before = w.clone()
 
         def through(w: Tensor, double_quant: bool = case.double_quant) -> Tensor:
