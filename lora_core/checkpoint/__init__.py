@@ -1,5 +1,6 @@
 """Model folders and adapters on disk."""
 
+from lora_core.checkpoint.base_model import base_model_path
 from lora_core.checkpoint.folder import load_model, save_model
 from lora_core.checkpoint.peft import (
     adapter_state_dict,
@@ -12,6 +13,7 @@ from lora_core.checkpoint.safetensors_folder import SafetensorsFolder, load_stat
 __all__ = [
     "SafetensorsFolder",
     "adapter_state_dict",
+    "base_model_path",
     "load_adapter",
     "load_model",
     "load_state",

@@ -429,10 +429,11 @@ def test_folders_without_weights(model: CausalLM, tmp_path: Path) -> None:
         next(load_state(tmp_path / "absent"))
 
 
-def test_already_quantized_folders_are_refused(model: CausalLM, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [{"quant_method": "gptq"}, {"quant_method": "bitsandbytes"}, "x"])
+def test_other_quantized_folders_are_refused(model: CausalLM, tmp_path: Path, told: object) -> None:
     save_model(model, tmp_path)
-    reconfigure(tmp_path, quantization_config={"quant_method": "bitsandbytes"})
-    refused(tmp_path, ValueError, "already quantized")
+    reconfigure(tmp_path, quantization_config=told)
+    refused(tmp_path, ValueError, "known is bitsandbytes in 4 bits")
 
 
 def test_options(model: CausalLM, tmp_path: Path) -> None:

@@ -64,9 +64,7 @@ def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", main.VERBS)
-def test_every_verb_has_help_with_an_example(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_verb_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"lora-core {name}" in out.split("example:")[1]
