@@ -193,7 +193,7 @@ def function_conversations(
         seed: order of the rows.
         root: folder of the library; None takes the running interpreter's.
         max_summary: longest first sentence to keep, in characters.
-        max_doc: length at which the documentation is cut (at a line), in characters.
+        max_doc: length at which the documentation is cut (at a paragraph), in characters.
 
     Returns:
         Shuffled rows with `messages` (user, assistant), `module` and `name`; one row a function,
@@ -220,23 +220,32 @@ def _is_plain(function: Function, max_summary: int) -> bool:
         and len(function.signature) <= 80
         and len(function.doc.split("\n\n")[0]) <= 3 * max_summary
         and function.summary.isascii()
+        and function.summary[0].isalpha()
     )
 
 
 def help_text(function: Function, max_chars: int) -> str:
-    """Much what `help()` prints: header, signature and the documentation string's beginning.
+    """Much what `help()` prints: header, signature and the documentation's beginning.
 
-    The names stand in backquotes and the text is not indented, so that a byte-level tokenizer cuts
+    The names stand in backquotes and a paragraph is one line, so that a byte-level tokenizer cuts
     them as it cuts them in the answer: the task is then to find and copy, not to respell.
+
+    Args:
+        function: whose help.
+        max_chars: paragraphs are left out from where all of them together would be longer; the
+            first one stays.
+
+    Returns:
+        The text.
     """
     kind = "method" if "." in function.name else "function"
-    lines = function.doc.split("\n")
-    kept = len(function.doc.split("\n\n")[0].split("\n"))  # the first paragraph in any case
-    while kept < len(lines) and sum(map(len, lines[: kept + 1])) <= max_chars:
-        kept += 1
     head = f"Help on {kind} `{function.name}` in module `{function.module}`:"
+    paragraphs = [" ".join(part.split()) for part in function.doc.split("\n\n") if part.strip()]
+    kept = 1
+    while kept < len(paragraphs) and sum(map(len, paragraphs[: kept + 1])) <= max_chars:
+        kept += 1
     call = f"{function.last_name}{function.signature}"
-    return "\n".join([head, "", call, "", *lines[:kept]]).rstrip()
+    return "\n\n".join([head, call, *paragraphs[:kept]])
 
 
 def _row(function: Function, max_doc: int) -> FunctionRow:
