@@ -27,10 +27,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def gather() -> dict[str, Any]:
-    """Everything that `info` prints, as plain data."""
+def _base_model() -> str:
+    """Where the shipped model is, or what is wrong with it: `info` is for broken installations."""
     from lora_core.checkpoint import base_model_path
 
+    try:
+        return str(base_model_path())
+    except FileNotFoundError as error:
+        return str(error)
+
+
+def gather() -> dict[str, Any]:
+    """Everything that `info` prints, as plain data."""
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -42,7 +50,7 @@ def gather() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": devices,
         "backends": lora_kernels.describe(),
-        "base model": str(base_model_path()),
+        "base model": _base_model(),
     }
 
 

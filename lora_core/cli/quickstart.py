@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
             data=(str(out / TRAIN),),
             out=str(out / "adapter"),
             method="qlora",
-            eval_fraction=0.02,
+            eval_fraction=0.0125,
             max_length=MAX_LENGTH,
         ),
         LoRAConfig(r=16, alpha=32),
