@@ -182,7 +182,8 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_resume_continues_starts_afresh_and_leaves_a_finished_run_alone(
     llama_folder: Path, chats: Path, tmp_path: Path
 ) -> None:
-    more = ["--method", "lora", "--dropout", "0.1", "--seed", "3", "--save-every", "1", "--keep", "9"]
+    more = ["--method", "lora", "--dropout", "0.1", "--seed", "3"]
+    more += ["--save-every", "1", "--keep", "9"]
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     assert finetune(llama_folder, chats, straight, *more, "--resume") == 0  # nothing there: afresh
     assert finetune(llama_folder, chats, halted, *more) == 0
@@ -314,3 +315,15 @@ def test_quantize_writes_a_folder_that_loads_and_trains(
     assert finetune(out, chats, tmp_path / "run") == 0
     assert main(["quantize", "--model", str(llama_folder), "--out", str(out)]) == 1
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_plain_text_and_a_full_fine_tune_go_through_the_same_loop(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"The number {i} follows."}) for i in range(12)))
+    out = tmp_path / "out"
+    assert finetune(llama_folder, data, out, "--method", "full", "--lr", "1e-3") == 0
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    assert load_model(out).config == load_model(llama_folder).config

@@ -1,4 +1,4 @@
-"""The quickstart: short in the quick suite; at its full length, with its promise, in the full one."""
+"""The quickstart: short in the quick suite, at full length with its promise in the full one."""
 
 import json
 from pathlib import Path
