@@ -289,7 +289,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataclass_flags(
         parser, BottleneckConfig, skip=("targets", "exclude", "dropout"), title="bottleneck"
     )
-    add_dataclass_flags(parser, TrainConfig, skip=("out",), title="training")
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_LR.items())
+    add_dataclass_flags(
+        parser, TrainConfig, skip=("out",), title="training", defaults={"lr": f"by method: {rates}"}
+    )
     parser.add_argument("--config", metavar="run.json", help="repeat a run; flags override it")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 

@@ -80,6 +80,7 @@ def add_dataclass_flags(
     skip: Collection[str] = (),
     rename: Mapping[str, str] | None = None,
     title: str | None = None,
+    defaults: Mapping[str, str] | None = None,
 ) -> None:
     """Add a flag for each field of a dataclass.
 
@@ -89,6 +90,7 @@ def add_dataclass_flags(
         skip: fields without a flag.
         rename: field -> flag name, where the command line's word differs.
         title: the group's heading in `--help`.
+        defaults: field -> what `--help` says of its default, where the field's own is not used.
     """
     group = parser.add_argument_group(title or cls.__name__)
     hints, texts = typing.get_type_hints(cls), field_help(cls)
@@ -97,7 +99,11 @@ def add_dataclass_flags(
         if field.name in skip or options is None:
             continue
         flag = (rename or {}).get(field.name, field.name).replace("_", "-")
-        default = "" if field.default is dataclasses.MISSING else f" [{field.default}]"
+        value = (defaults or {}).get(field.name, field.default)
+        # a default of None means what the help says none means
+        default = "" if value in (None, dataclasses.MISSING) else f" [{value}]"
+        if options["type"] is str and "choices" not in options:
+            options["metavar"] = field.name.upper()
         text = (texts.get(field.name, "") + default).replace("%", "%%")
         group.add_argument(
             f"--{flag}",
