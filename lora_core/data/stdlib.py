@@ -184,7 +184,7 @@ def functions(module: Module) -> Iterator[Function]:
 def function_conversations(
     seed: int = 0,
     root: str | Path | None = None,
-    max_summary: int = 100,
+    max_summary: int = 72,
     max_doc: int = 160,
 ) -> list[FunctionRow]:
     """Make the quickstart's data: `help()` of a function in, a JSON object about it out.
@@ -213,14 +213,16 @@ def function_conversations(
 
 
 def _is_plain(function: Function, max_summary: int) -> bool:
-    """Whether a function makes a short and fair question: public, with a sentence of its own."""
+    """Whether a function makes a short and fair question: public, with one plain sentence.
+
+    A sentence ends in a full stop, and nothing in it has to be escaped in JSON.
+    """
     return (
         function.is_public
+        and re.fullmatch(r"[A-Za-z][ -!#-[\]-~]*\.", function.summary) is not None
         and 12 <= len(function.summary) <= max_summary
         and len(function.signature) <= 80
         and len(function.doc.split("\n\n")[0]) <= 3 * max_summary
-        and function.summary.isascii()
-        and function.summary[0].isalpha()
     )
 
 

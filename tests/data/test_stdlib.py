@@ -48,7 +48,13 @@ class Square:
         """Remember the side of it."""
 
     async def paint(self, *, colour="red"):
-        """Paint it in a "colour" of one's own\\\\choice!"""
+        """Paint it in a colour of one's own choice."""
+
+    def mix(self, other):
+        """Mix it with an "other" of its kind."""
+
+    def size(self):
+        """side * side"""
 '''
 
 
@@ -93,7 +99,7 @@ def test_what_is_held_out_is_in_no_training_text(library: Path) -> None:
 def test_conversations_of_the_corpus_are_what_the_template_renders(library: Path) -> None:
     corpus = read_corpus(library, percent=20)
     chats = [text for text in corpus.train if text.startswith("<|im_start|>")]
-    assert len(chats) == 2 * (60 - len(corpus.held_out_names))  # area and paint; not _hidden
+    assert len(chats) == 4 * (60 - len(corpus.held_out_names))  # the public ones
     name = next(f"part{i}" for i in range(60) if not is_held_out(f"part{i}", 20))
     messages = [
         {
@@ -112,17 +118,23 @@ def test_conversations_of_the_corpus_are_what_the_template_renders(library: Path
 
 def test_functions_and_methods_with_documentation_are_found() -> None:
     found = {f.name: f for f in functions(Module("shapes", SOURCE))}
-    assert list(found) == ["area", "_hidden", "Square.__init__", "Square.paint"]
+    assert list(found) == [
+        "area",
+        "_hidden",
+        *(f"Square.{name}" for name in ("__init__", "paint", "mix", "size")),
+    ]
     assert found["area"].signature == "(width, height=1)"
     assert found["area"].summary == "Return the area."
     assert found["Square.paint"].signature == "(self, *, colour='red')"
-    assert found["Square.paint"].summary == 'Paint it in a "colour" of one\'s own\\choice!'
+    assert found["Square.paint"].summary == "Paint it in a colour of one's own choice."
     assert list(functions(Module("prose", "no code at all"))) == []
 
 
 def test_rows_ask_what_help_prints_and_are_answered_by_json(library: Path) -> None:
     rows = function_conversations(seed=3, root=library)
-    assert len(rows) == 61  # area of each module; paint, the same everywhere, once
+    assert (
+        len(rows) == 61
+    )  # area of each module; paint, the same everywhere, once; mix and size are not plain
     for row in rows:
         question, answer = row["messages"]
         assert (question["role"], answer["role"]) == ("user", "assistant")
@@ -160,7 +172,7 @@ def test_help_text_keeps_whole_paragraphs_and_the_first_in_any_case(
 def test_the_running_library_gives_enough_functions(record_property: Callable) -> None:
     rows = function_conversations()
     record_property("functions", len(rows))
-    assert len(rows) > 2000
+    assert len(rows) > 1000
     longest = max(len(row["messages"][0]["content"]) for row in rows)
     assert longest < 900
     assert len({(row["module"], row["name"]) for row in rows}) > 0.95 * len(rows)
