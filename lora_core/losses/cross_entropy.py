@@ -50,14 +50,18 @@ def count_graded(labels: Tensor) -> int:
 
 
 def _check_labels(labels: Tensor, shape: torch.Size, classes: int) -> None:
-    """Refuse labels that do not fit; their values are read on the CPU alone, a GPU would wait."""
+    """Refuse labels that do not fit.
+
+    Their values are read on the CPU alone, as a GPU would wait, and not while compiling, as the
+    graph would break.
+    """
     if labels.shape != shape:
         raise ValueError(
             f"labels must be (B, T) = {tuple(shape)} like the logits; got {tuple(labels.shape)}"
         )
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers; got {labels.dtype}")
-    if labels.device.type != "cpu" or labels.numel() == 0:
+    if labels.device.type != "cpu" or labels.numel() == 0 or torch.compiler.is_compiling():
         return
     wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORE))
     if wrong.any():

@@ -200,6 +200,17 @@ def test_labels_outside_the_vocabulary(labels: list[list[int]]) -> None:
         linear_cross_entropy(torch.zeros(1, 3, 2), torch.zeros(5, 2), torch.tensor(labels))
 
 
+def test_the_compiler_takes_it_whole() -> None:
+    logits = torch.randn(2, 4, 5, requires_grad=True)
+    labels = torch.tensor([[0, 1, -100, 4], [2, 2, 3, -100]])
+    # the check of the values would break the graph; "eager" tests the tracing alone
+    compiled = torch.compile(masked_cross_entropy, fullgraph=True, backend="eager")
+    loss, wanted = compiled(logits, labels), masked_cross_entropy(logits, labels)
+    assert torch.equal(loss, wanted)
+    grads = (torch.autograd.grad(value, logits)[0] for value in (loss, wanted))
+    assert torch.equal(*grads)
+
+
 def test_what_does_not_fit() -> None:
     logits, labels = torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"labels must be \(B, T\) = \(1, 3\).*got \(1, 2\)"):
