@@ -80,7 +80,7 @@ class SafetensorsFolder:
         self._open: dict[str, Any] = {}
         self._stack = ExitStack()
         if (self.directory / SINGLE).is_file():
-            self.entries = _header_entries(self.directory / SINGLE)
+            self.entries = read_header(self.directory / SINGLE)
         elif (self.directory / INDEX).is_file():
             self.entries = self._sharded()
         else:
@@ -119,7 +119,7 @@ class SafetensorsFolder:
             path = self.directory / file
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: {INDEX} names it as a shard")
-            for name, entry in _header_entries(path).items():
+            for name, entry in read_header(path).items():
                 if name in entries:
                     raise ValueError(
                         f"tensor {name} is in both {entries[name].file} and {file} of "
@@ -211,7 +211,7 @@ def _nothing_to_read(directory: Path) -> Exception:
     return FileNotFoundError(f"{directory} has no {SINGLE}: no weights to load")
 
 
-def _header_entries(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
     """Read and check one file's header against the format and the file's size."""
     size = path.stat().st_size
     with path.open("rb") as stream:
