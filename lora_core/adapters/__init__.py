@@ -11,6 +11,7 @@ from lora_core.adapters.inject import (
     add_adapter,
     delete_adapter,
     disable_adapters,
+    parameter_counts,
     set_adapters,
 )
 from lora_core.adapters.lora import LoRA, LoRALinear
@@ -47,6 +48,7 @@ __all__ = [
     "grow_vocabulary",
     "is_linear",
     "merge_adapters",
+    "parameter_counts",
     "register_adapter",
     "set_adapters",
     "unload_adapters",

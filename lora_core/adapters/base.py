@@ -37,6 +37,7 @@ __all__ = [
     "dense_weight",
     "is_linear",
     "linear_features",
+    "spelt",
 ]
 
 
@@ -106,6 +107,11 @@ class Adapter(nn.Module):
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # torch's
 
 
+def spelt(site: str) -> str:
+    """A module's name for a message; the model itself, which has none, is "this layer"."""
+    return repr(site) if site else "this layer"
+
+
 def check_name(name: str) -> None:
     """Refuse an adapter name that could not be a key of `.adapters`; ValueError says why."""
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
@@ -127,6 +133,13 @@ class Merged:
 
     names: tuple[str, ...]
     module: nn.Module | None
+
+    @property
+    def way_back(self) -> str:
+        """What to call before the adapters can be changed, for messages."""
+        if self.module is not None:
+            return "call unmerge_adapters"
+        return "the base was not kept, so call unload_adapters"
 
 
 class Adapted(nn.Module):
@@ -231,9 +244,7 @@ class Adapted(nn.Module):
         """Refuse new weights under a merged one, which would not see them."""
         if self.merged is not None:
             prefix, errors = args[1], args[6]
-            errors.append(
-                f"{prefix[:-1]!r} is merged: call unmerge_adapters before load_state_dict"
-            )
+            errors.append(f"{spelt(prefix[:-1])} is merged: {self.merged.way_back} first")
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -203,14 +203,14 @@ def _changed(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _check(reduction: float, activation: str, scaling: float) -> None:
-    if not reduction > 0:
-        raise ValueError(f"reduction must be above 0, got {reduction!r}")
+    if not isinstance(reduction, int | float) or not reduction > 0:
+        raise ValueError(f"reduction must be a number above 0, got {reduction!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
         )
-    if not math.isfinite(scaling) or scaling == 0:
-        raise ValueError(f"scaling must be finite and not 0, got {scaling!r}")
+    if not isinstance(scaling, int | float) or not math.isfinite(scaling) or scaling == 0:
+        raise ValueError(f"scaling must be a finite number other than 0, got {scaling!r}")
 
 
 @register_adapter("BOTTLENECK")

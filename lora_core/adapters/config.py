@@ -126,11 +126,14 @@ def _offer(config: AdapterConfig, modules: Iterable[tuple[str, nn.Module]]) -> d
     return built
 
 
-def _check_pattern(option: str, key: str) -> None:
-    try:
-        re.compile(key)
-    except re.error as error:
-        raise ValueError(f"{option}: {key!r} is no regular expression: {error}") from None
+def _check_patterns(option: str, patterns: object) -> None:
+    if not isinstance(patterns, dict) or not all(isinstance(key, str) for key in patterns):
+        raise TypeError(f"{option} must be a dict of {{pattern: value}}, got {patterns!r}")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"{option}: {key!r} is no regular expression: {error}") from None
 
 
 @register_adapter("LORA")
@@ -140,6 +143,7 @@ class LoRAConfig:
 
     Raises:
         ValueError: a value out of range.
+        TypeError: a pattern option that is no dict.
     """
 
     r: int = 16
@@ -167,11 +171,11 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         check_lora(self.r, self.alpha, self.dropout, self.init)
-        for key, r in self.rank_pattern.items():
-            _check_pattern("rank_pattern", key)
+        _check_patterns("rank_pattern", self.rank_pattern)
+        _check_patterns("alpha_pattern", self.alpha_pattern)
+        for r in self.rank_pattern.values():
             check_lora(r, self.alpha, self.dropout, self.init)
-        for key, alpha in self.alpha_pattern.items():
-            _check_pattern("alpha_pattern", key)
+        for alpha in self.alpha_pattern.values():
             check_lora(self.r, alpha, self.dropout, self.init)
 
     def build(self, name: str, module: nn.Module) -> Adapter | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_core.adapters.base import Adapted, Adapter, adapted_modules, check_name
+from lora_core.adapters.base import Adapted, Adapter, adapted_modules, check_name, spelt
 from lora_core.adapters.config import AdapterConfig, build_all, kind_of
 from lora_core.adapters.tokens import edit_configs, tied_modules
 from lora_core.targets import nearest, sites, unwrap
@@ -28,6 +28,7 @@ __all__ = [
     "attach_built",
     "delete_adapter",
     "disable_adapters",
+    "parameter_counts",
     "replace_modules",
     "set_adapters",
 ]
@@ -246,7 +247,7 @@ def _known(model: nn.Module, names: Sequence[str]) -> None:
 def _refuse_merged(model: nn.Module, what: str) -> None:
     for site, host in adapted_modules(model):
         if host.merged is not None:
-            raise ValueError(f"{what} while {site!r} is merged: call unmerge_adapters first")
+            raise ValueError(f"{what} while {spelt(site)} is merged: {host.merged.way_back} first")
 
 
 def _activate(model: nn.Module, names: Sequence[str]) -> None:
@@ -298,7 +299,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """
     hosts = [host for _, host in adapted_modules(model)]
     if any(host.merged is not None and host.merged.module is None for host in hosts):
-        raise ValueError("adapters merged with keep_base=False cannot be disabled: no base is left")
+        raise ValueError(
+            "adapters merged with keep_base=False cannot be disabled: no base is left; "
+            "load the base model again"
+        )
     before = [host.enabled for host in hosts]
     try:
         for host in hosts:
@@ -350,14 +354,27 @@ def adapter_report(model: nn.Module, name: str = "default") -> AdapterReport:
     }
     config = next(iter(at.values())).config
     own = {id(p): p.numel() for adapter in at.values() for p in adapter.parameters()}
-    every = list(model.parameters())
-    # two 4-bit codes lie in one byte
-    sizes = [p.numel() * 2 if p.dtype == torch.uint8 else p.numel() for p in every]
+    trainable, total = parameter_counts(model)
     return AdapterReport(
         name=name,
         kind=kind_of(config) or type(config).__name__,
         sites=tuple(at),
         parameters=sum(own.values()),
-        trainable=sum(p.numel() for p in every if p.requires_grad),
-        total=sum(sizes),
+        trainable=trainable,
+        total=total,
     )
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Count a model's parameters, a tied one once and a 4-bit weight by its elements.
+
+    Args:
+        model: any module.
+
+    Returns:
+        (those that are trained, all).
+    """
+    every = list(model.parameters())
+    # two 4-bit codes lie in one byte
+    sizes = [p.numel() * 2 if p.dtype == torch.uint8 else p.numel() for p in every]
+    return sum(p.numel() for p in every if p.requires_grad), sum(sizes)

@@ -27,6 +27,7 @@ from lora_core.adapters.base import (
     compute_dtype,
     dense_weight,
     is_linear,
+    spelt,
 )
 from lora_core.adapters.inject import replace_modules
 from lora_core.quant import NF4Linear
@@ -108,10 +109,14 @@ def merge_adapters(
     Raises:
         ValueError: nothing to merge, merged already, a kind that cannot be merged, an inactive
             name, an overflow, or requantize without a 4-bit base. The model is then as it was.
+        TypeError: `dtype` is not a floating-point dtype.
     """
     hosts = list(adapted_modules(model))
-    if merged := [name for name, host in hosts if host.merged is not None]:
-        raise ValueError(f"{merged[0]!r} is merged already; call unmerge_adapters first")
+    for name, host in hosts:
+        if host.merged is not None:
+            raise ValueError(f"{spelt(name)} is merged already: {host.merged.way_back} first")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"a merged weight needs a floating-point dtype, got {dtype}")
     chosen = _chosen(hosts, [names] if isinstance(names, str) else names)
     if requantize and not any(isinstance(host.base, NF4Linear) for _, host, _ in chosen):
         raise ValueError("requantize=True, but none of the layers to merge has a 4-bit base")
@@ -142,7 +147,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     for name, host in merged:
         if host.merged is not None and host.merged.module is None:
             raise ValueError(
-                f"{name!r} was merged with keep_base=False: there is nothing to go back to; "
+                f"{spelt(name)} was merged with keep_base=False: there is nothing to go back to; "
                 "load the base model again"
             )
     for _, host in merged:

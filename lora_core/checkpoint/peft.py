@@ -33,7 +33,7 @@ from lora_core.adapters.config import build_all, kind_of, registered
 from lora_core.adapters.inject import AdapterReport, attach_built
 from lora_core.checkpoint.safetensors_folder import (
     Pending,
-    _header_entries,
+    read_header,
     read_json_object,
     write_safetensors,
 )
@@ -171,7 +171,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     config = read_json_object(folder / CONFIG)
     if not isinstance(config.get("peft_type"), str):
         raise ValueError(f"{folder / CONFIG} has no peft_type: it is no adapter's configuration")
-    entries = _header_entries(folder / WEIGHTS)
+    entries = read_header(folder / WEIGHTS)
     with safe_open(folder / WEIGHTS, framework="pt", device="cpu") as handle:
         return config, {key: handle.get_tensor(key) for key in entries}
 
@@ -435,6 +435,8 @@ def _lora_targets(
         return sorted({match[1] for name in tensors if (match := key.fullmatch(name))})
     if isinstance(targets, str):
         return targets
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"target_modules must be a list of names or a string, got {targets!r}")
     names = [name for name, module in sites(model) if is_linear(unwrap(module))]
     known = [t for t in targets if any(n == t or n.endswith(f".{t}") for n in names)]
     return known or list(targets)

@@ -135,10 +135,12 @@ def test_weights_stay_float32():
     ("options", "message"),
     [
         ({"reduction": 17}, "reduction = 17 leaves no unit of dim = 16; lower it"),
-        ({"reduction": 0}, "reduction must be above 0, got 0"),
+        ({"reduction": 0}, "reduction must be a number above 0, got 0"),
         ({"activation": "swish"}, "activation must be one of 'gelu', .* got 'swish'"),
-        ({"scaling": 0.0}, "scaling must be finite and not 0, got 0.0"),
-        ({"scaling": math.inf}, "scaling must be finite and not 0, got inf"),
+        ({"scaling": 0.0}, "scaling must be a finite number other than 0, got 0.0"),
+        ({"reduction": "16"}, "reduction must be a number above 0, got '16'"),
+        ({"scaling": "1"}, "scaling must be a finite number other than 0, got '1'"),
+        ({"scaling": math.inf}, "scaling must be a finite number other than 0, got inf"),
     ],
 )
 def test_bad_options(options, message):
@@ -434,7 +436,7 @@ def test_the_input_has_to_come_first():
             {"feed_forward_input": ["o"], "placement": "parallel"},
             "feed_forward_input needs feed_forward beside it",
         ),
-        ({"reduction": -1}, "reduction must be above 0, got -1"),
+        ({"reduction": -1}, "reduction must be a number above 0, got -1"),
     ],
 )
 def test_bad_configurations(options, message):

@@ -58,6 +58,13 @@ def test_bad_values_are_named(options: dict[str, object], message: str) -> None:
         LoRAConfig(**options)
 
 
+@pytest.mark.parametrize("patterns", [["q"], "q", 3, {1: 2}])
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_patterns_are_a_dict(option: str, patterns: object) -> None:
+    with pytest.raises(TypeError, match=rf"{option} must be a dict of {{pattern: value}}, got "):
+        LoRAConfig(**{option: patterns})
+
+
 def test_every_field_is_documented() -> None:
     from lora_core.cli.flags import field_help
 

@@ -23,6 +23,7 @@ from lora_core.adapters import (
     delete_adapter,
     disable_adapters,
     merge_adapters,
+    parameter_counts,
     register_adapter,
     set_adapters,
     unload_adapters,
@@ -75,6 +76,7 @@ def test_a_4bit_weight_counts_its_elements(make_mlp: Make) -> None:
     dense, four_bit = make_mlp(), make_mlp()
     quantize_model(four_bit)
     assert add_adapter(four_bit, LoRAConfig()).total == add_adapter(dense, LoRAConfig()).total
+    assert parameter_counts(four_bit) == parameter_counts(dense)
 
 
 def test_canonical_names_are_those_of_the_original_model(mlp: nn.Module) -> None:

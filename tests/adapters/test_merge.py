@@ -205,7 +205,7 @@ def test_merging_refuses_what_would_change_the_output(mlp: nn.Module) -> None:
     with pytest.raises(ValueError, match="'first' is not active at 'inp'"):
         merge_adapters(mlp, ["first"])
     merge_adapters(mlp)
-    with pytest.raises(ValueError, match="'inp' is merged already; call unmerge_adapters"):
+    with pytest.raises(ValueError, match="'inp' is merged already: call unmerge_adapters first"):
         merge_adapters(mlp)
     with pytest.raises(ValueError, match="'inp' is merged: call unmerge_adapters first"):
         set_adapters(mlp, "first")
@@ -213,7 +213,7 @@ def test_merging_refuses_what_would_change_the_output(mlp: nn.Module) -> None:
         delete_adapter(mlp, "first")
     with pytest.raises(ValueError, match="'inp' is merged: call unmerge_adapters first"):
         add_adapter(mlp, LoRAConfig(), "third")
-    with pytest.raises(RuntimeError, match="'inp' is merged: call unmerge_adapters before"):
+    with pytest.raises(RuntimeError, match="'inp' is merged: call unmerge_adapters first"):
         mlp.load_state_dict(mlp.state_dict())
 
 
@@ -297,7 +297,7 @@ def test_without_the_base_there_is_no_way_back(
     make_mlp: Callable[[], nn.Module], shake: Shake
 ) -> None:
     model = make_mlp()
-    add_adapter(model, LoRAConfig(r=2))
+    add_adapter(model, LoRAConfig(r=2), "a")
     shake(model)
     x = torch.randn(3, 12)
     kept = copy.deepcopy(model)
@@ -307,13 +307,31 @@ def test_without_the_base_there_is_no_way_back(
     with pytest.raises(ValueError, match="'inp' was merged with keep_base=False"):
         unmerge_adapters(model)
     with (
-        pytest.raises(ValueError, match="keep_base=False cannot be disabled"),
+        pytest.raises(ValueError, match=r"keep_base=False cannot be disabled.*load the base model"),
         disable_adapters(model),
     ):
         pass
+    way_back = "'inp' is merged.*: the base was not kept, so call unload_adapters first"
+    for change in (merge_adapters, lambda m: set_adapters(m, []), lambda m: delete_adapter(m, "a")):
+        with pytest.raises(ValueError, match=way_back):
+            change(model)
+    with pytest.raises(RuntimeError, match=way_back):
+        model.load_state_dict(model.state_dict())
     unload_adapters(model)
     assert type(model.inp) is nn.Linear
     assert torch.equal(model(x), kept(x))
+
+
+def test_a_layer_by_itself_is_called_so_and_the_dtype_is_checked() -> None:
+    layer = LoRALinear(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"needs a floating-point dtype, got torch\.int8"):
+        layer.merge(dtype=torch.int8)
+    assert layer.merged is None
+    layer.merge()
+    with pytest.raises(ValueError, match="this layer is merged already: call unmerge_adapters"):
+        layer.merge()
+    with pytest.raises(RuntimeError, match="this layer is merged: call unmerge_adapters first"):
+        layer.load_state_dict(layer.state_dict())
 
 
 def test_unload_gives_plain_modules(

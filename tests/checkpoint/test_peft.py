@@ -254,6 +254,10 @@ def test_the_librarys_decoder_is_a_causal_lm(tmp_path: Path) -> None:
         ({"trainable_token_indices": [1]}, r"trainable_tokens_delta' has shape \(2, 6\), the mod"),
         ({"trainable_token_indices": None}, "trainable_tokens_delta' is unexpected"),
         ({"rank_pattern": {"zzz": 2}}, "rank_pattern: 'zzz' matches no target"),
+        ({"rank_pattern": ["up"]}, "a: rank_pattern must be a dict of {pattern: value}"),
+        ({"alpha_pattern": 3}, "a: alpha_pattern must be a dict of {pattern: value}, got 3"),
+        ({"target_modules": 3}, "a: target_modules must be a list of names or a string, got 3"),
+        ({"target_modules": [1]}, r"a: target_modules must be a list of names .*, got \[1\]"),
     ],
 )
 def test_configurations_that_do_not_fit(
