@@ -32,7 +32,7 @@ from lora_core.checkpoint.safetensors_folder import Entry, Pending, SafetensorsF
 from lora_core.quant import NF4Linear, NF4Tensor
 from lora_core.quant.codebook import codebook
 from lora_core.quant.double_quant import dynamic_map
-from lora_kernels.blockwise4 import SCALE_GROUP
+from lora_kernels.blockwise4 import SCALE_GROUP, check_block_size
 
 TYPES = ("nf4", "fp4")
 _PART = re.compile(
@@ -171,13 +171,8 @@ def read_layer(
     """
     name = packed.layer
     where = f"{folder.directory}: the 4-bit weight of {name}"
-    try:
-        state = json.loads(bytes(folder.tensor(packed.state).tolist()).decode())
-        told, block_size = tuple(state["shape"]), int(state["blocksize"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} has an unreadable quant_state: {error!r}") from None
-    if told != shape:
-        raise ValueError(f"{where} says it is {told}; config.json calls for {shape}")
+    nested = "nested_absmax" in packed.parts
+    block_size, offset = _read_state(folder.tensor(packed.state), where, shape, nested)
 
     def part(suffix: str, size: int, dtype: torch.dtype) -> Tensor:
         tensor = folder.tensor(f"{name}.weight{suffix}")
@@ -192,23 +187,17 @@ def read_layer(
 
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
-    nested = "nested_absmax" in packed.parts
     table = part(".quant_map", 16, torch.float32).cpu()
     kind = packed.state.rpartition("__")[2]
     book = codebook(kind)
     if not torch.equal(table, book.table()):
         raise ValueError(f"{where}: its quant_map is not the {kind} table")
-    absmax = offset = None
+    scale_absmax = scale_offset = None
     if nested:
-        if state.get("nested_blocksize") != SCALE_GROUP:
-            raise ValueError(
-                f"{where}: nested_blocksize is {state.get('nested_blocksize')}; only "
-                f"{SCALE_GROUP} is known"
-            )
         if not torch.equal(part(".nested_quant_map", 256, torch.float32).cpu(), dynamic_map()):
             raise ValueError(f"{where}: its nested_quant_map is not the signed dynamic map")
-        absmax = part(".nested_absmax", -(-blocks // SCALE_GROUP), torch.float32)
-        offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=device)
+        scale_absmax = part(".nested_absmax", -(-blocks // SCALE_GROUP), torch.float32)
+        scale_offset = torch.tensor(offset, dtype=torch.float32, device=device)
     weight = NF4Tensor(
         part("", (numel + 1) // 2, torch.uint8),
         part(".absmax", blocks, torch.uint8 if nested else torch.float32),
@@ -216,7 +205,28 @@ def read_layer(
         torch.float32,
         book,
         block_size,
-        absmax,
-        offset,
+        scale_absmax,
+        scale_offset,
     )
     return NF4Linear.from_tensor(weight, bias)
+
+
+def _read_state(
+    text: Tensor, where: str, shape: tuple[int, int], nested: bool
+) -> tuple[int, float]:
+    """Block size and offset of the scales (0 if they are not nested) from a layer's JSON."""
+    try:
+        state = json.loads(bytes(text.tolist()).decode())
+        told, block_size = tuple(state["shape"]), int(state["blocksize"])
+        group = state["nested_blocksize"] if nested else SCALE_GROUP
+        offset = float(state["nested_offset"]) if nested else 0.0
+        check_block_size(block_size)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} has an unreadable quant_state: {error!r}") from None
+    if told != shape:
+        raise ValueError(f"{where} says it is {told}; config.json calls for {shape}")
+    if group != SCALE_GROUP:
+        raise ValueError(f"{where}: nested_blocksize is {group}; only {SCALE_GROUP} is known")
+    if not math.isfinite(offset):
+        raise ValueError(f"{where}: nested_offset is {offset}; the scales need a finite one")
+    return block_size, offset

@@ -105,7 +105,7 @@ def load_model(
         _fill(model, folder, names, quantize, wanted, place)
         for name, layer in packed.items():
             linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)  # its weight is in the plan, as a matrix
+            assert isinstance(linear, nn.Linear)  # `_check_tensors` has seen to it
             shape = (linear.out_features, linear.in_features)
             model.set_submodule(name, read_layer(folder, layer, shape, linear.bias, place))
     model.tie_weights()
@@ -154,8 +154,9 @@ def _check_tensors(
     elsewhere = {name for layer in packed.values() for name in names_of(layer)}
     # old files carry the rotary frequencies, which follow from the configuration
     found = {n: e for n, e in folder.entries.items() if not n.endswith("rotary_emb.inv_freq")}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in packed:
-        if expected.pop(f"{name}.weight", None) is None:
+        if name not in linears or expected.pop(f"{name}.weight", None) is None:
             raise ValueError(
                 f"{folder.directory} holds a 4-bit {name}, which config.json has no place for"
             )
@@ -305,6 +306,12 @@ def _pending(model: CausalLM, dtype: torch.dtype | None, quantized: bool) -> lis
             f"the model has parts that config.json does not describe ({extra[0]}): merge and "
             "unload adapters before saving a model folder"
         )
+    if model.config.tie_word_embeddings and not _is_tied(model):
+        raise ValueError(
+            "config.tie_word_embeddings says that the head is the embedding, but it has a weight "
+            "of its own, which would be lost: set it to False in model.config, or call "
+            "model.tie_weights() to drop the head's"
+        )
     tensors: list[Pending] = []
     for name, parameter in plan.named_parameters():
         owner, _, attribute = name.rpartition(".")
@@ -315,6 +322,12 @@ def _pending(model: CausalLM, dtype: torch.dtype | None, quantized: bool) -> lis
         else:
             tensors.append(_one(model, name, tuple(parameter.shape), dtype))
     return tensors
+
+
+def _is_tied(model: CausalLM) -> bool:
+    head = getattr(model.lm_head, "weight", None)
+    embedding = model.model.embed_tokens.weight
+    return head is embedding or (isinstance(head, Tensor) and torch.equal(head, embedding))
 
 
 def _one(model: CausalLM, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> Pending:

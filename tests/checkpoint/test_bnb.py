@@ -138,7 +138,11 @@ def cut(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
         (drop("nested_absmax"), "incomplete: no nested_absmax"),
         (rewrite(shape=[64, 128]), r"says it is \(64, 128\)"),
         (rewrite(shape=None), "unreadable quant_state"),
+        (rewrite(blocksize=0), "unreadable quant_state.*block_size must be a power of two"),
         (rewrite(nested_blocksize=128), "nested_blocksize is 128"),
+        (rewrite(nested_offset=None), "unreadable quant_state.*not 'NoneType'"),
+        (rewrite(nested_offset="mean"), "unreadable quant_state.*'mean'"),
+        (rewrite(nested_offset=float("nan")), "nested_offset is nan; the scales need a finite one"),
         (cut(""), "codes should be 4096 of torch.uint8; got 4095"),
         (cut(".absmax"), "absmax should be 128"),
     ],
@@ -153,6 +157,18 @@ def test_a_spoilt_layer_is_named(
     with pytest.raises(ValueError, match=message) as caught:
         load_model(folder)
     assert LAYER in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.norm"])
+def test_a_4_bit_weight_of_no_linear_layer_is_refused(
+    name: str, written: Path, tmp_path: Path
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in tensors if k.startswith(f"{LAYER}.weight")]:
+            tensors[key.replace(LAYER, name)] = tensors[key].clone()
+
+    with pytest.raises(ValueError, match=f"holds a 4-bit {name}, which config.json has no place"):
+        load_model(spoil(written, tmp_path / "spoilt", change))
 
 
 def test_quantizing_again_and_other_codes_are_refused(

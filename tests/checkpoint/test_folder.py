@@ -466,6 +466,22 @@ def test_models_that_config_json_does_not_describe(model: CausalLM, tmp_path: Pa
     assert not (tmp_path / "b").exists()
 
 
+def test_a_head_of_its_own_is_not_lost_under_a_tied_configuration(tmp_path: Path) -> None:
+    config = ModelConfig(**SIZES, tie_word_embeddings=True)
+    model = CausalLM(config)
+    head = model.lm_head.weight.detach()
+    model.lm_head.weight = nn.Parameter(2 * head)
+    with pytest.raises(ValueError, match=r"weight of its own.*set it to False.*tie_weights\(\)"):
+        save_model(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    model.config = dataclasses.replace(config, tie_word_embeddings=False)
+    save_model(model, tmp_path / "b")
+    assert same(load_model(tmp_path / "b"), model)
+    model.config, model.lm_head.weight = config, nn.Parameter(head.clone())
+    save_model(model, tmp_path / "c")  # a copy says nothing new
+    assert torch.equal(load_model(tmp_path / "c").lm_head.weight, head)
+
+
 def test_a_failed_save_leaves_the_old_model(
     model: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
