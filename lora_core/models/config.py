@@ -86,6 +86,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_sizes(self)
         if self.model_type not in FAMILIES:
             raise ValueError(_unknown("model_type", self.model_type, FAMILIES))
         if self.num_key_value_heads is None:
@@ -166,8 +167,11 @@ class ModelConfig:
         raw["rope_parameters"] = dict(self.rope_parameters)
         if isinstance(self.eos_token_id, tuple):
             raw["eos_token_id"] = list(self.eos_token_id)
-        # readers that know only the older dialect find the base here too
-        raw["rope_theta"] = self.rope_parameters["rope_theta"]
+        # the older dialect too: readers that know it alone would run the model without its scaling
+        scaling = dict(self.rope_parameters)
+        raw["rope_theta"] = scaling.pop("rope_theta")
+        if scaling["rope_type"] != "default":
+            raw["rope_scaling"] = scaling
         return dict(sorted(raw.items()))
 
 
@@ -252,12 +256,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _check_ranges(config: ModelConfig) -> None:
-    heads, kv_heads, head_dim = config.heads
+def _check_sizes(config: ModelConfig) -> None:
     sizes = [*_required(ModelConfig), "num_key_value_heads", "head_dim", "max_position_embeddings"]
     for key in sizes:
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} must be at least 1; got {getattr(config, key)}")
+        size = getattr(config, key)
+        if size is not None and size < 1:
+            raise ValueError(f"{key} must be at least 1; got {size}")
+
+
+def _check_ranges(config: ModelConfig) -> None:
+    heads, kv_heads, head_dim = config.heads
     if heads % kv_heads:
         raise ValueError(
             f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"

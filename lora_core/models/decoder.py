@@ -121,11 +121,13 @@ class Decoder(nn.Module):
         *,
         cache: KVCache | None = None,
         document_ids: Tensor | None = None,
+        keep_all: bool = False,
     ) -> list[Tensor]:
         """Run the layers; arguments as `CausalLM.forward`'s, x (B, T, C) being the embeddings.
 
         Returns:
-            The layers' inputs in order, then the normed output: L + 1 tensors (B, T, C).
+            The normed output (B, T, C) as the last entry; with `keep_all`, the layers' inputs in
+            order before it, L + 1 tensors in all.
         """
         tokens, past = x.shape[1], 0 if cache is None else cache.length
         mask = attention_rule(tokens, past, attention_mask, document_ids, x.device)
@@ -139,7 +141,7 @@ class Decoder(nn.Module):
                 x = checkpoint(layer, x, rotary, mask, None, use_reentrant=False)
             else:
                 x = layer(x, rotary, mask, cache)
-            states.append(x)
+            states = [*states, x] if keep_all else [x]
         states[-1] = self.norm(x)
         return states
 
@@ -198,7 +200,14 @@ class CausalLM(nn.Module):
         if logits_to_keep is not None and logits_to_keep < 1:
             raise ValueError(f"logits_to_keep must be at least 1; got {logits_to_keep}")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        states = self.model(x, attention_mask, position_ids, cache=cache, document_ids=document_ids)
+        states = self.model(
+            x,
+            attention_mask,
+            position_ids,
+            cache=cache,
+            document_ids=document_ids,
+            keep_all=output_hidden_states,
+        )
         kept = states[-1] if logits_to_keep is None else states[-1][:, -logits_to_keep:]
         logits = self.lm_head(kept)  # (B, T, V)
         loss = None

@@ -202,7 +202,9 @@ def _choose(
     """One token id a row, (B,), from float32 logits (B, V)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probability, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    # from the largest down, and no smaller divisor: the quotients may not overflow upwards
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
+    probability, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
     before = probability.cumsum(dim=-1) - probability  # probability of all likelier tokens
     kept = probability.masked_fill(before >= top_p, 0.0)  # the first is always kept
     drawn = torch.multinomial(kept, 1, generator=generator)  # (B, 1)

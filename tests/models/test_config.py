@@ -68,6 +68,15 @@ def test_to_dict_reads_back(raw: dict[str, Any]) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_readers_of_the_older_dialect_find_the_scaling(raw: dict[str, Any]) -> None:
+    written = ModelConfig.from_dict(raw | {"rope_scaling": dict(LLAMA3), "rope_theta": 5e5})
+    old = written.to_dict()
+    del old["rope_parameters"]
+    assert old["rope_scaling"] == LLAMA3
+    assert ModelConfig.from_dict(old) == written
+    assert "rope_scaling" not in ModelConfig.from_dict(raw).to_dict()
+
+
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"architectures": ["FalconForCausalLM"]}, ValueError, "'Falcon.*known: LlamaForCausalLM"),
     ({"architectures": "LlamaForCausalLM"}, ValueError, "architecture 'LlamaForCausalLM'"),
@@ -77,6 +86,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden_size": 32.0}, TypeError, "hidden_size must be of type int; got 32.0"),
     ({"num_hidden_layers": True}, TypeError, "num_hidden_layers must be of type int; got True"),
     ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers must be at least 1; got 0"),
+    ({"num_attention_heads": 0}, ValueError, "num_attention_heads must be at least 1; got 0"),
     ({"num_key_value_heads": 3}, ValueError, "4 is no multiple of num_key_value_heads 3"),
     ({"hidden_size": 30}, ValueError, "30 is no multiple of num_attention_heads 4: give head_dim"),
     ({"head_dim": 7}, ValueError, "head_dim must be even.*got 7"),

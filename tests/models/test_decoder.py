@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +149,19 @@ def test_hidden_states_embeddings_and_last_logits(make_model: Make) -> None:
         model(ids, logits_to_keep=2).logits, out.logits[:, -2:], rtol=0, atol=1e-6
     )
     assert model.get_output_embeddings() is model.lm_head
+
+
+def test_layers_outputs_are_let_go_unless_asked_for(make_model: Make) -> None:
+    model, ids = make_model(num_hidden_layers=3), torch.arange(6)[None]
+    first: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+    layers = model.model.layers
+    layers[0].register_forward_hook(lambda m, x, y: first.append(weakref.ref(y)))
+    layers[2].register_forward_hook(lambda m, x, y: alive.append(first[-1]() is not None))
+    with torch.no_grad():
+        model(ids)
+        model(ids, output_hidden_states=True)
+    assert alive == [False, True]
 
 
 def test_frequencies_survive_casts_copies_and_the_meta_device(make_model: Make) -> None:

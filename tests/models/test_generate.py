@@ -117,6 +117,14 @@ def test_top_p_keeps_the_shortest_head_that_reaches_it(top_p: float, kept: set[i
     assert {row[0] for row in rows} == kept
 
 
+@pytest.mark.parametrize("temperature", [1e-8, 1e-40, 1e-310])
+def test_the_lowest_temperatures_take_the_likeliest(temperature: float) -> None:
+    model = FixedLogits(torch.tensor([60.0, 70.0, 80.0, -90.0]))
+    ids = torch.zeros(20, 1, dtype=torch.long)
+    rows = generate_ids(model, ids, max_new_tokens=1, temperature=temperature, seed=0)
+    assert rows == [[2]] * 20
+
+
 def test_seed_repeats_and_leaves_the_global_generator_alone(make_model: Make) -> None:
     model, ids = make_model(), torch.tensor([[1, 2]])
     before = torch.get_rng_state()
