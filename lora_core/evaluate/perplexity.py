@@ -5,6 +5,7 @@ has, and depends on the batch size. Perplexities of two models compare only wher
 same; bits per byte divides by the text's bytes instead and compares across tokenizers.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,24 @@ def as_batches(data: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[M
         yield collate(rows)
 
 
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """After the block every module is in the mode (train or eval) it was in before.
+
+    Args:
+        model: any module; a part that was put in eval by itself stays so.
+
+    Yields:
+        None.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
@@ -71,15 +90,14 @@ def perplexity(
         The measures, each over the whole data set.
 
     Raises:
-        ValueError: no token is graded, or `graded_bytes` is below 1.
+        ValueError: no token is graded, the loss is NaN, or `graded_bytes` is below 1.
     """
     if graded_bytes is not None and graded_bytes < 1:
         raise ValueError(f"graded_bytes must be 1 or more; got {graded_bytes}")
-    was_training = model.training
-    model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     nll, tokens, correct = 0.0, 0, 0
-    try:
+    with modes_kept(model):
+        model.eval()
         for batch in as_batches(data, batch_size):
             moved = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
             labels = moved.pop("labels")  # (B, T)
@@ -90,10 +108,13 @@ def perplexity(
             graded = targets != IGNORE
             tokens += int(graded.sum())
             correct += int(((logits.argmax(dim=-1) == targets) & graded).sum())
-    finally:
-        model.train(was_training)
     if tokens == 0:
         raise ValueError("no token of the data is graded, so it has no perplexity")
+    if math.isnan(nll):
+        raise ValueError(
+            f"the loss over {tokens} graded tokens is NaN: the weights or the adapter hold NaN, or "
+            "the dtype is too narrow for the logits"
+        )
     return Perplexity(
         loss=nll / tokens,
         # exp overflows a float from 710 on

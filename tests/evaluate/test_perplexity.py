@@ -91,3 +91,18 @@ def test_nothing_to_judge() -> None:
         perplexity(Bigram(), [{"input_ids": [1, 2], "labels": [-100, -100]}])
     with pytest.raises(ValueError, match="graded_bytes must be 1 or more; got 0"):
         perplexity(Bigram(), make_rows(0, 1), graded_bytes=0)
+
+
+def test_a_nan_is_no_perplexity() -> None:
+    model = Bigram()
+    with torch.no_grad():
+        model.table.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="the loss over 2 graded tokens is NaN"):
+        perplexity(model, [{"input_ids": [1, 3, 2], "labels": [1, 3, 2]}])
+
+
+def test_every_module_keeps_its_mode() -> None:
+    model = Bigram().train()
+    model.table.eval()
+    perplexity(model, make_rows(0, 2))
+    assert (model.training, model.dropout.training, model.table.training) == (True, True, False)
