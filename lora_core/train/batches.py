@@ -122,12 +122,19 @@ def make_batches(
         The source of batches.
 
     Raises:
-        ValueError: there is no row.
+        ValueError: there is no row, or rows without labels.
+        TypeError: `collate` for something else than a sequence of rows.
     """
     sequence = isinstance(data, Sized) and hasattr(data, "__getitem__")
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError("the data set is empty; it needs at least one row")
-    if sequence and (collate is not None or _is_row(data[0])):  # type: ignore[index]  # checked above
+    first: Any = data[0] if sequence and collate is None else None  # type: ignore[index]  # has it
+    if _is_row(first) and "labels" not in first:
+        raise ValueError(
+            "rows need labels beside input_ids: the same ids, with -100 where nothing is graded; "
+            f"got {sorted(first)}"
+        )
+    if sequence and (collate is not None or _is_row(first)):
         return RowBatches(data, batch_size, seed, collate or default_collate)  # type: ignore[arg-type]
     if collate is not None:
         raise TypeError("collate needs a sequence of rows, with a length and an index")

@@ -1,6 +1,7 @@
 """The one dataclass of a training run; the command line's flags are made from it field by field."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,12 @@ DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4, "bottleneck": 1e-4}
 
 _SCHEDULES = ("cosine", "linear", "constant")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_REAL = ("lr", "warmup", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps", "label_smoothing")
 _WARMUP = "a share below 1 or a whole number of steps"
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,11 @@ class TrainConfig:
                 continue
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
-        share, clip = self.warmup < 1, self.clip is None or self.clip > 0
+        for name in _REAL:
+            if not _finite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number; got {getattr(self, name)!r}")
+        share = self.warmup < 1
+        clip = self.clip is None or (_finite(self.clip) and self.clip > 0)
         rules = [
             ("lr", self.lr > 0, "above 0"),
             ("eps", self.eps > 0, "above 0"),

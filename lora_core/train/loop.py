@@ -13,9 +13,10 @@ the checkpoint, so that a run that was stopped and resumed is, bit for bit, the 
 import contextlib
 import dataclasses
 import json
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.adapters import parameter_counts
 from lora_core.device import DtypePolicy, dtype_policy, peak_memory, reset_peak_memory
+from lora_core.evaluate import modes_kept
 from lora_core.files import folder_lock
 from lora_core.train.batches import (
     Batch,
     BatchSource,
+    ReadyBatches,
     make_batches,
     step_groups,
     steps_per_epoch,
@@ -126,12 +130,8 @@ def train(
         facts=json.loads(json.dumps(dict(facts or {}))),
     )
     lock = contextlib.nullcontext() if config.out is None else folder_lock(config.out)
-    was_training = model.training
-    with lock, recomputed_layers(model, config.activation_checkpointing):
-        try:
-            return run.go(on_step or (lambda record: None))
-        finally:
-            model.train(was_training)
+    with lock, modes_kept(model), recomputed_layers(model, config.activation_checkpointing):
+        return run.go(on_step or (lambda record: None))
 
 
 def total_steps(config: TrainConfig, source: BatchSource) -> int:
@@ -184,6 +184,8 @@ class Run:
 
     def go(self, on_step: Callable[[Record], object]) -> TrainResult:
         """Resume or begin, loop, put the best weights back."""
+        if self.eval_source is not None:
+            self.check_evaluation(self.eval_source)
         seed_everything(self.config.seed)
         resumed = self.resume() if self.config.resume else None
         interrupted, speed = False, 0.0
@@ -220,13 +222,14 @@ class Run:
             self.checkpoints.refuse_unfinished(self.progress.step)
             self.checkpoints.drop_after(self.progress.step)
             write_run(self.out, self.config.to_dict(), self.facts)
-        trained = sum(p.numel() for p in self.parameters.values())
-        every = sum(p.numel() for p in self.model.parameters())
+        trained, every = parameter_counts(self.model)
         say(
             f"training {trained:,} of {every:,} parameters ({trained / every:.2%}) for "
             f"{self.total - self.progress.step} steps, lr {self.peak_lr:g}"
             f"{self.schedule_name}; {self.policy}"
         )
+        # a gradient left by whatever the caller did before would be added to the first step's
+        self.optimizer.zero_grad(set_to_none=True)
         reset_peak_memory(self.device)
 
     def loop(self, on_step: Callable[[Record], object]) -> tuple[bool, float]:
@@ -265,7 +268,8 @@ class Run:
                     interrupts.asked = True
                 if better or self.save_due(record) or interrupts.asked or self.finished():
                     self.save()
-        return interrupts.asked and not self.finished(), fed / seconds
+        # interrupted before the first step, no time has been spent
+        return interrupts.asked and not self.finished(), fed / seconds if seconds else 0.0
 
     def step(self, batches: Sequence[Batch]) -> Record:
         """Set the learning rate and update the weights."""
@@ -284,6 +288,8 @@ class Run:
             check=not self.checked,
         )
         self.checked = True
+        if not record["graded"]:
+            warnings.warn("a step had no graded token and taught nothing", stacklevel=2)
         return {"loss": record.pop("loss"), "lr": self.optimizer.param_groups[0]["lr"]} | record
 
     def epoch_ends(self) -> bool:
@@ -319,21 +325,35 @@ class Run:
         progress.stopped_early = patience is not None and progress.since_best >= patience
         return False
 
+    def check_evaluation(self, source: BatchSource) -> None:
+        """Find out now, not after an epoch, that there is nothing to evaluate on.
+
+        Raises:
+            ValueError: data that can be read only once, or that grade nothing.
+        """
+        if isinstance(source, ReadyBatches) and isinstance(source.batches, Iterator):
+            raise ValueError(
+                "the evaluation data can be read only once and are read at each evaluation: "
+                "give a list, or an object that can be iterated again"
+            )
+        if not any(map(counter(self.eval_loss), source.epoch(0))):
+            raise ValueError("no token of the evaluation data is graded, so it has no loss")
+
     @torch.no_grad()
     def evaluate(self, source: BatchSource) -> Record:
         """Mean loss over all graded tokens of a source of batches: sum of sums / sum of counts."""
         total, graded, by_source = 0.0, 0.0, SourceMeans()
-        count = counter(self.eval_loss)
         self.model.eval()
         for batch in source.epoch(0):
             moved = to_device(batch, self.device)
             with self.policy.autocast():
                 value, rows = split_rows(self.eval_loss(self.model, moved, 1))
-            total, graded = total + value.item(), graded + count(batch)
+            number = value.item()
+            if not math.isfinite(number):
+                raise NonFiniteError(f"the evaluation loss is {number}", [batch])
+            total, graded = total + number, graded + counter(self.eval_loss)(batch)
             by_source.add(batch, rows)
         self.model.train()
-        if not graded:
-            raise ValueError("no token of the evaluation data is graded, so it has no loss")
         return {"eval_loss": total / graded} | by_source.means("eval_loss/")
 
     def identity(self) -> dict[str, Any]:
@@ -399,7 +419,7 @@ class Run:
 
     def explain(self, error: NonFiniteError) -> NonFiniteError:
         """The error with the step in it, its batches written to the run's folder."""
-        step = self.progress.step + 1
+        step = len(self.progress.history) + 1
         rows = [r for b in error.batches if isinstance(b, Mapping) for r in b.get("row", [])]
         text = f"{error} at step {step}"
         if rows:

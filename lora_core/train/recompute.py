@@ -48,19 +48,22 @@ def recomputed_layers(model: nn.Module, on: bool = True) -> Iterator[None]:
         None. Afterwards the layers are as they were.
     """
     layers = repeated_layers(model) if on else []
+    patched = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         # an attribute of the instance hides the class's method until it is deleted
-        layer.forward = functools.partial(_recomputed, type(layer).forward, layer)
+        layer.forward = functools.partial(_recomputed, layer.forward, layer)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, own in zip(layers, patched, strict=True):
             del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 def _recomputed(forward, layer, *args, **kwargs):  # type: ignore[no-untyped-def]  # any layer's own
     if not layer.training:
-        return forward(layer, *args, **kwargs)
+        return forward(*args, **kwargs)
     # a key/value cache that transformers passes along would be appended to twice
     kwargs = {k: None if k.startswith("past_key_value") else v for k, v in kwargs.items()}
-    return checkpoint(forward, layer, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_core.files import atomic_folder, atomic_write
 from lora_core.train.batches import Batch
+from lora_core.train.snapshot import write_tensors
 
 _PACKAGES = ("lora-core", "torch", "triton", "safetensors", "tokenizers", "numpy", "transformers")
 
@@ -187,13 +188,11 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> str | None:
 
 def write_batches(folder: Path, batches: Sequence[Batch], why: str) -> None:
     """Write batches as safetensors, with what is not a tensor in JSON beside them."""
-    from safetensors.torch import save_file
-
     with atomic_folder(folder) as aside:
         for number, batch in enumerate(batches):
             items = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
-            tensors = {str(k): v.contiguous() for k, v in items.items() if isinstance(v, Tensor)}
+            tensors = {str(k): v for k, v in items.items() if isinstance(v, Tensor)}
             rest = {str(k): v for k, v in items.items() if not isinstance(v, Tensor)}
-            save_file(tensors, aside / f"batch-{number}.safetensors")
+            write_tensors(aside / f"batch-{number}.safetensors", tensors)
             text = json.dumps({"why": why, **rest}, default=str, ensure_ascii=False)
             (aside / f"batch-{number}.json").write_text(text)

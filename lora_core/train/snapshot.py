@@ -75,6 +75,21 @@ def owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file of copies: tensors may share storage.
+
+    Raises:
+        OSError: the disk is full, or the like, for which safetensors has an error of its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(owned(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+
+
 def restore_weights(
     parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], where: Path
 ) -> None:

@@ -31,10 +31,10 @@ from lora_core.files import LATEST, atomic_folder, latest, publish, sha256_file
 from lora_core.train.snapshot import (
     generators,
     optimizer_tensors,
-    owned,
     restore_generators,
     restore_optimizer,
     restore_weights,
+    write_tensors,
 )
 
 FORMAT = 1
@@ -110,8 +110,6 @@ class Checkpoints:
         Returns:
             The checkpoint's folder.
         """
-        from safetensors.torch import save_file
-
         path = self.path(progress.step)
         tensors, rest = optimizer_tensors(optimizer)
         rng_tensors, rng = generators()
@@ -125,9 +123,9 @@ class Checkpoints:
             "identity": identity,
         }
         with atomic_folder(path) as aside:
-            save_file(owned(parameters), aside / "weights.safetensors")
-            save_file(owned(tensors), aside / "optimizer.safetensors")
-            save_file(rng_tensors, aside / "rng.safetensors")
+            write_tensors(aside / "weights.safetensors", parameters)
+            write_tensors(aside / "optimizer.safetensors", tensors)
+            write_tensors(aside / "rng.safetensors", rng_tensors)
             (aside / "state.json").write_text(json.dumps(state))
             lines = "".join(json.dumps(record) + "\n" for record in progress.history)
             (aside / "history.jsonl").write_text(lines)

@@ -48,6 +48,12 @@ class CausalLoss:
 
     def count(self, batch: Batch) -> float:
         """The batch's graded tokens, counted after the shift."""
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"graded tokens are counted in the batch's labels, but it holds {held}: give "
+                "input_ids and labels, or a loss with a method count(batch)"
+            )
         return count_graded(batch["labels"])
 
 

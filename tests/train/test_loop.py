@@ -2,20 +2,26 @@
 
 import contextlib
 import json
+import resource
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from lora_core.adapters import LoRAConfig, add_adapter
 from lora_core.files import folder_lock
 from lora_core.losses import masked_cross_entropy
-from lora_core.train import CausalLoss, NonFiniteError, TrainConfig, train
+from lora_core.quant import quantize_model
+from lora_core.train import CausalLoss, NonFiniteError, TrainConfig, loop, train
+from lora_core.train.report import Bar
 
 Make = Callable[..., Any]
 
@@ -245,17 +251,85 @@ def test_a_nan_stops_with_the_batch_written_out(
     assert "nan" in about["why"]
 
 
+def test_a_nan_in_ready_batches_and_in_evaluation(
+    tiny: Make, make_rows: Make, tmp_path: Path
+) -> None:
+    ids = torch.randint(0, 17, (2, 5))
+    model = tiny()
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    # one tensor under two names, which safetensors' own writer refuses
+    with pytest.raises(NonFiniteError, match="the loss is nan at step 1; the batch is in"):
+        train(model, [{"input_ids": ids, "labels": ids}], config(out=tmp_path))
+    assert (tmp_path / "bad-step-00000001" / "batch-0.safetensors").is_file()
+
+    class OnlyInEvaluation(CausalLoss):
+        def __call__(self, model: nn.Module, *rest: Any) -> Any:
+            loss, rows = super().__call__(model, *rest)
+            return (loss if model.training else loss * float("nan")), rows
+
+    loss, rows = OnlyInEvaluation(), make_rows()
+    with pytest.raises(NonFiniteError, match=r"evaluation loss is nan at step 2, rows \[0, 1\]"):
+        train(tiny(), rows, config(eval_every=2), rows, loss=loss)
+
+
 def test_what_cannot_run(tiny: Make, make_rows: Make, tmp_path: Path) -> None:
     rows = make_rows()
     with pytest.raises(ValueError, match="steps must be given where the data set does not say"):
         train(tiny(), iter([]), config())
+    with pytest.raises(ValueError, match=r"rows need labels beside input_ids.*got \['input_ids'\]"):
+        train(tiny(), [{"input_ids": [1, 2]}], config())
+    with pytest.raises(ValueError, match=r"it holds \['text'\]: give input_ids and labels, or a l"):
+        train(tiny(), [{"text": "a"}], config())
     with pytest.raises(ValueError, match="no token of the evaluation data is graded"):
-        train(tiny(), rows, config(), [{"input_ids": [1, 2], "labels": [-100, -100]}])
+        train(tiny(), rows, config(), [{"input_ids": [1, 2], "labels": [3, -100]}])
+    model = tiny()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"evaluation data can be read only once.*give a list"):
+        train(model, rows, config(), iter(rows))
+    assert all(map(torch.equal, before, model.parameters()))  # said before the first step
     with (
         folder_lock(tmp_path),
         pytest.raises(ValueError, match=r"another run \(process \d+\) works in"),
     ):
         train(tiny(), rows, config(out=tmp_path))
+
+
+def test_what_happened_before_the_run_does_not_count(tiny: Make, make_rows: Make) -> None:
+    fresh, used = tiny(), tiny()
+    used.expert = nn.Linear(1, 1)
+    for parameter in used.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match="2 of 11 trained parameters got no gradient: expert"):
+        train(used, make_rows(), config(steps=1))
+    del used.expert
+    used.load_state_dict(fresh.state_dict())
+    for parameter in used.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    histories = [train(model, make_rows(), config(steps=2)).history for model in (fresh, used)]
+    norms = [[record["grad_norm"] for record in history] for history in histories]
+    assert norms[0] == norms[1]
+
+
+def test_a_step_without_a_graded_token_is_said(tiny: Make) -> None:
+    with pytest.warns(UserWarning, match="a step had no graded token and taught nothing"):
+        train(tiny(), [{"input_ids": [1, 2], "labels": [3, -100]}], config(steps=1))
+
+
+def test_the_parameters_said_are_those_of_the_report(
+    make_rows: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(17, 64), nn.Linear(64, 17)
+    model.mid = nn.Linear(64, 64, bias=False)
+    model.forward = lambda input_ids, attention_mask: SimpleNamespace(
+        logits=model.head(model.mid(model.embed(input_ids)))
+    )
+    quantize_model(model, skip=["head"])
+    report = add_adapter(model, LoRAConfig(r=2, targets=["mid"]))
+    train(model, make_rows(), config(steps=1))
+    assert report.total == 17 * 64 + 64 * 64 + 17 * 65 + 4 * 64
+    assert f"training {report.trainable:,} of {report.total:,} par" in capsys.readouterr().err
 
 
 def test_a_parameter_may_go_without_a_gradient_after_the_first_step(
@@ -287,6 +361,37 @@ def test_the_mode_is_left_as_found_and_threads_may_train(tiny: Make, make_rows: 
     thread.join()
     assert results[0].steps == 1
     assert not model.training
+    model.train()
+    model.layers[0].eval()
+    train(model, make_rows(), config(steps=1))
+    assert model.layers[1].training
+    assert not any(module.training for module in model.layers[0].modules())
+
+
+def test_an_interruption_before_the_first_step(
+    tiny: Make, make_rows: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(Bar):
+        def __enter__(self) -> "Late":
+            signal.raise_signal(signal.SIGINT)
+            return self
+
+    monkeypatch.setattr(loop, "Bar", Late)
+    result = train(tiny(), make_rows(), config())
+    assert (result.interrupted, result.steps, result.tokens_per_second) == (True, 0, 0.0)
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_no_half_checkpoint(
+    tiny: Make, make_rows: Make, tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))  # bytes a file
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*\.safetensors: .*too large"):
+            train(tiny(), make_rows(), config(out=tmp_path, save_every=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 SCRIPT = """

@@ -81,6 +81,16 @@ def test_layers_are_restored_after_an_error() -> None:
     assert "forward" not in vars(model[0][0])
 
 
+def test_a_forward_patched_on_the_instance_is_used_and_put_back() -> None:
+    model = nn.Sequential(nn.ModuleList([nn.Tanh()]))
+    layer = model[0][0]
+    layer.forward = patched = lambda x: 2 * x
+    x = torch.ones(1, requires_grad=True)
+    with recomputed_layers(model):
+        assert layer(x) == 2
+    assert layer.forward is patched
+
+
 def test_less_is_saved_for_backward(make_rows: Callable[..., Any]) -> None:
     model = CausalLM(ModelConfig(**SIZES | {"num_hidden_layers": 6}))
     ids = torch.randint(0, 17, (2, 32))
