@@ -69,7 +69,7 @@ def split(dataset: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
     for group in groups:
         if len(chosen) + len(group) <= wanted:
             chosen.update(group)
-    if fraction and not chosen:
+    if fraction and groups and not chosen:
         chosen.update(groups[0])
     if len(chosen) == len(dataset):
         raise ValueError(

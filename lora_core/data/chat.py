@@ -17,6 +17,7 @@ microseconds.
 """
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -59,10 +60,10 @@ def load_template(template: str | Path) -> str:
         return builtin_template(name)
     if "{{" in name or "{%" in name:
         return name
-    if Path(name).is_file():
+    if os.path.isfile(name):  # unlike Path's, it takes names of any length
         return Path(name).read_text(encoding="utf-8")
     raise ValueError(
-        f"template {name!r} is neither a built-in name ({', '.join(BUILTIN_TEMPLATES)}), "
+        f"template {name[:80]!r} is neither a built-in name ({', '.join(BUILTIN_TEMPLATES)}), "
         "nor a file, nor Jinja text"
     )
 
@@ -155,7 +156,14 @@ def _render(
         line = getattr(error, "lineno", None)
         place = f" (line {line} of the template)" if line else ""
         raise ValueError(f"the chat template refuses: {error.message}{place}") from None
-    except (TypeError, AttributeError, KeyError, ArithmeticError, RecursionError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"the chat template fails on this conversation: {error}") from None
 
 

@@ -20,7 +20,7 @@ def mix(lengths: Sequence[int], weights: Sequence[float], seed: int = 0) -> list
         seed: of the sample and of the joint shuffle (one source with weight 1 keeps its order).
 
     Raises:
-        ValueError: a weight is not positive and finite.
+        ValueError: a weight is not positive and finite, or so small that it shows no row.
     """
     generator = random.Random(seed)
     order: list[tuple[int, int]] = []
@@ -29,6 +29,11 @@ def mix(lengths: Sequence[int], weights: Sequence[float], seed: int = 0) -> list
             raise ValueError(f"a data weight must be positive; got {weight} for source {source}")
         copies = floor(weight)
         extra = generator.sample(range(length), round((weight - copies) * length))
+        if length and not copies and not extra:
+            raise ValueError(
+                f"a data weight of {weight} shows none of the {length} rows of source {source}; "
+                "raise it or leave the source out"
+            )
         order += [(source, row) for row in [*range(length)] * copies + sorted(extra)]
     if len(lengths) > 1:
         generator.shuffle(order)

@@ -278,7 +278,10 @@ class _Encoder:
     def _ended(self, ids: list[int], graded: list[bool]) -> tuple[list[int], list[bool]]:
         """The tokenizer's end token after the text, graded, unless it is there already."""
         if self.tok.eos_id is None:
-            raise ValueError("the tokenizer names no eos_token, so that the text has no end")
+            raise ValueError(
+                "the tokenizer names no eos_token, so that the text has no end; name one in "
+                "tokenizer_config.json"
+            )
         if ids and ids[-1] == self.tok.eos_id:
             return ids, graded
         return [*ids, self.tok.eos_id], [*graded, True]

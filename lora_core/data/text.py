@@ -72,7 +72,10 @@ def encode_documents(texts: Iterable[str], tok: Tokenizer) -> "array[int]":
         ValueError: the tokenizer names no end token.
     """
     if tok.eos_id is None:
-        raise ValueError("the tokenizer names no eos_token, which is needed between documents")
+        raise ValueError(
+            "the tokenizer names no eos_token, which is needed between documents; name one in "
+            "tokenizer_config.json"
+        )
     stream = array("i")
     for text in texts:
         stream.extend(tok.with_prefix(tok.encode(text)))

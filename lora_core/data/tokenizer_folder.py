@@ -2,7 +2,9 @@
 
 `tokenizer.json` holds the algorithm. The other files name things: special tokens (strings or
 objects), tokens to add, the chat template (a file, a string, or a list of named ones) and the ids
-that end a generation. Files that are there but wrong are errors; files that are absent are not.
+that end a generation. Files that are there but wrong are errors; files that are absent are not:
+in a model folder with tokenizer.json alone, config.json's ids say which special tokens begin and
+end a text, or its chats would lose the BOS that a template writes.
 """
 
 import json
@@ -43,6 +45,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     config = {**_read_json(folder, "special_tokens_map.json")}
     config.update(_read_json(folder, "tokenizer_config.json"))
     _add_declared_tokens(backend, config, folder)
+    config = config or _named_by_id(backend, folder)
     return Tokenizer(backend, config, _read_template(folder, config), _read_stop_ids(folder))
 
 
@@ -108,13 +111,33 @@ def _add_declared_tokens(backend: Any, config: Mapping[str, Any], folder: Path) 
     """Add what `added_tokens_decoder` declares and tokenizer.json lacks, at the declared ids."""
     from tokenizers import AddedToken
 
+    file = folder / "tokenizer_config.json"
     declared = config.get("added_tokens_decoder") or {}
-    for key in sorted(declared, key=int):
-        fields = {name: value for name, value in declared[key].items() if name != "__type"}
-        if backend.token_to_id(fields["content"]) is None:
+    try:
+        tokens = sorted((int(key), str(fields["content"]), key) for key, fields in declared.items())
+    except (AttributeError, TypeError, KeyError, ValueError):
+        raise ValueError(
+            f"{file}: added_tokens_decoder must map ids to objects with a 'content'"
+        ) from None
+    for index, content, key in tokens:
+        if backend.token_to_id(content) is None:
+            fields = {k: v for k, v in declared[key].items() if k != "__type"}
             backend.add_tokens([AddedToken(**fields)])
-        if backend.token_to_id(fields["content"]) != int(key):
+        if backend.token_to_id(content) != index:
             raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: added token {fields['content']!r} should "
-                f"have id {key}, tokenizer.json gives {backend.token_to_id(fields['content'])}"
+                f"{file}: added token {content!r} should have id {index}, tokenizer.json gives "
+                f"{backend.token_to_id(content)}"
             )
+
+
+def _named_by_id(backend: Any, folder: Path) -> dict[str, str]:
+    """The special tokens that config.json's ids mean, where they are special tokens at all."""
+    model, named = _read_json(folder, "config.json"), {}
+    tokens = backend.get_added_tokens_decoder()
+    for name in ("bos_token", "eos_token", "pad_token"):
+        entry = model.get(f"{name}_id")
+        index = entry[0] if isinstance(entry, list) and entry else entry
+        token = tokens.get(index) if isinstance(index, int) else None
+        if token is not None and token.special:
+            named[name] = token.content
+    return named

@@ -43,6 +43,8 @@ def test_split_parts_and_never_divides_equal_rows(
         with pytest.raises(ValueError, match=r"rows \(1 different\) cannot be split"):
             split(ds, fraction, seed)
         return
+    with pytest.raises(ValueError, match=r"0 rows \(0 different\) cannot be split"):
+        split(ds.select([]), fraction, seed)
     train, held_out = split(ds, fraction, seed)
     assert sorted(train.where + held_out.where) == sorted(ds.where)
     assert find_overlap(train, held_out)["rows"] == []

@@ -210,6 +210,7 @@ def test_a_new_number_in_every_render(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("{% for %}", r"the chat template refuses: .*\(line 1 of the template\)"),
         ("{{ raise_exception('no tools here') }}", "the chat template refuses: no tools here"),
+        ("{{ '{}'.format() }}", "the chat template fails on this conversation: .*index"),
         ("{{ 'a' + 1 }}", "the chat template fails on this conversation: can only concatenate"),
         ("{{ ''.__class__.__mro__ }}", "the chat template refuses"),
         ("{{ messages.append(1) }}", "the chat template refuses"),
@@ -253,6 +254,8 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     assert load_template(file) == load_template(str(file)) == load_template("{{ 1 }}") == "{{ 1 }}"
     with pytest.raises(ValueError, match=r"template 'chatlm' is neither a built-in name \(alpaca"):
         load_template("chatlm")
+    with pytest.raises(ValueError, match=r"template 'x{80}' is neither"):
+        load_template("x" * 5000)  # longer than a file's name may be
     with pytest.raises(ValueError, match="no built-in template 'x'"):
         builtin_template("x")
     with pytest.raises(FileNotFoundError):

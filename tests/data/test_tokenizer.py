@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_core.data import Tokenizer, load_tokenizer
+from lora_core.data import SFTDataset, Tokenizer, load_tokenizer
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<end>"]
 
@@ -76,6 +76,17 @@ def test_eos_ids_join_the_three_sources(folder: Callable[..., Path]) -> None:
 
 def test_eos_of_config_json_counts_without_generation_config(folder: Callable[..., Path]) -> None:
     assert load_tokenizer(folder(config={"eos_token_id": 3})).eos_ids == [3]
+
+
+def test_a_model_folder_with_tokenizer_json_alone(folder: Callable[..., Path]) -> None:
+    ids = {"bos_token_id": 1, "eos_token_id": [3, 2], "pad_token_id": 60}
+    tok = load_tokenizer(folder(config=ids))
+    assert tok.special_tokens == {"bos_token": "<s>", "eos_token": "<end>"}  # 60 is a letter
+    ds = SFTDataset([{"instruction": "add", "output": "two"}], tok, template="alpaca")
+    assert (ds[0]["input_ids"][0], ds[0]["labels"][-1]) == (1, 3)
+    named = {"bos_token": None, "eos_token": "</s>"}  # what the tokenizer says goes first
+    tok = load_tokenizer(folder(config=ids, tokenizer_config=named))
+    assert tok.special_tokens == {"eos_token": "</s>"}
 
 
 def test_pad_falls_back_to_eos_then_zero(folder: Callable[..., Path]) -> None:
@@ -231,6 +242,10 @@ def test_errors(folder: Callable[..., Path], tmp_path: Path) -> None:
         (
             {"tokenizer_config": {"chat_template": [{"name": "rag", "template": ""}]}},
             r"no 'default' among \['rag'\]",
+        ),
+        *(
+            ({"tokenizer_config": {"added_tokens_decoder": declared}}, "must map ids to objects")
+            for declared in ([1], {"5": {}}, {"five": {"content": "x"}}, {"5": None})
         ),
     ],
 )
