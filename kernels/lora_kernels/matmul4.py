@@ -57,7 +57,9 @@ def matmul4(x: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
             f"x must end in in_features = {weight.in_features}; got shape {tuple(x.shape)}"
         )
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    # asked first, as a device without autocast (meta) may not be asked the second question
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return torch.ops.lora_kernels.matmul4(x, *_flat(weight), bias)
 

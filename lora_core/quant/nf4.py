@@ -64,7 +64,8 @@ class NF4Tensor:
     @property
     def bits_per_param(self) -> float:
         """Bits an element; 0 for an empty tensor."""
-        return 8 * self.nbytes / max(1, self.shape.numel())
+        numel = self.shape.numel()
+        return 8 * self.nbytes / numel if numel else 0.0
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Expand to a dense tensor.

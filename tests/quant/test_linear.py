@@ -156,6 +156,7 @@ def test_a_new_layer_is_zeros_and_its_tables_are_real() -> None:
     with torch.device("meta"):
         layer = NF4Linear(64, 3)
     assert layer.codes.is_meta
+    assert layer(torch.zeros(2, 64, device="meta")).shape == (2, 3)  # shapes alone, as nn.Linear
     layer.load_state_dict(make(64, 3).state_dict(), assign=True)
     assert layer(torch.randn(2, 64)).isfinite().all()
 

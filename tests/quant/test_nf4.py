@@ -28,7 +28,7 @@ def test_sizes_shapes_and_dtypes(
     groups = math.ceil(blocks / 256)
     expected = (n + 1) // 2 + (blocks + 4 * groups + 4 if double_quant else 4 * blocks)
     assert q.nbytes == expected
-    assert q.bits_per_param == (8 * expected / n if n else 8 * expected)
+    assert q.bits_per_param == (8 * expected / n if n else 0)
     assert (q.shape, q.dtype) == (w.shape, dtype)
     assert (q.absmax.dtype, q.absmax.shape) == (torch.float32, (blocks,))
     back = q.dequantize()
