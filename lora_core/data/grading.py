@@ -23,7 +23,7 @@ past reasoning) are refused beyond the last turn, unless the template has marks.
 
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,10 @@ class Grader:
         self.train_on = train_on
         self.control_text = control_text
         self.stop_ids = {*tok.eos_ids, tok.end_of_turn_id(chosen)} - {None}
-        self._control = control_pattern(tok)
-        self._missing = [m for m in self._markers() if not tok.is_token(m)]
+        markers = {marker: tok.is_token(marker) for marker in self._markers()}
+        self._missing = [marker for marker, known in markers.items() if not known]
+        # a template's marker that is one token forges turns, declared special or not
+        self._control = control_pattern(tok, [m for m, known in markers.items() if known])
         self._family: str | None = None
 
     def __call__(self, messages: Messages, tools: Sequence[Any] | None = None) -> Graded:
@@ -269,9 +271,9 @@ _MARK_IT = (
 )
 
 
-def control_pattern(tok: Tokenizer) -> re.Pattern[str]:
-    """A pattern that finds the text of any control token, longest first."""
-    texts = sorted(tok.control_tokens.values(), key=len, reverse=True)
+def control_pattern(tok: Tokenizer, markers: Iterable[str] = ()) -> re.Pattern[str]:
+    """A pattern that finds the text of any control token or further marker, longest first."""
+    texts = sorted({*tok.control_tokens.values(), *markers}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")  # (?!) never matches
 
 
