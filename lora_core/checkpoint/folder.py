@@ -260,6 +260,7 @@ def save_model(
         TypeError: the model is no `CausalLM`.
         ValueError: the model has adapters or other parts that config.json does not describe.
         FileNotFoundError: `source` is no folder.
+        FileExistsError: `directory` is a file.
     """
     if not isinstance(model, CausalLM):
         raise TypeError(f"save_model writes this library's CausalLM; got {type(model).__name__}")
@@ -270,6 +271,8 @@ def save_model(
     directory = Path(directory)
     if source is not None and not Path(source).is_dir():
         raise FileNotFoundError(f"{source} is not a folder: nothing to copy a tokenizer from")
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; name a folder to write the model to")
     aside = directory / f".{os.getpid()}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

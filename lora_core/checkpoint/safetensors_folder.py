@@ -215,7 +215,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Read and check one file's header against the format and the file's size."""
     size = path.stat().st_size
     with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        if start == b"version ":  # what a clone without Git LFS leaves in a large file's place
+            raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+        length = int.from_bytes(start, "little")
         if length > _HEADER_LIMIT:
             raise ValueError(f"{path} is no safetensors file: its header would be {length} bytes")
         if size < 8 or length > size - 8:

@@ -305,6 +305,10 @@ BYTES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated in the header": (lambda b: b[:100], "is truncated: 100 bytes, of which the header"),
     "empty": (lambda b: b"", "is truncated: 0 bytes"),
     "longer": (lambda b: b + b"x", "truncated or has trailing bytes"),
+    "pointer": (
+        lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "model.safetensors is a Git LFS pointer, not the weights: run `git lfs pull`",
+    ),
     "zip": (
         lambda b: b"PK\x03\x04\xff\xff\xff\x7f" + b,
         "no safetensors file: its header would be",
@@ -453,6 +457,8 @@ def test_options(model: CausalLM, tmp_path: Path) -> None:
         save_model(nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="nothing to copy a tokenizer from"):
         save_model(model, tmp_path / "b", source=tmp_path / "absent")
+    with pytest.raises(FileExistsError, match=r"model\.safetensors is a file; name a folder"):
+        save_model(model, tmp_path / "model.safetensors")
     assert not (tmp_path / "b").exists()
 
 
