@@ -180,8 +180,9 @@ def pretrain(
         "tokens_seen": result.tokens,
         "train_seconds": round(sum(r["seconds"] for r in result.history)),
     }
+    words = [word for word in sys.argv[1:] if word != "--resume"]  # what made it, in one go
     return {
-        "command": shlex.join(["lora-core", *sys.argv[1:]]),
+        "command": shlex.join(["lora-core", *words]),
         "model": dataclasses.asdict(shape),
         "train": _chosen(config),
         "data": facts,

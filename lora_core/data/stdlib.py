@@ -79,10 +79,14 @@ class Function:
         return not self.last_name.startswith("_")
 
     @property
+    def paragraph(self) -> str:
+        """The first paragraph of the documentation string, on one line."""
+        return " ".join(self.doc.split("\n\n")[0].split())
+
+    @property
     def summary(self) -> str:
         """The first sentence of the documentation string, on one line."""
-        paragraph = " ".join(self.doc.split("\n\n")[0].split())
-        return re.split(r"(?<=[a-z0-9)`'\"][.!?])\s", paragraph, maxsplit=1)[0]
+        return re.split(r"(?<=[a-z0-9)`'\"][.!?])\s", self.paragraph, maxsplit=1)[0]
 
 
 def library_root() -> Path:
@@ -184,8 +188,7 @@ def functions(module: Module) -> Iterator[Function]:
 def function_conversations(
     seed: int = 0,
     root: str | Path | None = None,
-    max_summary: int = 72,
-    max_doc: int = 160,
+    max_summary: int = 60,
 ) -> list[FunctionRow]:
     """Make the quickstart's data: `help()` of a function in, a JSON object about it out.
 
@@ -193,7 +196,6 @@ def function_conversations(
         seed: order of the rows.
         root: folder of the library; None takes the running interpreter's.
         max_summary: longest first sentence to keep, in characters.
-        max_doc: length at which the documentation is cut (at a paragraph), in characters.
 
     Returns:
         Shuffled rows with `messages` (user, assistant), `module` and `name`; one row a function,
@@ -207,7 +209,7 @@ def function_conversations(
             if key in seen or not _is_plain(function, max_summary):
                 continue
             seen.add(key)
-            rows.append(_row(function, max_doc))
+            rows.append(_row(function))
     random.Random(seed).shuffle(rows)
     return rows
 
@@ -222,37 +224,24 @@ def _is_plain(function: Function, max_summary: int) -> bool:
         and re.fullmatch(r"[A-Za-z][ -!#-[\]-~]*\.", function.summary) is not None
         and 12 <= len(function.summary) <= max_summary
         and len(function.signature) <= 80
-        and len(function.doc.split("\n\n")[0]) <= 3 * max_summary
+        and len(function.paragraph) <= 3 * max_summary
     )
 
 
-def help_text(function: Function, max_chars: int) -> str:
-    """Much what `help()` prints: header, signature and the documentation's beginning.
+def help_text(function: Function) -> str:
+    """Much what `help()` prints: header, signature, first paragraph of the documentation.
 
-    The names stand in backquotes and a paragraph is one line, so that a byte-level tokenizer cuts
+    The names stand in backquotes and the paragraph is one line, so that a byte-level tokenizer cuts
     them as it cuts them in the answer: the task is then to find and copy, not to respell.
-
-    Args:
-        function: whose help.
-        max_chars: paragraphs are left out from where all of them together would be longer; the
-            first one stays.
-
-    Returns:
-        The text.
     """
     kind = "method" if "." in function.name else "function"
     head = f"Help on {kind} `{function.name}` in module `{function.module}`:"
-    paragraphs = [" ".join(part.split()) for part in function.doc.split("\n\n") if part.strip()]
-    kept = 1
-    while kept < len(paragraphs) and sum(map(len, paragraphs[: kept + 1])) <= max_chars:
-        kept += 1
-    call = f"{function.last_name}{function.signature}"
-    return "\n\n".join([head, call, *paragraphs[:kept]])
+    return f"{head}\n\n{function.last_name}{function.signature}\n\n{function.paragraph}"
 
 
-def _row(function: Function, max_doc: int) -> FunctionRow:
+def _row(function: Function) -> FunctionRow:
     answer = {"module": function.module, "name": function.name, "summary": function.summary}
-    question = f"{_INSTRUCTION}\n\n{help_text(function, max_doc)}"
+    question = f"{_INSTRUCTION}\n\n{help_text(function)}"
     return {
         "messages": [
             {"role": "user", "content": question},

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lora_core.data import builtin_template
 from lora_core.data.chat import render_chat
@@ -151,22 +149,13 @@ def test_rows_ask_what_help_prints_and_are_answered_by_json(library: Path) -> No
     )
 
 
-@given(
-    paragraphs=st.lists(st.text("ab .\n", min_size=1, max_size=40), min_size=1, max_size=6),
-    limit=st.integers(0, 120),
-)
-def test_help_text_keeps_whole_paragraphs_and_the_first_in_any_case(
-    paragraphs: list[str], limit: int
-) -> None:
-    doc = "\n\n".join(["x", *paragraphs])
-    text = help_text(Function("m", "C.f", "(self)", doc), limit)
-    head, call, *kept = text.split("\n\n")
-    assert head == "Help on method `C.f` in module `m`:"
-    assert call == "f(self)"
-    whole = [" ".join(part.split()) for part in doc.split("\n\n") if part.strip()]
-    assert kept == whole[: len(kept)]
-    assert len(kept) == 1 or sum(map(len, kept)) <= limit
-    assert len(kept) == len(whole) or sum(map(len, whole[: len(kept) + 1])) > limit
+def test_help_text_is_header_signature_and_first_paragraph_on_one_line() -> None:
+    doc = "Do it\n  at once.  Or later.\n\nFurther words."
+    head = "Help on method `C.f` in module `m.n`:"
+    assert help_text(Function("m.n", "C.f", "(self, x=1)", doc)) == (
+        f"{head}\n\nf(self, x=1)\n\nDo it at once. Or later."
+    )
+    assert help_text(Function("m", "f", "()", doc)).startswith("Help on function `f` in module `m`")
 
 
 def test_the_running_library_gives_enough_functions(record_property: Callable) -> None:
