@@ -321,9 +321,13 @@ class Run:
                 self.best_weights = {k: p.detach().clone() for k, p in self.parameters.items()}
             return True
         progress.since_best += 1
-        patience = self.config.patience
-        progress.stopped_early = patience is not None and progress.since_best >= patience
+        progress.stopped_early = self.out_of_patience(progress)
         return False
+
+    def out_of_patience(self, progress: Progress) -> bool:
+        """Whether there were too many evaluations without a better loss."""
+        patience = self.config.patience
+        return patience is not None and progress.since_best >= patience
 
     def check_evaluation(self, source: BatchSource) -> None:
         """Find out now, not after an epoch, that there is nothing to evaluate on.
@@ -384,7 +388,10 @@ class Run:
             return None
         loaded.check_identity(self.identity())
         loaded.restore(self.parameters, self.optimizer, self.scaler)
-        self.progress = dataclasses.replace(loaded.progress, total=self.total)
+        stopped = self.out_of_patience(loaded.progress)  # by this run's patience
+        self.progress = dataclasses.replace(
+            loaded.progress, total=self.total, stopped_early=stopped
+        )
         say(f"resumed after step {self.progress.step} of {self.total}")
         return self.progress.step
 

@@ -170,6 +170,17 @@ def test_chunks_give_the_same_number_and_gradients(
         torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunks_are_summed_in_float32(dtype: torch.dtype) -> None:
+    hidden, head = torch.randn(2, 9, 4).to(dtype), torch.randn(300, 4).to(dtype)
+    labels = torch.randint(0, 300, (2, 9))
+    truth = masked_cross_entropy((hidden @ head.T).double(), labels)
+    loss = linear_cross_entropy(hidden, head, labels)
+    assert loss.dtype is torch.float32
+    # 300 terms and 16 losses below 20, each rounded to float32
+    assert abs(loss - truth) <= 20 * 320 * torch.finfo(torch.float32).eps / 2
+
+
 def test_chunks_never_hold_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 300)
     labels = torch.randint(0, 100, (2, 50))

@@ -134,6 +134,19 @@ def test_a_longer_constant_run_is_the_short_one_continued(
     assert equal(straight, resumed)
 
 
+def test_more_patience_continues_a_run_that_stopped_early(
+    tiny: Make, make_rows: Make, without_times: Make, tmp_path: Path
+) -> None:
+    rows, held_out = make_rows(), make_rows(7, seed=3)
+    fixed = {"lr": 0.1, "steps": 60, "eval_every": 1}
+    first = train(tiny(), rows, config(tmp_path, patience=2, **fixed), held_out)
+    assert first.stopped_early
+    rest = train(tiny(), rows, config(tmp_path, patience=4, resume=True, **fixed), held_out)
+    assert (rest.resumed_from, rest.steps > first.steps) == (first.steps, True)
+    whole = train(tiny(), rows, config(None, patience=4, **fixed), held_out)
+    assert without_times(rest.history) == without_times(whole.history)
+
+
 def test_resuming_a_finished_run_changes_nothing(
     tiny: Make, make_rows: Make, tmp_path: Path
 ) -> None:
