@@ -183,7 +183,9 @@ class LoRALinear(Adapted):
     def delta_weight(self) -> Tensor:
         """Return the update of all active pairs, (N, K) float32."""
         out_features, in_features = self.out_features, self.in_features
-        total = torch.zeros(out_features, in_features, device=self._lora().A.device)
+        total = torch.zeros(
+            out_features, in_features, dtype=torch.float32, device=self._lora().A.device
+        )
         for name in self.active:
             adapter = self.adapters[name]
             if isinstance(adapter, LoRA):

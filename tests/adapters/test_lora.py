@@ -266,3 +266,12 @@ def test_the_property_tests_hold() -> None:
         lambda base: LoRALinear(base, r=4), NF4Linear.from_linear(nn.Linear(64, 6)), examples=10
     )
     assert isinstance(LoRALinear(nn.Linear(2, 2)), Adapted)
+
+
+def test_the_update_is_float32_whatever_the_default_dtype() -> None:
+    layer = filled(LoRALinear(nn.Linear(3, 2)))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert layer.delta_weight().dtype is torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
