@@ -9,7 +9,8 @@ How the assistant's characters are found, in this order:
 1. marks: the template has `{% generation %}` blocks;
 2. family: a built-in marked template renders the very same text for this conversation;
 3. difference: for each graded turn the text up to its header and up to its end are rendered, and
-   each must be a prefix of the next longer one and of the whole, else the conversation is refused.
+   each must be a prefix of the next longer one and of the whole, else the conversation is refused;
+   so is a template whose generation prompt leaves out the header that it writes before an answer.
    The turn then ends at its last control token (a line break after it is not graded).
 
 A token is graded if and only if its first character lies in such a span. A token that starts in a
@@ -193,8 +194,20 @@ class Grader:
                     f"the template writes the text up to message {turn} differently when more "
                     f"messages follow, so its graded part cannot be told; {_MARK_IT}"
                 )
+            if not self._prompts(chat[:turn], before, tools):
+                raise ValueError(
+                    f"the template writes a header before message {turn}, but not as the "
+                    f"generation prompt, so it cannot be told from the answer; {_MARKS}"
+                )
             spans.append((len(before), self._end_of_turn(after, len(before))))
         return spans
+
+    def _prompts(self, chat: Messages, before: str, tools: Sequence[Any] | None) -> bool:
+        """Whether an answer follows directly on `before`, the text of `chat` and its prompt."""
+        if before != self._render(chat, tools):
+            return True  # a header, and what else the model writes is graded (<think>)
+        probe = self._render([*chat, {"role": "assistant", "content": "x"}], tools)
+        return probe[len(before) :].lstrip().startswith("x")
 
     def _end_of_turn(self, text: str, start: int) -> int:
         """End of the turn's last control token, if only white space follows it."""
@@ -265,10 +278,8 @@ class Grader:
                 )
 
 
-_MARK_IT = (
-    "pass a template with {% generation %} around the assistant's text (template=), or "
-    "train_on='last'"
-)
+_MARKS = "pass a template with {% generation %} around the assistant's text (template=)"
+_MARK_IT = f"{_MARKS}, or train_on='last'"
 
 
 def control_pattern(tok: Tokenizer, markers: Iterable[str] = ()) -> re.Pattern[str]:

@@ -255,6 +255,23 @@ def test_offsets_that_run_backwards_are_refused() -> None:
         grade_offsets([(0, 5), (5, 6), (0, 0)], [(5, 6)])
 
 
+@pytest.mark.parametrize("header", ["", "ASSISTANT: ", "<|im_start|>"])
+@pytest.mark.parametrize("content", ["yes", ""])
+def test_a_header_that_is_no_generation_prompt_is_never_graded(
+    tok: Tokenizer, header: str, content: str
+) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]"
+        f"{{% else %}}{header}{{{{ m.content }}}}<|im_end|>{{% endif %}}{{% endfor %}}"
+    )
+    chat = [CHAT[0], {"role": "assistant", "content": content}]
+    if header:
+        with pytest.raises(ValueError, match=r"a header before message 1, but not as the gener"):
+            Grader(tok, template)(chat)
+    else:
+        assert tok.decode(graded_ids(Grader(tok, template), chat)) == f"{content}<|im_end|>"
+
+
 # --- guards ---
 
 
