@@ -40,7 +40,7 @@ class AdapterReport:
 
     Attributes:
         name: the adapter's name.
-        kind: its registered kind, or its configuration's class name.
+        kind: its registered kind, or its configuration's (without one, its own) class name.
         sites: the modules it is at.
         parameters: its own parameters.
         trainable: parameters of the whole model that are trained now.
@@ -352,12 +352,13 @@ def adapter_report(model: nn.Module, name: str = "default") -> AdapterReport:
     at = {
         site: host.adapter(name) for site, host in adapted_modules(model) if name in host.adapters
     }
-    config = next(iter(at.values())).config
+    first = next(iter(at.values()))
+    what = first if first.config is None else first.config
     own = {id(p): p.numel() for adapter in at.values() for p in adapter.parameters()}
     trainable, total = parameter_counts(model)
     return AdapterReport(
         name=name,
-        kind=kind_of(config) or type(config).__name__,
+        kind=kind_of(what) or type(what).__name__,
         sites=tuple(at),
         parameters=sum(own.values()),
         trainable=trainable,

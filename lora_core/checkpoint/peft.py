@@ -117,7 +117,8 @@ def save_adapter(
         Notes on what other programs would misread, each also a warning; mostly empty.
 
     Raises:
-        ValueError: an unknown name, or a kind that is not registered.
+        ValueError: an unknown name, an adapter without a configuration, or of a kind that is not
+            registered.
         TypeError: a configuration that JSON cannot hold.
     """
     found = _at(model, name)
@@ -299,6 +300,11 @@ def _record(
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if isinstance(config, LoRAConfig):
         return _lora_record(model, config, at, base_model)
+    if config is None:
+        raise ValueError(
+            "the adapter was put in by hand and has no configuration to write: make it with "
+            "add_adapter, or set the `config` of each of its adapters"
+        )
     kind = kind_of(config)
     if kind is None:
         raise ValueError(

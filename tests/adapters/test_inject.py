@@ -79,6 +79,11 @@ def test_a_4bit_weight_counts_its_elements(make_mlp: Make) -> None:
     assert parameter_counts(four_bit) == parameter_counts(dense)
 
 
+def test_a_layer_made_by_hand_is_reported_by_its_class() -> None:
+    model = nn.Sequential(LoRALinear(nn.Linear(3, 3), r=1))
+    assert (adapter_report(model).kind, adapter_report(model).parameters) == ("LoRA", 6)
+
+
 def test_canonical_names_are_those_of_the_original_model(mlp: nn.Module) -> None:
     add_adapter(mlp, LoRAConfig(targets=["inp", "0"]), "a")
     add_adapter(mlp, LoRAConfig(targets=r"mid\.0|head"), "b")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_core.adapters import (
     Adapter,
     LoRAConfig,
+    LoRALinear,
     active_names,
     adapted_modules,
     add_adapter,
@@ -460,6 +461,10 @@ def test_a_registered_kind_is_saved_and_loaded(base: Net, tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_saved_says_so(base: Net, tmp_path: Path) -> None:
+    by_hand = nn.Sequential(LoRALinear(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="put in by hand and has no configuration to write"):
+        save_adapter(by_hand, tmp_path / "hand")
+    assert not (tmp_path / "hand").exists()
     model = copy.deepcopy(base)
     add_adapter(model, PlainShift())
     with pytest.raises(ValueError, match=r"PlainShift is no registered kind .* @register_adapter"):

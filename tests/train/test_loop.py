@@ -200,6 +200,22 @@ def test_the_best_weights_come_back(
     assert all(torch.equal(v, snapshots[12][k]) for k, v in last.state_dict().items())
 
 
+def test_the_best_is_saved_when_no_checkpoint_is_due(
+    tiny: Make, make_rows: Make, tmp_path: Path
+) -> None:
+    held_out, snapshots = make_rows(7, seed=3), {}
+    model = tiny()
+
+    def keep(record: dict[str, Any]) -> None:
+        snapshots[record["step"]] = {k: v.clone() for k, v in model.state_dict().items()}
+
+    setup = config(out=tmp_path, lr=0.1, epochs=4, eval_every=1, save_every=1000)
+    result = train(model, make_rows(), setup, held_out, keep)
+    assert result.best_step < result.steps
+    best = snapshots[result.best_step]
+    assert all(torch.equal(v, best[k]) for k, v in model.state_dict().items())
+
+
 def test_early_stopping(tiny: Make, make_rows: Make) -> None:
     setup = config(lr=0.1, epochs=50, eval_every=1, patience=3)
     result = train(tiny(), make_rows(), setup, make_rows(7, seed=3))
