@@ -26,6 +26,7 @@ from lora_core.cli.opening import (
     ADAPTER_FILE,
     TEMPLATE_FILE,
     AdapterConfig,
+    device_named,
     read_run,
     resident_dtype,
 )
@@ -39,7 +40,6 @@ from lora_core.data import (
     parse_sources,
     split,
 )
-from lora_core.device import default_device
 from lora_core.files import atomic_write, sha256_file
 from lora_core.models import CausalLM
 from lora_core.train import DEFAULT_LR, TrainConfig, TrainResult, train
@@ -206,7 +206,7 @@ def finetune(
     rows, held_out, lines = read_data(config, tok, training.seed)
     for line in lines:
         _say(line)
-    device = torch.device(config.device) if config.device else default_device()
+    device = device_named(config.device)
     code = config.quantize if config.method == "qlora" else None
     # a whole model is trained in float32: small steps would round away in 16 bits
     dtype = torch.float32 if config.method == "full" else resident_dtype(device)

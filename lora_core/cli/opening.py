@@ -48,6 +48,23 @@ def resident_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def device_named(name: str | None) -> torch.device:
+    """The device of a `--device` flag; without one the accelerator, else the CPU.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {reason}") from None
+    return device
+
+
 def read_run(directory: str | Path) -> dict[str, Any]:
     """The `run.json` of a folder that `finetune` made; {} where there is none.
 
@@ -126,10 +143,13 @@ def open_model(
             f"the adapter was trained on a {trained_on.get('quantize') or 'dense'} base; "
             f"this one is {code or 'dense'}"
         )
-    place = torch.device(device) if device else default_device()
+    place = device_named(device)
     # added tokens come with the adapter's own tokenizer
     own = where is not None and (where / "tokenizer.json").is_file()
-    tok = load_tokenizer(where if own and where is not None else source)
+    tok = load_tokenizer(source)
+    if own and where is not None:
+        base, tok = tok, load_tokenizer(where)
+        tok.stop_ids = tuple({*tok.stop_ids, *base.stop_ids})
     loaded = load_model(source, quantize=code, dtype=resident_dtype(place), device=place)
     _template_of(where, tok, notes)
     if where is not None:

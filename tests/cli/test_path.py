@@ -10,6 +10,7 @@ import torch
 
 from lora_core.checkpoint import load_model
 from lora_core.cli.main import main
+from lora_core.cli.opening import open_model
 from lora_core.data import load_tokenizer
 from lora_core.quant import NF4Linear
 
@@ -227,6 +228,7 @@ def test_added_tokens_are_trained_saved_and_merged(
     more = ["--add-tokens", "<tool>,</tool>", "--method", "qlora"]
     assert finetune(llama_folder, chats, out, *more) == 0
     assert load_tokenizer(out).is_token("<tool>")
+    assert open_model(None, out).tok.eos_ids == load_tokenizer(llama_folder).eos_ids
     capsys.readouterr()
     assert main(["merge", "--adapter", str(out), "--out", str(merged), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -248,6 +250,7 @@ def test_added_tokens_are_trained_saved_and_merged(
         (["--columns", "prompt"], "is not NAME=COLUMN"),
         (["--template", "nonsense"], "template 'nonsense'"),
         (["--config", "nowhere.json"], "nowhere.json"),
+        (["--device", "gpu7"], "--device gpu7 cannot be used"),
         (["--add-tokens", "<a>", "--method", "bottleneck"], "--add-tokens"),
     ],
 )
