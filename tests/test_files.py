@@ -1,6 +1,7 @@
 """Files are whole or absent, and a folder has one run at a time."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,25 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
         other.wait()
     with folder_lock(tmp_path):
         pass
+
+
+def test_what_is_renamed_is_on_the_disk_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), replace(a, b)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (done.append("rename"), rename(a, b)))
+    atomic_write(tmp_path / "file", "text")
+    aside = f".file.{os.getpid()}.tmp"
+    assert done == [aside, "rename", tmp_path.name]
+    done.clear()
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "part").write_text("text")
+    assert done == ["part", f".folder.{os.getpid()}.tmp", "rename", tmp_path.name]

@@ -40,6 +40,8 @@ def as_batches(data: Iterable[Mapping[str, Any]], batch_size: int) -> Iterator[M
     """Batches of `data`: rows are put together `batch_size` at a time, batches pass through."""
     rows: list[Mapping[str, Any]] = []
     for item in data:
+        if not {"input_ids", "labels"} <= item.keys():
+            raise ValueError(f"data to judge needs input_ids and labels; got {sorted(item)}")
         if getattr(item["input_ids"], "ndim", 1) == 2:
             yield item
             continue
@@ -90,8 +92,11 @@ def perplexity(
         The measures, each over the whole data set.
 
     Raises:
-        ValueError: no token is graded, the loss is NaN, or `graded_bytes` is below 1.
+        ValueError: rows without labels, no graded token, a NaN for a loss, or `batch_size` or
+            `graded_bytes` below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
     if graded_bytes is not None and graded_bytes < 1:
         raise ValueError(f"graded_bytes must be 1 or more; got {graded_bytes}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

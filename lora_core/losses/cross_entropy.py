@@ -31,9 +31,9 @@ def shift_labels(labels: Tensor) -> Tensor:
         labels: integers (B, T), unshifted, -100 where not graded.
 
     Returns:
-        Integers (B, T): column t is `labels[:, t + 1]`.
+        int64 (B, T): column t is `labels[:, t + 1]`.
     """
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, T)
+    return F.pad(labels.long(), (0, 1), value=IGNORE)[:, 1:]  # (B, T)
 
 
 def count_graded(labels: Tensor) -> int:
@@ -55,6 +55,10 @@ def _check_labels(labels: Tensor, shape: torch.Size, classes: int) -> None:
     Their values are read on the CPU alone, as a GPU would wait, and not while compiling, as the
     graph would break.
     """
+    if len(shape) != 2:
+        raise ValueError(
+            f"logits and hidden states need 3 dimensions, (B, T, …); got {len(shape) + 1}"
+        )
     if labels.shape != shape:
         raise ValueError(
             f"labels must be (B, T) = {tuple(shape)} like the logits; got {tuple(labels.shape)}"

@@ -113,6 +113,8 @@ def train(
         TypeError: trained parameters narrower than float32.
     """
     config = config or TrainConfig()
+    if config.patience is not None and eval_dataset is None:
+        raise ValueError("patience counts evaluations: give eval_dataset, or set patience to None")
     source = make_batches(dataset, config.batch_size, config.seed, collate)
     run = Run(
         model=model,

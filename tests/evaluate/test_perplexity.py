@@ -93,6 +93,13 @@ def test_nothing_to_judge() -> None:
         perplexity(Bigram(), make_rows(0, 1), graded_bytes=0)
 
 
+def test_what_cannot_be_judged() -> None:
+    with pytest.raises(ValueError, match=r"needs input_ids and labels; got \['text'\]"):
+        perplexity(Bigram(), [{"text": "a"}])
+    with pytest.raises(ValueError, match="batch_size must be 1 or more; got 0"):
+        perplexity(Bigram(), make_rows(0, 2), batch_size=0)
+
+
 def test_a_nan_is_no_perplexity() -> None:
     model = Bigram()
     with torch.no_grad():

@@ -211,6 +211,23 @@ def test_labels_outside_the_vocabulary(labels: list[list[int]]) -> None:
         linear_cross_entropy(torch.zeros(1, 3, 2), torch.zeros(5, 2), torch.tensor(labels))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    hidden, head = torch.randn(2, 4, 3), torch.randn(5, 3)
+    labels = torch.randint(0, 5, (2, 4))
+    for loss in (
+        lambda given: masked_cross_entropy(hidden @ head.T, given),
+        lambda given: linear_cross_entropy(hidden, head, given),
+    ):
+        assert torch.equal(loss(labels.to(dtype)), loss(labels))
+
+
+def test_rows_of_no_token() -> None:
+    labels = torch.zeros(2, 0, dtype=torch.int64)
+    assert masked_cross_entropy(torch.zeros(2, 0, 5), labels) == 0
+    assert linear_cross_entropy(torch.zeros(2, 0, 3), torch.zeros(5, 3), labels) == 0
+
+
 def test_the_compiler_takes_it_whole() -> None:
     logits = torch.randn(2, 4, 5, requires_grad=True)
     labels = torch.tensor([[0, 1, -100, 4], [2, 2, 3, -100]])
@@ -226,6 +243,8 @@ def test_what_does_not_fit() -> None:
     logits, labels = torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"labels must be \(B, T\) = \(1, 3\).*got \(1, 2\)"):
         masked_cross_entropy(logits, labels[:, :2])
+    with pytest.raises(ValueError, match=r"need 3 dimensions, \(B, T, …\); got 2"):
+        masked_cross_entropy(logits[0], labels[0])
     with pytest.raises(TypeError, match=r"labels must be integers; got torch\.float32"):
         masked_cross_entropy(logits, labels.float())
     with pytest.raises(ValueError, match="normalizer is a count of tokens, 0 or more; got -1"):

@@ -299,6 +299,8 @@ def test_what_cannot_run(tiny: Make, make_rows: Make, tmp_path: Path) -> None:
         train(tiny(), [{"text": "a"}], config())
     with pytest.raises(ValueError, match="no token of the evaluation data is graded"):
         train(tiny(), rows, config(), [{"input_ids": [1, 2], "labels": [3, -100]}])
+    with pytest.raises(ValueError, match="patience counts evaluations: give eval_dataset"):
+        train(tiny(), rows, config(patience=2))
     model = tiny()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=r"evaluation data can be read only once.*give a list"):
