@@ -17,6 +17,7 @@ from lora_core.adapters import (
     unload_adapters,
     unmerge_adapters,
 )
+from lora_core.checkpoint import adapter_state_dict
 from lora_core.models import CausalLM, ModelConfig
 
 Make = Callable[[bool], nn.Module]
@@ -215,3 +216,14 @@ def test_the_librarys_decoder_grows_and_trains_its_new_rows(tied: bool) -> None:
     new = torch.tensor([[20, 3, 21, 5]])
     model(new, labels=new).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_a_tied_head_shares_are_saved_once(tied: bool, make_token_model: Make) -> None:
+    model = make_token_model(tied)
+    sites = ["embed"] if tied else ["embed", "head"]
+    add_adapter(model, LoRAConfig(r=1, trainable_token_indices={site: [3, 5] for site in sites}))
+    rows = [key for key in adapter_state_dict(model) if key.endswith("trainable_tokens_delta")]
+    assert rows == [
+        f"base_model.model.{site}.token_adapter.trainable_tokens_delta" for site in sites
+    ]
