@@ -56,7 +56,7 @@ class Judged:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--out", metavar="DIR", default="quickstart", help="[quickstart]")
-    parser.add_argument("--steps", type=int, default=260, help="optimizer steps [260]")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps [300]")
     parser.add_argument("--held-out", type=int, default=64, help="functions to judge by [64]")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the training [0]")
     parser.add_argument("--force", action="store_true", help="replace an earlier quickstart in DIR")
