@@ -196,7 +196,8 @@ def main() -> None:
     recipe = json.loads((folder / "recipe.json").read_text())
     began = time.perf_counter()
     found = compare(folder, recipe["model"]["held_out"], args.order)
-    print(f"{platform.platform()}, Python {platform.python_version()}, numpy {np.__version__}")
+    machine = f"{platform.system()} {platform.machine()}"
+    print(f"{machine}, Python {platform.python_version()}, numpy {np.__version__}")
     if not found["same_text_as_recipe"]:
         print(
             f"this Python's library is not the one the model was trained on (Python "
