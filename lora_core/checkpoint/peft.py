@@ -37,7 +37,7 @@ from lora_core.checkpoint.safetensors_folder import (
     read_json_object,
     write_safetensors,
 )
-from lora_core.files import atomic_write
+from lora_core.files import atomic_write, sync
 from lora_core.targets import nearest, sites, unwrap
 
 __all__ = ["adapter_state_dict", "load_adapter", "read_adapter", "save_adapter"]
@@ -104,7 +104,10 @@ def save_adapter(
     *,
     base_model: str | None = None,
 ) -> list[str]:
-    """Write one adapter; each of the two files is replaced whole or not at all.
+    """Write one adapter so that a crash leaves the old one, the new one, or none that loads.
+
+    The configuration is taken away once the new weights are written, and comes back last: old
+    weights never meet a new configuration, nor new weights an old one.
 
     Args:
         model: a model with the adapter, merged or not.
@@ -135,7 +138,13 @@ def save_adapter(
         raise TypeError(f"{type(config).__name__} cannot be written as JSON: {error}") from None
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / WEIGHTS, lambda path: write_safetensors(path, pending))
+
+    def write_weights(aside: Path) -> None:
+        write_safetensors(aside, pending)
+        (folder / CONFIG).unlink(missing_ok=True)
+        sync(folder)
+
+    atomic_write(folder / WEIGHTS, write_weights)
     atomic_write(folder / CONFIG, text)
     notes = _misread(config)
     for note in notes:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,51 @@ def test_saving_again_gives_the_same_files(base: Net, saved: tuple[nn.Module, Pa
     save_adapter(base, folder.parent / "b", base_model="some/base")
     for file in (CONFIG, WEIGHTS):
         assert (folder.parent / "b" / file).read_bytes() == (folder / file).read_bytes()
+
+
+@pytest.mark.parametrize("crash_at", range(8))
+def test_a_crash_while_saving_never_mixes_two_adapters(
+    crash_at: int,
+    base: Net,
+    saved: tuple[nn.Module, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process dies before the n-th sync or rename; what is left is one adapter or none."""
+    model, folder = saved
+    old = read_adapter(folder)[1]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1.0)
+    new = adapter_state_dict(model)
+    calls = 0
+
+    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > crash_at:
+                raise KeyboardInterrupt
+            return call(*args)
+
+        return step
+
+    monkeypatch.setattr("os.fsync", dying(os.fsync))
+    monkeypatch.setattr("os.replace", dying(os.replace))
+    try:
+        save_adapter(model, folder)
+    except KeyboardInterrupt:
+        assert calls == crash_at + 1
+    else:
+        assert calls <= crash_at
+    monkeypatch.undo()
+    if not (folder / "adapter_config.json").exists():
+        with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
+            load_adapter(base, folder)
+        return
+    left = read_adapter(folder)[1]
+    whole = [all(torch.equal(left[k], other[k]) for k in left) for other in (old, new)]
+    assert any(whole)
+    assert whole[1] or calls < 4  # the new configuration means the new weights
 
 
 def test_a_merged_model_saves_the_same_adapter(saved: tuple[nn.Module, Path]) -> None:
@@ -379,17 +425,18 @@ def test_names_are_checked(base: Net, saved: tuple[nn.Module, Path]) -> None:
         adapter_state_dict(base)
 
 
-def test_a_crash_while_writing_leaves_the_old_files(
+def test_a_full_disk_leaves_the_old_files(
     saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = saved
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
 
-    def broken(*_: object) -> None:
+    def broken(path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
         raise OSError("disk full")
 
     shaken(model)
-    monkeypatch.setattr("os.replace", broken)
+    monkeypatch.setattr("lora_core.checkpoint.peft.write_safetensors", broken)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(model, folder)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
