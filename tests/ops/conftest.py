@@ -11,14 +11,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def _as_accurate_as(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
-    """Our error against float64 is at most twice PyTorch's plus two roundings."""
+def _as_accurate_as(
+    ours: Tensor, theirs: Tensor, truth: Tensor, magnitude: Tensor | None = None
+) -> None:
+    """Error against float64 at most twice PyTorch's, plus two roundings of the largest value.
+
+    Of a sum that cancels, the largest value is not the result but the sum of its terms' magnitudes
+    (`magnitude`): that is what the roundings on the way are relative to.
+    """
     assert ours.shape == truth.shape
     assert ours.dtype == theirs.dtype
     if not truth.numel():
         return
+    largest = (truth if magnitude is None else magnitude).abs().max().item()
     error, baseline = ((t.double() - truth).abs().max().item() for t in (ours, theirs))
-    floor = 2 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
+    floor = 2 * torch.finfo(ours.dtype).eps * largest
     assert error <= 2 * baseline + floor, f"{error:.3e} > 2 x {baseline:.3e} + {floor:.3e}"
 
 
