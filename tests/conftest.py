@@ -10,6 +10,8 @@ from types import ModuleType
 # one thread a process: the suite runs one process a core, and the tensors are small
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton's kernels run in its interpreter; it decides when a kernel is defined, so before any import
+os.environ["TRITON_INTERPRET"] = "1"
 # nothing may reach for a model hub
 os.environ["HF_HUB_OFFLINE"] = "1"
 

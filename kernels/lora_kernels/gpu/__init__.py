@@ -1,0 +1,1 @@
+"""Triton kernels: imported where one is launched, never by `import lora_kernels`."""
