@@ -1,30 +1,33 @@
 """Which implementation of an operator runs.
 
 Every operator has a `reference` in plain PyTorch, which is its definition and runs anywhere. Others
-are the same function made faster: `native` is C for the CPU at hand, `triton` runs on GPUs. Each
-operator's file keeps a table from backend to function and asks `backend_for` which one to call, so
-the choice is made in this file alone.
+are the same function made faster: `native` is C for the CPU at hand, `triton` runs on GPUs, and in
+Triton's interpreter on a CPU, which is slow and meant for tests. Each operator's file keeps a table
+from backend to function and asks `backend_for` which one to call, so the choice is made in this
+file alone.
 
 `LORA_KERNELS=auto|reference|native|triton` is read at each call. `auto` takes the fastest that the
 operator has and the device can run, so it never fails; a backend that was asked for by name and
 cannot run raises instead of giving way to another.
+
+No device is asked anything before a tensor on it arrives.
 """
 
+import functools
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 __all__ = ["BACKENDS", "backend_for", "describe", "requested"]
 
 BACKENDS = ("reference", "native", "triton")
-# what each device type tries first under `auto`
+# what each device type tries first under `auto`; the interpreter has to be asked for by name
 _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
-# which operators have an implementation beside the reference; their files add to it
-_WHY_ABSENT = {
-    "native": "no operator of this version has a C implementation",
-    "triton": "no operator of this version has a Triton implementation",
-}
+OLDEST_GPU = (8, 0)  # bfloat16 tensor cores
 
 
 def requested() -> str:
@@ -57,11 +60,14 @@ def backend_for(tensor: Tensor, offered: Collection[str] = ("reference",)) -> st
     choice = requested()
     if choice == "auto":
         order = _PREFERENCE.get(tensor.device.type, ("reference",))
-        return next(backend for backend in order if backend in offered)
-    if choice not in offered:
+        able = (b for b in order if b in offered and _why_absent(b, tensor.device) is None)
+        return next(able)
+    reason = _why_absent(choice, tensor.device)
+    if reason is None and choice not in offered:
+        reason = f"this operator has no {choice} implementation"
+    if reason is not None:
         raise ValueError(
-            f"LORA_KERNELS={choice} cannot run: {_WHY_ABSENT[choice]}; "
-            "set LORA_KERNELS=auto or reference"
+            f"LORA_KERNELS={choice} cannot run: {reason}; set LORA_KERNELS=auto or reference"
         )
     return choice
 
@@ -72,11 +78,60 @@ def describe() -> dict[str, str]:
     Returns:
         Backend to one line; `selected` tells what `LORA_KERNELS` leads to.
     """
-    lines = {"reference": "available: plain PyTorch on any device, the definition"}
-    lines |= {name: f"not available: {reason}" for name, reason in _WHY_ABSENT.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reasons = {backend: _why_absent(backend, device) for backend in BACKENDS}
+    lines = {b: f"not available: {why}" for b, why in reasons.items() if why is not None}
+    lines["reference"] = "available: plain PyTorch on any device, the definition"
+    if reasons["triton"] is None:
+        lines["triton"] = f"available: {_triton_runs_on(device)}"
     choice = requested()
     if choice == "auto":
-        return {"selected": "reference (LORA_KERNELS=auto: nothing faster is available)", **lines}
-    if choice in _WHY_ABSENT:
-        return {"selected": f"none: LORA_KERNELS={choice} cannot run", **lines}
-    return {"selected": f"{choice} (LORA_KERNELS={choice})", **lines}
+        able = [b for b in _PREFERENCE[device.type] if reasons[b] is None]
+        why = "nothing faster is available" if able[0] == "reference" else f"on {device.type}"
+        chosen = f"{able[0]} (LORA_KERNELS=auto: {why})"
+    elif reasons[choice] is not None:
+        chosen = f"none: LORA_KERNELS={choice} cannot run"
+    else:
+        chosen = f"{choice} (LORA_KERNELS={choice})"
+    return {"selected": chosen, **{b: lines[b] for b in BACKENDS}}
+
+
+def _why_absent(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "native":
+        return "no operator of this version has a C implementation"
+    if not _has_triton():
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        return _too_old(device)
+    if device.type != "cpu":
+        return f"no Triton kernels run on {device.type}"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "no GPU for it: kernels run on a CPU with TRITON_INTERPRET=1 alone, set before the "
+            "program starts"
+        )
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_GPU:
+        return None
+    have, need = (".".join(map(str, pair)) for pair in (capability, OLDEST_GPU))
+    return f"{torch.cuda.get_device_name(device)} has compute capability {have}, below {need}"
+
+
+def _triton_runs_on(device: torch.device) -> str:
+    name = "the interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return f"triton {importlib.metadata.version('triton')} on {name}"

@@ -11,12 +11,15 @@ The weight stays in the form it is stored in: doubly quantized scales are decode
 operator, because decoded ones would be a further half bit a parameter held from forward to
 backward.
 
+On a GPU one of three routes is taken, by the number of rows (gpu/routes4.py).
+
 Bytes moved by the reference, N x K weight: K N / 2 codes read, 2 K N written and read again as the
 16-bit W. W is rounded once, from the float32 product of table entry and scale to the dtype of x.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -27,10 +30,14 @@ from lora_kernels.dispatch import backend_for
 
 __all__ = ["matmul4", "matmul4_reference"]
 
+BACKENDS = ("reference", "triton")
+
 _WEIGHT = (
     "Tensor codes, Tensor scales, Tensor table, Tensor? scale_absmax, Tensor? scale_offset, "
-    "Tensor? scale_table, int out_features, int in_features, int block_size"
+    "Tensor? scale_table, Tensor? words, Tensor? arranged, int out_features, int in_features, "
+    "int block_size"
 )
+_TENSORS = 8  # of a weight in the schema, before its three integers
 torch.library.define("lora_kernels::matmul4", f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
 torch.library.define("lora_kernels::matmul4_dx", f"(Tensor dy, {_WEIGHT}) -> Tensor")
 
@@ -92,46 +99,65 @@ def _dx_reference(dy: Tensor, weight: Weight4) -> Tensor:
     return dy @ _expand(weight, dy.dtype)
 
 
+def _matmul4_triton(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
+    from lora_kernels.gpu import routes4
+
+    y = routes4.multiply(x.reshape(_rows(x), weight.in_features), weight, bias)
+    return y.view(*x.shape[:-1], weight.out_features)
+
+
+def _dx_triton(dy: Tensor, weight: Weight4) -> Tensor:
+    from lora_kernels.gpu import routes4
+
+    dx = routes4.multiply_dx(dy.reshape(_rows(dy), weight.out_features), weight)
+    return dx.view(*dy.shape[:-1], weight.in_features)
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])  # reshape(-1, 0) would not know
+
+
 def _flat(weight: Weight4) -> tuple[Any, ...]:
     """The weight in the order of the operators' schema."""
     w = weight
-    nested = (w.scale_absmax, w.scale_offset, w.scale_table)
-    return (w.codes, w.scales, w.table, *nested, w.out_features, w.in_features, w.block_size)
+    tensors = (w.codes, w.scales, w.table, w.scale_absmax, w.scale_offset, w.scale_table)
+    return (*tensors, w.words, w.arranged, w.out_features, w.in_features, w.block_size)
 
 
 def _weight(args: tuple[Any, ...]) -> Weight4:
     """`_flat` undone."""
-    codes, scales, table, absmax, offset, scale_table, n, k, block_size = args
-    return Weight4(codes, scales, table, n, k, block_size, absmax, offset, scale_table)
+    codes, scales, table, *more = args[:_TENSORS]
+    return Weight4(codes, scales, table, *args[_TENSORS:], *more)
 
 
 @torch.library.impl("lora_kernels::matmul4", "default")
 def _matmul4(x: Tensor, *args: Any) -> Tensor:
-    run = {"reference": matmul4_reference}[backend_for(x, ("reference",))]
+    run = {"reference": matmul4_reference, "triton": _matmul4_triton}[backend_for(x, BACKENDS)]
     with torch.autocast(x.device.type, enabled=False):  # the caller's cast is the only one
         return run(x, _weight(args[:-1]), args[-1])
 
 
 @torch.library.impl("lora_kernels::matmul4_dx", "default")
 def _matmul4_dx(dy: Tensor, *args: Any) -> Tensor:
-    run = {"reference": _dx_reference}[backend_for(dy, ("reference",))]
+    run = {"reference": _dx_reference, "triton": _dx_triton}[backend_for(dy, BACKENDS)]
     with torch.autocast(dy.device.type, enabled=False):
         return run(dy, _weight(args))
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], args[6]))
+    return x.new_empty((*x.shape[:-1], args[_TENSORS]))
 
 
 def _fake_dx(dy: Tensor, *args: Any) -> Tensor:
-    return dy.new_empty((*dy.shape[:-1], args[7]))
+    return dy.new_empty((*dy.shape[:-1], args[_TENSORS + 1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the weight as it is stored; x is not needed."""
-    ctx.save_for_backward(*inputs[1:7])
-    ctx.sizes = inputs[7:10]
-    bias = inputs[10] if len(inputs) > 10 else None
+    first = 1 + _TENSORS
+    ctx.save_for_backward(*inputs[1:first])
+    ctx.sizes = inputs[first : first + 3]
+    bias = inputs[-1] if len(inputs) > first + 3 else None
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -139,18 +165,18 @@ def _matmul4_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.lora_kernels.matmul4_dx(dy, *ctx.saved_tensors, *ctx.sizes)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[10]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[-1]:
         rows = dy.reshape(-1, ctx.sizes[0])
         total = rows.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
         dbias = total.to(ctx.bias_dtype)
-    return (dx, *[None] * 9, dbias)
+    return (dx, *[None] * (_TENSORS + 3), dbias)
 
 
 def _matmul4_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     ddy = None
     if ctx.needs_input_grad[0]:
         ddy = torch.ops.lora_kernels.matmul4(ddx, *ctx.saved_tensors, *ctx.sizes, None)
-    return (ddy, *[None] * 9)
+    return (ddy, *[None] * (_TENSORS + 3))
 
 
 torch.library.register_fake("lora_kernels::matmul4", _fake)

@@ -7,7 +7,10 @@ import pytest
 from lora_core.cli.main import main
 
 
-def test_info_names_versions_backends_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_names_versions_backends_and_reasons(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["packages"]["torch"].startswith("2.")

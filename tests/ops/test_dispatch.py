@@ -1,6 +1,9 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from lora_kernels import dispatch
 from lora_kernels import backend_for, dequantize4, describe, matmul4, quantize4
 from lora_kernels.blockwise4 import Weight4
 
@@ -20,28 +23,56 @@ def test_the_reference_answers(choice: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert matmul4(X, weight()).shape == (2, 2)
 
 
-def test_auto_takes_the_fastest_that_is_offered() -> None:
-    assert backend_for(X, ("reference", "native")) == "native"
+def test_auto_takes_the_fastest_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = ("reference", "native", "triton")
+    assert backend_for(X, everything) == "reference"  # the interpreter has to be asked for
+    monkeypatch.setattr(dispatch, "_why_absent", lambda backend, device: None)
+    assert backend_for(X, everything) == "native"
     assert backend_for(X, ("reference", "triton")) == "reference"
+    monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "reference")})
+    assert backend_for(X, everything) == "triton"
+    assert backend_for(X) == "reference"
 
 
-@pytest.mark.parametrize("choice", ["native", "triton"])
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: quantize4(X, TABLE, 64),
-        lambda: dequantize4(torch.zeros(64, dtype=torch.uint8), torch.ones(2), TABLE, 64, 128),
-        lambda: matmul4(X, weight()),
-    ],
-    ids=["quantize4", "dequantize4", "matmul4"],
-)
+CALLS = {
+    "quantize4": lambda: quantize4(X, TABLE, 64),
+    "dequantize4": lambda: dequantize4(
+        torch.zeros(64, dtype=torch.uint8), torch.ones(2), TABLE, 64, 128
+    ),
+    "matmul4": lambda: matmul4(X, weight()),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_forced_backend_that_cannot_run_raises(
-    call: object, choice: str, monkeypatch: pytest.MonkeyPatch
+    call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LORA_KERNELS", choice)
-    with pytest.raises(ValueError, match=f"LORA_KERNELS={choice} cannot run: no operator"):
+    monkeypatch.setenv("LORA_KERNELS", "native")
+    with pytest.raises(ValueError, match="LORA_KERNELS=native cannot run: no operator of this"):
         call()
-    assert f"{choice} cannot run" in describe()["selected"]
+    assert "native cannot run" in describe()["selected"]
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="LORA_KERNELS=triton cannot run: no GPU for it: kernels"):
+        call()
+    assert "triton cannot run" in describe()["selected"]
+
+
+def test_every_reason_against_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+    with pytest.raises(ValueError, match="cannot run: no Triton kernels run on meta"):
+        backend_for(X.to("meta"), ("reference", "triton"))
+    with pytest.raises(ValueError, match="cannot run: this operator has no triton implementation"):
+        backend_for(X)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    with pytest.raises(ValueError, match="cannot run: the package triton is not installed"):
+        backend_for(X, ("reference", "triton"))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+    reason = dispatch._why_absent("triton", torch.device("cuda", 0))
+    assert reason == "NVIDIA T4 has compute capability 7.5, below 8.0"
+    dispatch._too_old.cache_clear()
 
 
 def test_backward_obeys_the_choice_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +88,10 @@ def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         backend_for(X)
 
 
-def test_describe_says_why_not() -> None:
+def test_describe_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe()["triton"].startswith("available: triton 3.")  # in the interpreter
+    monkeypatch.delenv("TRITON_INTERPRET")
     lines = describe()
+    assert lines["triton"].startswith("not available: no GPU for it")
     assert list(lines) == ["selected", "reference", "native", "triton"]
     assert lines["native"].startswith("not available: no operator")
