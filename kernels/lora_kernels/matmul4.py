@@ -28,7 +28,7 @@ from torch import Tensor
 from lora_kernels.blockwise4 import Weight4, decode_scales, dequantize4
 from lora_kernels.dispatch import backend_for
 
-__all__ = ["matmul4", "matmul4_reference"]
+__all__ = ["arrange", "matmul4", "matmul4_reference", "table_words"]
 
 BACKENDS = ("reference", "triton")
 
@@ -69,6 +69,44 @@ def matmul4(x: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return torch.ops.lora_kernels.matmul4(x, *_flat(weight), bias)
+
+
+def table_words(table: Tensor, device: torch.device) -> Tensor | None:
+    """What `Weight4.words` takes: the code table as the kernels of a device read it.
+
+    Made ahead, a product never has to wait for the values of a table that is on the device.
+
+    Args:
+        table: float32 (16,), best on the CPU.
+        device: where the codes are.
+
+    Returns:
+        int32 (32,) on the device, or None where no kernel reads it.
+    """
+    if device.type != "cuda" or backend_for(torch.empty(0, device=device), BACKENDS) != "triton":
+        return None
+    from lora_kernels.gpu.decode import table_words
+
+    return table_words(table).to(device)
+
+
+def arrange(weight: Weight4) -> Tensor | None:
+    """What `Weight4.arranged` takes: a copy of the codes in the order in which tensor cores read.
+
+    The copy saves the kernels for few rows a rearrangement in shared memory. It costs as many bytes
+    again as the codes, and `lora_kernels.gpu.arrange4.restore` gives the codes back from it.
+
+    Args:
+        weight: codes and scales of W (N, K).
+
+    Returns:
+        uint8, or None where no kernel reads it: another backend, or a shape that does not divide.
+    """
+    if backend_for(weight.codes, BACKENDS) != "triton":
+        return None
+    from lora_kernels.gpu import arrange4
+
+    return arrange4.arrange(weight)
 
 
 def matmul4_reference(x: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:

@@ -2,8 +2,8 @@
 
 The layer holds codes and scales and expands the weight inside `lora_kernels.matmul4`, once in
 forward and once in backward; autograd saves neither x nor a dense weight. Nothing that a layer goes
-through changes its weight: `.to(dtype)` and `.half()` cast the bias and leave codes and scales, and
-there is no other layout for speed that could reach `state_dict()`.
+through changes its weight: `.to(dtype)` and `.half()` cast the bias and leave codes and scales. The
+copy of the codes that `arrange()` makes for a GPU lies beside them and is no state.
 
 bitsandbytes' Linear4bit quantizes when it is moved to a device, keeps what decodes the codes in a
 side object that a plain `load_state_dict` does not fill, and repacks weights in the first
@@ -28,6 +28,7 @@ from lora_core.quant.double_quant import dynamic_map
 from lora_core.quant.nf4 import NF4Tensor, quantize_4bit
 from lora_kernels import Weight4, matmul4
 from lora_kernels.blockwise4 import SCALE_GROUP, check_block_size
+from lora_kernels.matmul4 import arrange, table_words
 
 __all__ = ["NF4Linear"]
 
@@ -57,6 +58,7 @@ class NF4Linear(nn.Module):
     in_features: int
     out_features: int
     block_size: int
+    _arranged: Tensor | None
 
     def __init__(
         self,
@@ -196,6 +198,23 @@ class NF4Linear(nn.Module):
             self.scale_offset,
         )
 
+    @property
+    def weight4(self) -> Weight4:
+        """The weight as the operators take it."""
+        return Weight4(
+            self.codes,
+            self.scales,
+            self._table,
+            self.out_features,
+            self.in_features,
+            self.block_size,
+            self.scale_absmax,
+            self.scale_offset,
+            self._scale_table,
+            self._words,
+            self._arranged,
+        )
+
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Expand the weight.
 
@@ -216,18 +235,22 @@ class NF4Linear(nn.Module):
         Returns:
             (..., N) in the dtype of x (autocast's when active), differentiable in x.
         """
-        weight = Weight4(
-            self.codes,
-            self.scales,
-            self._table,
-            self.out_features,
-            self.in_features,
-            self.block_size,
-            self.scale_absmax,
-            self.scale_offset,
-            self._scale_table,
-        )
-        return matmul4(x, weight, self.bias)
+        return matmul4(x, self.weight4, self.bias)
+
+    def arrange(self, on: bool = True) -> bool:
+        """Keep a copy of the codes in the order in which tensor cores read them, for few rows of x.
+
+        It costs as many bytes again as the codes, is no part of `state_dict()`, and is dropped when
+        the layer is moved or loaded.
+
+        Args:
+            on: False drops it.
+
+        Returns:
+            Whether there is one now; there is none where no kernel would read it.
+        """
+        self._arranged = arrange(self.weight4._replace(arranged=None)) if on else None
+        return self._arranged is not None
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
@@ -242,6 +265,8 @@ class NF4Linear(nn.Module):
         device = torch.device("cpu") if self.codes.is_meta else self.codes.device
         self._table = self.codebook.table(device)
         self._scale_table = dynamic_map(device) if self.double_quant else None
+        self._words = table_words(self.codebook.table(), device)
+        self._arranged = None  # of codes that may have changed or moved
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         """Let `fn` move everything and cast the bias, but cast neither codes nor scales."""

@@ -3,8 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lora_kernels import dispatch
-from lora_kernels import backend_for, dequantize4, describe, matmul4, quantize4
+from lora_kernels import backend_for, dequantize4, describe, dispatch, matmul4, quantize4
 from lora_kernels.blockwise4 import Weight4
 
 X = torch.ones(2, 64)
