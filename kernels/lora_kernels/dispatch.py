@@ -13,6 +13,7 @@ cannot run raises instead of giving way to another.
 No device is asked anything before a tensor on it arrives.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -22,7 +23,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "backend_for", "describe", "requested"]
+__all__ = ["BACKENDS", "backend_for", "describe", "device_of", "requested"]
 
 BACKENDS = ("reference", "native", "triton")
 # what each device type tries first under `auto`; the interpreter has to be asked for by name
@@ -70,6 +71,18 @@ def backend_for(tensor: Tensor, offered: Collection[str] = ("reference",)) -> st
             f"LORA_KERNELS={choice} cannot run: {reason}; set LORA_KERNELS=auto or reference"
         )
     return choice
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make a tensor's device the current one: Triton launches there, wherever the tensors are.
+
+    Args:
+        tensor: on any device.
+
+    Returns:
+        A context, empty for tensors that are on no GPU.
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def describe() -> dict[str, str]:

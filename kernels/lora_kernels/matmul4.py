@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.blockwise4 import Weight4, decode_scales, dequantize4
-from lora_kernels.dispatch import backend_for
+from lora_kernels.dispatch import backend_for, device_of
 
 __all__ = ["arrange", "matmul4", "matmul4_reference", "table_words"]
 
@@ -140,14 +140,16 @@ def _dx_reference(dy: Tensor, weight: Weight4) -> Tensor:
 def _matmul4_triton(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
     from lora_kernels.gpu import routes4
 
-    y = routes4.multiply(x.reshape(_rows(x), weight.in_features), weight, bias)
+    with device_of(x):
+        y = routes4.multiply(x.reshape(_rows(x), weight.in_features), weight, bias)
     return y.view(*x.shape[:-1], weight.out_features)
 
 
 def _dx_triton(dy: Tensor, weight: Weight4) -> Tensor:
     from lora_kernels.gpu import routes4
 
-    dx = routes4.multiply_dx(dy.reshape(_rows(dy), weight.out_features), weight)
+    with device_of(dy):
+        dx = routes4.multiply_dx(dy.reshape(_rows(dy), weight.out_features), weight)
     return dx.view(*dy.shape[:-1], weight.in_features)
 
 

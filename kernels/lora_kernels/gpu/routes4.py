@@ -18,6 +18,7 @@ of W that are no whole number of blocks.
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from lora_kernels.gpu import matmul4, planes4
 from lora_kernels.gpu.blockwise4 import expand4_slice
 from lora_kernels.gpu.decode import table_words
 from lora_kernels.gpu.finish4 import Update
-from lora_kernels.gpu.tuned import crossover
+from lora_kernels.gpu.tuned import crossover, tile_fields
 
 __all__ = ["dense_dx", "dense_multiply", "fused_multiply", "multiply", "multiply_dx", "route"]
 
@@ -88,7 +89,9 @@ def fused_multiply(
         y (M, N) in the dtype of x, and with an update `x Aᵀ` (M, r) in float32.
     """
     module = {"planes": planes4, "halves": matmul4}[way]
-    tile = module.default_tile(len(x), weight.out_features, weight.in_features, x.dtype)
+    size = (weight.out_features, weight.in_features, x.dtype)
+    tile = module.default_tile(len(x), *size)
+    tile = replace(tile, **tile_fields(_name(x.device), *size, way, len(x)))
     return module.multiply(_rows(x), _ready(weight), bias, update, tile)
 
 
@@ -102,10 +105,11 @@ def multiply_dx(dy: Tensor, weight: Weight4) -> Tensor:
     Returns:
         (M, K) in the dtype of dy.
     """
-    n, k = weight.out_features, weight.in_features
-    if not _fusable(weight, dy.dtype) or len(dy) > crossover(_name(dy.device), n, k, dy.dtype).dx:
+    size, name = (weight.out_features, weight.in_features, dy.dtype), _name(dy.device)
+    if not _fusable(weight, dy.dtype) or len(dy) > crossover(name, *size).dx:
         return dense_dx(dy, weight)
-    tile = matmul4.default_dx_tile(len(dy), n, k, dy.dtype)
+    tile = matmul4.default_dx_tile(len(dy), *size)
+    tile = replace(tile, **tile_fields(name, *size, "dx", len(dy)))
     return matmul4.multiply_dx(_rows(dy), _ready(weight), tile)
 
 

@@ -4,7 +4,11 @@ Three routes compute `x Wᵀ` (routes4.py). Which is fastest depends on the rows
 and the GPU, so the crossovers are data: `tuned.json`, written by `python -m benchmarks.gpu --tune`,
 holds for a GPU's name and a shape the largest number of rows for each route.
 
-    {"NVIDIA H200": {"4096x14336/bfloat16": {"planes": 4, "halves": 128, "dx": 64}, …}}
+    {"NVIDIA H200": {"4096x14336/bfloat16": {"planes": 4, "halves": 128, "dx": 64,
+                     "tiles": {"halves": {"16": {"warps": 8}, "64": {"splits": 2}}}}, …}}
+
+`tiles` names, for a route, the fields in which a tile differs from the route's default tile, for up
+to as many rows as its key says.
 
 Where nothing was measured the default below holds. It comes from counting, not from a clock. The
 16-bit route costs 5 to 6 instructions a weight for 16 rows as for one and issues one pass over the
@@ -21,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["DEFAULT", "TUNED", "Crossover", "crossover", "read_tuned"]
+__all__ = ["DEFAULT", "TUNED", "Crossover", "crossover", "read_tuned", "tile_fields"]
 
 TUNED = Path(__file__).with_name("tuned.json")
 
@@ -60,9 +64,37 @@ def crossover(gpu: str | None, n: int, k: int, dtype: torch.dtype) -> Crossover:
     Returns:
         What was measured for this GPU and shape, or the default.
     """
-    measured = read_tuned().get(gpu or "", {}).get(f"{n}x{k}/{str(dtype).removeprefix('torch.')}")
-    if measured is not None:
+    measured = _entry(gpu, n, k, dtype)
+    if measured:
         return Crossover(measured["planes"], measured["halves"], measured["dx"])
     if torch.version.hip is not None or n * k < PLANES_PAY:
         return DEFAULT._replace(planes=0)  # AMD has no byte permute in these kernels
     return DEFAULT
+
+
+@functools.cache
+def tile_fields(
+    gpu: str | None, n: int, k: int, dtype: torch.dtype, way: str, rows: int
+) -> dict[str, int]:
+    """What a measured tile changes in the default one.
+
+    Args:
+        gpu: the device's name, or None for the interpreter.
+        n: out_features.
+        k: in_features.
+        dtype: of x, 16-bit.
+        way: "planes", "halves" or "dx".
+        rows: of x, or of dy.
+
+    Returns:
+        Field to value: those of the smallest number of rows measured that is no smaller than
+        `rows`; empty where nothing was measured.
+    """
+    tiles = _entry(gpu, n, k, dtype).get("tiles", {}).get(way, {})
+    enough = [measured for measured in map(int, tiles) if measured >= rows]
+    return tiles[str(min(enough))] if enough else {}
+
+
+def _entry(gpu: str | None, n: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
+    shapes = read_tuned().get(gpu or "", {})
+    return shapes.get(f"{n}x{k}/{str(dtype).removeprefix('torch.')}", {})
