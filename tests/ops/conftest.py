@@ -1,9 +1,12 @@
 """What the operators' tests share: accuracy against PyTorch's, and memory of live tensors."""
 
+import functools
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -70,3 +73,78 @@ class LiveBytes(TorchDispatchMode):
 @pytest.fixture
 def live_bytes() -> LiveBytes:
     return LiveBytes()
+
+
+def _run_ptx(assembly: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Run the assembly of an `inline_asm_elementwise` on arrays, one element a lane.
+
+    Args:
+        assembly: moves, logic, 32-bit shifts and byte permutes on `.b32` registers.
+        outputs: how many of $0, $1, … are results; the inputs follow them.
+        inputs: uint32 arrays of one shape, or scalars of shape ().
+
+    Returns:
+        The results, uint32. An operand that nothing has written is a KeyError.
+    """
+    registers = {f"${outputs + i}": np.asarray(a, np.uint32) for i, a in enumerate(inputs)}
+
+    def read(operand: str) -> np.ndarray:
+        if operand[0].isdigit():
+            return np.asarray(int(operand, 0), np.uint32)
+        return registers[operand]
+
+    text = re.sub(r"//.*", "", assembly).strip().strip("{}")
+    for statement in filter(None, (s.strip() for s in text.split(";"))):
+        name, _, rest = statement.partition(" ")
+        if name == ".reg":
+            continue
+        operation = name.removesuffix(".b32").removesuffix(".u32")
+        to, *operands = (operand.strip() for operand in rest.split(","))
+        registers[to] = _PTX[operation](*map(read, operands))
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Four bytes of the eight in a and b; a set fourth bit of a nibble spreads that byte's sign."""
+    out = np.zeros(np.broadcast(a, b, selector).shape, np.uint32)
+    for i in range(4):
+        nibble = selector >> 4 * i & 15
+        word = np.where(nibble & 4, b, a)
+        byte = word >> 8 * (nibble & 3) & 255
+        byte = np.where(nibble & 8, (byte >> 7) * 255, byte)
+        out |= (byte << 8 * i).astype(np.uint32)
+    return out
+
+
+def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Any function of three bits, by its truth table."""
+    out = np.uint32(0)
+    for row in range(8):
+        if table >> row & 1:
+            terms = (v if row & bit else ~v for v, bit in ((a, 4), (b, 2), (c, 1)))
+            out = out | functools.reduce(np.bitwise_and, terms)
+    return out
+
+
+def _shift(function: Callable) -> Callable:
+    """32-bit shifts; by 32 or more they give 0."""
+    return lambda a, n: np.where(n < 32, function(a, n & 31), 0).astype(np.uint32)
+
+
+_PTX: dict[str, Callable] = {
+    "mov": lambda a: a,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "not": np.bitwise_not,
+    "shl": _shift(np.left_shift),
+    "shr": _shift(np.right_shift),
+    "lop3": _lop3,
+    "prmt": _prmt,
+}
+
+
+@pytest.fixture(scope="session")
+def run_ptx() -> Callable[..., list[np.ndarray]]:
+    """The decoders' PTX on numpy arrays: `run_ptx(assembly, number of outputs, inputs)`."""
+    return _run_ptx
