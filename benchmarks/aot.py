@@ -2,6 +2,7 @@
 
     python -m benchmarks.aot                         # every variant for every target, then compare
     python -m benchmarks.aot --targets sm_90 --only 'planes4*'
+    python -m benchmarks.aot --quick                 # disassemble only what changed
     python -m benchmarks.aot --update                # write what was found into the table
     python -m benchmarks.aot --markdown              # the table for a page of docs
 
@@ -23,7 +24,9 @@ What fails, whatever the version of triton:
 
 With the pinned version also: registers, stack, spills, shared memory or instructions that grew by
 any amount, other matrix instructions, 128-bit accesses lost, a variant the table lacks, an entry
-whose variant is gone. What became better is said, and asks for `--update`.
+whose variant is gone. What became better is said, and asks for `--update`. An entry holds a hash of
+the machine code: `--quick` spares the disassembly, which takes longer than compiling, of what is
+byte for byte the same.
 
 Counts are static. They say nothing of latency, bank conflicts or occupancy, only that what was
 judged good on a GPU is still what would run. They hold for integers that are not 1, which Triton
@@ -96,13 +99,15 @@ def _label(job: Job) -> str:
     return f"{job[0]} on {job[1]}"
 
 
-def run(package: str, jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Outcome]]:
+def run(
+    package: str, jobs: Sequence[Job], known: Mapping[str, Any], processes: int
+) -> Iterator[tuple[Job, Outcome]]:
     """Examine every job, in order, in this process or several."""
     if processes == 1:
-        yield from ((job, examine(package, *job)) for job in jobs)
+        yield from ((job, examine(package, *job, known.get(_label(job)))) for job in jobs)
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(examine, package, *job) for job in jobs]
+        futures = [pool.submit(examine, package, *job, known.get(_label(job))) for job in jobs]
         for job, future in zip(jobs, futures, strict=True):
             try:
                 yield job, future.result()
@@ -118,6 +123,7 @@ def clean_environment(cache: str) -> None:
     for name in [n for n in os.environ if n.startswith(("TRITON_", "PTXAS_", "DISABLE_PTXAS"))]:
         del os.environ[name]
     os.environ["TRITON_CACHE_DIR"] = cache
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
 
 class Gate:
@@ -136,13 +142,14 @@ class Gate:
         self.failed += [f"{label}: {fault}" for fault in outcome.faults]
         if outcome.facts is None:
             return
-        self.facts[label] = asdict(outcome.facts)
+        if not outcome.faults:
+            self.facts[label] = asdict(outcome.facts)  # what fails never enters the table
         if not self.compared:
             return
         if label not in self.before:
             self.failed.append(f"{label}: not in the table; run --update")
             return
-        worse, better = compare(self.before[label], self.facts[label])
+        worse, better = compare(self.before[label], asdict(outcome.facts))
         self.failed += [f"{label}: worse: {change}" for change in worse]
         self.better += [f"{label}: better: {change}" for change in better]
 
@@ -201,6 +208,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--check", action="store_true", help="compare with the table (default)")
     mode.add_argument("--update", action="store_true", help="write what was found into the table")
     mode.add_argument("--markdown", action="store_true", help="print the table, compile nothing")
+    quick = "believe the table where the compiled bytes are those it was written for"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--opcodes", action="store_true", help="say the most frequent opcodes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--cache", help="folder for compiled kernels; a fresh one unless told")
@@ -232,7 +241,8 @@ def gate(options: argparse.Namespace) -> int:
     if not jobs:
         raise SystemExit(f"no variant of {options.package} matches {options.only!r}")
     judged = Gate(table, compared=own and not options.update)
-    for job, outcome in run(options.package, jobs, options.jobs):
+    known = table["facts"] if options.quick and judged.compared else {}
+    for job, outcome in run(options.package, jobs, known, options.jobs):
         _say(outcome, _label(job), options.opcodes)
         judged.judge(job, outcome)
     labels = {_label(job) for job in every}

@@ -6,14 +6,18 @@ a weight that the variant grants itself, and exactness. benchmarks/aot.py runs a
 table.
 
 A launch finds out which pointers and integers are multiples of 16, and which integers are 1. Here
-the first holds of all that the variant does not call `odd`, and the second of none.
+the first holds of all that the variant does not call `odd`, and the second of none. Line numbers
+are left out of the machine code (TRITON_DISABLE_LINE_INFO): its instructions are the same, and its
+bytes change only with them.
 """
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +75,8 @@ class Facts:
     """kinds of matrix instructions"""
     wide: str
     """128-bit accesses of global memory: "load", "store", "load store" or "" """
+    code: str
+    """a hash of the machine code"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def discover(package: str) -> dict[str, Any]:
     for info in pkgutil.walk_packages(root.__path__, package + "."):
         try:
             module = importlib.import_module(info.name)
-        except ImportError as error:
+        except (ImportError, SyntaxError) as error:
             raise ValueError(f"{info.name} cannot be imported: {error}") from error
         for variant in getattr(module, "variants", list)():
             if variant.name in found:
@@ -134,53 +140,89 @@ def _compile(variant: Any, target: Target) -> Any:
         return triton.compile(_source(variant), target=gpu, options=options)
 
 
-def _read(variant: Any, target: Target) -> tuple[Facts, machine_code.Code, str | None]:
-    """Compile, and read the facts from the machine code."""
+def _read_nvidia(kernel: Any, target: Target) -> tuple[machine_code.Code, dict[str, int]]:
+    text, usage = machine_code.disassemble(kernel.asm["cubin"])
+    code = machine_code.parse_sass(text)
+    system = RESERVED if int(target.arch) >= 90 else 0
+    return code, {
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "spills": code.count(machine_code.SPILL),
+        "shared": kernel.metadata.shared + max(0, usage["SHARED"] - system),
+    }
+
+
+def _read_amd(kernel: Any) -> tuple[machine_code.Code, dict[str, int]]:
+    usage = machine_code.amd_usage(kernel.asm["amdgcn"])
+    return machine_code.parse_amd(kernel.asm["amdgcn"]), {
+        "registers": usage["vgpr_count"],
+        "stack": usage["private_segment_fixed_size"],
+        "spills": usage["vgpr_spill_count"],
+        "shared": kernel.metadata.shared + usage["group_segment_fixed_size"],
+    }
+
+
+def _per_weight(variant: Any, instructions: int) -> float | None:
+    return round(instructions / variant.weights, 3) if variant.weights else None
+
+
+def _measure(
+    variant: Any, target: Target, known: Mapping[str, Any] | None
+) -> tuple[Facts, list[str], str]:
+    """Facts, faults that only the code shows, and opcodes; of `known` code nothing is read."""
     kernel = _compile(variant, target)
-    if target.backend == "cuda":
-        text, usage = machine_code.disassemble(kernel.asm["cubin"])
-        code, ptx = machine_code.parse_sass(text), kernel.asm["ptx"]
-        registers, stack, spills = usage["REG"], usage["STACK"], code.count(machine_code.SPILL)
-        static = max(0, usage["SHARED"] - (RESERVED if int(target.arch) >= 90 else 0))
-    else:
-        text, ptx = kernel.asm["amdgcn"], None
-        code, usage = machine_code.parse_amd(text), machine_code.amd_usage(text)
-        registers, spills = usage["vgpr_count"], usage["vgpr_spill_count"]
-        stack, static = usage["private_segment_fixed_size"], usage["group_segment_fixed_size"]
-    count = len(code.counted)
+    nvidia = target.backend == "cuda"
+    binary = kernel.asm["cubin"] if nvidia else kernel.asm["amdgcn"].encode()
+    digest = hashlib.sha256(binary).hexdigest()[:16]
+    if known and known["code"] == digest and not variant.exact:
+        each = _per_weight(variant, known["instructions"])
+        return Facts(**{**known, "weights": variant.weights, "per_weight": each}), [], ""
+    code, counts = _read_nvidia(kernel, target) if nvidia else _read_amd(kernel)
     facts = Facts(
-        registers=registers,
-        stack=stack,
-        spills=spills,
-        shared=kernel.metadata.shared + static,
-        instructions=count,
+        **counts,
+        instructions=len(code.counted),
         loop=code.hot is not None,
         weights=variant.weights,
-        per_weight=round(count / variant.weights, 3) if variant.weights else None,
+        per_weight=_per_weight(variant, len(code.counted)),
         matrix=code.matrix(),
         wide=code.wide(),
+        code=digest,
     )
-    return facts, code, ptx
-
-
-def examine(package: str, variant_name: str, target_name: str) -> Outcome:
-    """Compile one variant for one target and judge it without the table."""
-    variant, target = discover(package)[variant_name], TARGETS[target_name]
-    try:
-        facts, code, ptx = _read(variant, target)
-    except Exception as error:  # noqa: BLE001 - a compiler may raise anything; it is reported
-        line = (str(error).strip() or repr(error)).splitlines()[0]
-        return Outcome(None, (f"does not compile: {type(error).__name__}: {line}",))
     faults = []
     if spills := code.count_in_loops(machine_code.SPILL):
         faults.append(f"{spills} spill instructions inside a loop; none is allowed")
+    if variant.exact:
+        ptx = kernel.asm["ptx"] if nvidia else None
+        faults += machine_code.inexact(ptx, code, variant.fp_fusion)
+    return facts, faults, code.common()
+
+
+def examine(
+    package: str, name: str, target_name: str, known: Mapping[str, Any] | None = None
+) -> Outcome:
+    """Compile one variant for one target and judge it without the table.
+
+    Args:
+        package: the package to look for variants in.
+        name: of the variant.
+        target_name: a key of TARGETS.
+        known: the table's entry, to be believed without disassembling if the compiled bytes are
+            the ones it was written for. An exact variant is always read.
+
+    Returns:
+        Its facts, or None where it does not compile, and what fails.
+    """
+    variant, target = discover(package)[name], TARGETS[target_name]
+    try:
+        facts, faults, opcodes = _measure(variant, target, known)
+    except Exception as error:  # noqa: BLE001 - a compiler may raise anything; it is reported
+        line = (str(error).strip() or repr(error)).splitlines()[0]
+        return Outcome(None, (f"does not compile: {type(error).__name__}: {line}",))
     if facts.shared > target.shared:
         faults.append(f"{facts.shared} bytes of shared memory; {target.shared} at most")
     most = variant.max_instructions
-    if target_name == "sm_90" and most is not None and not (facts.per_weight or 0) <= most:
-        faults.append(f"{facts.per_weight} instructions a weight; {most} at most")
-    if most is not None and not variant.weights:
+    if most is not None and facts.per_weight is None:
         faults.append("max_instructions needs weights, the number that a thread handles")
-    if variant.exact:
-        faults += machine_code.inexact(ptx, code, variant.fp_fusion)
-    return Outcome(facts, tuple(faults), code.common())
+    elif most is not None and target_name == "sm_90" and facts.per_weight > most:
+        faults.append(f"{facts.per_weight} instructions a weight; {most} at most")
+    return Outcome(facts, tuple(faults), opcodes)

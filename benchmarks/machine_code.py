@@ -8,7 +8,8 @@ header). Nothing depends on the order of addresses: ptxas moves the waits of a l
 of the program, whose jump back into the loop is no loop of its own.
 
 **The hot loop** is one that holds no other loop. Loops that only wait (at most 16 instructions,
-one of them on a barrier, as sm_90 and later have inside their pipelines) do not count. Of several,
+one of them on a barrier and none
+on a matrix, as sm_90 and later have inside their pipelines) do not count. Of several,
 one with matrix instructions is preferred, then the one with more byte permutes (the decode; a loop
 over dense rows has few), then the longer one. A kernel without a loop is counted whole; code that
 is only called, such as the rare path of a division, is not part of it.
@@ -126,7 +127,8 @@ class Code:
 
     def _waits(self, body: set[int]) -> bool:
         opcodes = [self.instructions[i].opcode for i in body]
-        return len(body) <= LONGEST_WAIT and any(o.startswith(WAIT) for o in opcodes)
+        waits = len(body) <= LONGEST_WAIT and any(o.startswith(WAIT) for o in opcodes)
+        return waits and not any(map(is_matrix, opcodes))
 
     def _weight(self, body: set[int]) -> tuple[bool, int, int]:
         opcodes = [self.instructions[i].opcode for i in body]
