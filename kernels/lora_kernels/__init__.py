@@ -1,6 +1,13 @@
 """Operators with one plain PyTorch definition each and, where they exist, faster backends."""
 
-from lora_kernels.blockwise4 import Weight4, decode_scales, dequantize4, quantize4
+from lora_kernels.blockwise4 import (
+    Weight4,
+    decode_scales,
+    dequantize4,
+    encode_scales,
+    expand4_slice,
+    quantize4,
+)
 from lora_kernels.dispatch import backend_for, describe
 from lora_kernels.matmul4 import matmul4
 
@@ -10,6 +17,8 @@ __all__ = [
     "decode_scales",
     "dequantize4",
     "describe",
+    "encode_scales",
+    "expand4_slice",
     "matmul4",
     "quantize4",
 ]

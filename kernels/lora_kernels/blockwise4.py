@@ -8,39 +8,38 @@ entries. Two indices share a byte, the first in the high nibble:
     bytes     [c0 << 4 | c1] [c2 << 4 | c3] …           ceil(n / 2) of them
     scales    [max |e0 … e63|] [max |e64 … e127|] …     ceil(n / block_size), float32
 
-The arithmetic is bitsandbytes' on a CPU, operation by operation, so codes and scales agree byte for
-byte: float32, `x * (1 / scale)` in full blocks and `x / scale` in a partial last one, a code is the
-number of midpoints strictly below the quotient (a tie goes to the lower entry). The scale of an
-all-zero partial block is 0 here and 1e-38 there.
+`blockwise4_reference.py` holds the definition in plain PyTorch, byte for byte bitsandbytes' on a
+CPU. The 16-entry table and the 256-entry table of the scales are arguments; nothing here knows a
+data type by name.
 
-What differs is how a code is found. bitsandbytes searches the 15 midpoints for each element. Here
-[-1, 1] is cut into equal cells, small enough that no cell holds two midpoints; the cell of an
-element tells how many midpoints lie in cells below, and one comparison with the cell's own midpoint
-settles the rest. Rounding keeps `x -> cell(x)` monotonic, so the answer is exactly the search's.
-Dequantizing looks up both elements of a byte at once in a table of 256 pairs.
-
-Everything runs in chunks of 2^18 elements: beside input and output there are never more than a few
-chunks, and they stay in the cache. The 16-entry table and the 256-entry table of the scales are
-arguments; this file knows no data type by name.
+On a GPU (`gpu/blockwise4.py`) each of the three operators is one launch, bit-equal to what is here.
+None waits for the device, except to tell whether all values were finite. Whoever quantizes many
+weights passes a `flag` for each, which the device sets, and reads them all once at the end.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (equations 1-4).
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_kernels import blockwise4_reference as reference
 from lora_kernels.dispatch import backend_for
+from lora_kernels.scales4 import SCALE_GROUP, TINY, check_flag, decode_scales, encode_scales
 
-__all__ = ["SCALE_GROUP", "Weight4", "decode_scales", "dequantize4", "quantize4"]
+__all__ = [
+    "SCALE_GROUP",
+    "Weight4",
+    "decode_scales",
+    "dequantize4",
+    "encode_scales",
+    "expand4_slice",
+    "quantize4",
+]
 
-CHUNK = 1 << 18  # elements; a multiple of every block size
-SCALE_GROUP = 256  # scales that share one scale of their own under double quantization
-TINY = 1e-38  # scales below are taken as this much, so that the reciprocal stays finite
-MAX_CELLS = 1 << 16
+BACKENDS = ("reference", "triton")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -74,9 +73,22 @@ class Weight4(NamedTuple):
     words: Tensor | None = None
     arranged: Tensor | None = None
 
+    @property
+    def nested(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What decodes uint8 scales: `scale_absmax`, `scale_offset`, `scale_table`; or None."""
+        if self.scale_absmax is None or self.scale_offset is None or self.scale_table is None:
+            return None
+        return self.scale_absmax, self.scale_offset, self.scale_table
+
 
 def quantize4(
-    x: Tensor, table: Tensor, block_size: int, name: str = "tensor"
+    x: Tensor,
+    table: Tensor,
+    block_size: int,
+    name: str = "tensor",
+    *,
+    check_finite: bool = True,
+    flag: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize to 4-bit codes with one float32 scale a block.
 
@@ -87,44 +99,43 @@ def quantize4(
         table: float32 (16,), in the order of the codes; of equal entries the first is used.
         block_size: elements that share a scale, a power of two from 32 to 4096.
         name: what `x` is called in messages.
+        check_finite: wait for the result and refuse what is not finite.
+        flag: int32 (1,) on the device of `x`, set to 1 if a value is not finite; then nothing is
+            waited for and `check_finite` has no say.
 
     Returns:
         codes uint8 (ceil(n / 2),) and scales float32 (ceil(n / block_size),). The low nibble that
-        an odd n leaves over holds the code of 0.
+        an odd n leaves over holds the code of 0. Codes of a block that is not finite mean nothing.
 
     Raises:
         TypeError: `x` is not floating-point.
-        ValueError: NaN or infinity in `x`, no data (meta), or a bad block size or table.
+        ValueError: NaN or infinity in `x`, no data (meta), or a bad block size, table or flag.
     """
     check_block_size(block_size)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {x.dtype}")
     if x.is_meta:
         raise ValueError(f"{name} is on the meta device and has no values to quantize")
-    run = {"reference": _quantize4_reference}[backend_for(x, ("reference",))]
+    _check_table(table)
+    check_flag(flag, x)
+    run = {"reference": reference.quantize, "triton": _quantize4_triton}[backend_for(x, BACKENDS)]
     with torch.no_grad():
-        return run(x.detach(), table, block_size, name)
-
-
-def _quantize4_reference(
-    x: Tensor, table: Tensor, block_size: int, name: str
-) -> tuple[Tensor, Tensor]:
-    n = x.numel()
-    encode = _Encoder(table, x.device)
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
-    start = 0
-    for values in _pieces(x, block_size):
-        quotients, absmax = _normalise(values.float(), block_size)
-        if not bool(absmax.isfinite().all()):
-            raise ValueError(_not_finite(values, start, x.shape, name))
-        stop = start + values.numel()
-        if quotients.numel() % 2:  # the nibble left over
-            quotients = torch.nn.functional.pad(quotients, (0, 1))
-        codes[start // 2 : (stop + 1) // 2] = _pack(encode(quotients))
-        scales[start // block_size : -(-stop // block_size)] = absmax
-        start = stop
+        x = x.detach()
+        found = flag
+        if found is None and check_finite:
+            found = torch.zeros(1, dtype=torch.int32, device=x.device)
+        codes, scales = run(x, table, block_size, found)
+        if flag is None and found is not None and bool(found):
+            raise ValueError(reference.describe_non_finite(x, name))
     return codes, scales
+
+
+def _quantize4_triton(
+    x: Tensor, table: Tensor, block_size: int, flag: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from lora_kernels.gpu import blockwise4 as gpu
+
+    return gpu.quantize(x, *_ranks(table.to(x.device)), block_size, TINY, flag)
 
 
 def dequantize4(
@@ -134,22 +145,29 @@ def dequantize4(
     block_size: int,
     numel: int,
     dtype: torch.dtype = torch.float32,
+    *,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Expand 4-bit codes: `x_i = round(table[code_i] * scale_b)`, the product in float32.
 
     Args:
         codes: uint8, ceil(numel / 2) bytes, any shape.
-        scales: float32 (ceil(numel / block_size),), decoded.
+        scales: float32 (ceil(numel / block_size),), or uint8 indices, decoded on the way.
         table: float32 (16,).
         block_size: elements that share a scale.
         numel: elements, which tells an even count from an odd one.
         dtype: of the result; the product is rounded to it once.
+        nested: what decodes uint8 scales: absmax, offset, table, as `decode_scales` takes them.
+        out: contiguous, `numel` elements of `dtype`: written and returned.
 
     Returns:
-        (numel,) of `dtype`.
+        `out`, or a new tensor (numel,) of `dtype`.
 
     Raises:
-        ValueError: too many or too few codes or scales for `numel`.
+        TypeError: `dtype` is not floating-point.
+        ValueError: too many or too few codes or scales for `numel`, uint8 scales without `nested`,
+            or a table or an `out` of another kind.
     """
     if codes.numel() != (numel + 1) // 2:
         raise ValueError(
@@ -161,63 +179,87 @@ def dequantize4(
             f"scales must have ceil(n / block) = {-(-numel // block_size)} entries for "
             f"n = {numel}, block = {block_size}; got {scales.numel()}"
         )
-    run = {"reference": _dequantize4_reference}[backend_for(codes, ("reference",))]
+    _check_table(table)
+    _check_nested(scales, nested)
+    out = _place(out, (numel,), dtype, codes.device)
+    offered = {"reference": reference.dequantize, "triton": _dequantize4_triton}
+    run = offered[backend_for(codes, BACKENDS)]
     with torch.no_grad():
-        return run(codes.reshape(-1), scales, table, block_size, numel, dtype)
-
-
-def _dequantize4_reference(
-    codes: Tensor, scales: Tensor, table: Tensor, block_size: int, numel: int, dtype: torch.dtype
-) -> Tensor:
-    byte = torch.arange(256, device=codes.device)
-    table = table.to(codes.device)
-    pairs = torch.stack((table[byte >> 4], table[byte & 15]), dim=1)  # (256, 2)
-    pairs = pairs.view(torch.int64).view(-1)  # (256,), one 8-byte load a lookup
-    out = torch.empty(numel, dtype=dtype, device=codes.device)
-    for start in range(0, numel, CHUNK):
-        stop = min(start + CHUNK, numel)
-        index = codes[start // 2 : (stop + 1) // 2].int()
-        values = pairs.index_select(0, index).view(torch.float32)[: stop - start]
-        full = start + (stop - start) // block_size * block_size
-        torch.mul(
-            values[: full - start].view(-1, block_size),
-            scales[start // block_size : full // block_size, None],
-            out=out[start:full].view(-1, block_size),
-        )
-        if full < stop:
-            torch.mul(values[full - start :], scales[-1], out=out[full:stop])
+        run(codes.reshape(-1), scales, table, block_size, nested, out.view(-1))
     return out
 
 
-def decode_scales(
+def _dequantize4_triton(
+    codes: Tensor,
     scales: Tensor,
-    scale_absmax: Tensor | None = None,
-    scale_offset: Tensor | None = None,
-    scale_table: Tensor | None = None,
+    table: Tensor,
+    block_size: int,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+    out: Tensor,
+) -> None:
+    from lora_kernels.gpu import blockwise4 as gpu
+
+    wide = _single(out)
+    gpu.expand(codes, scales, nested, table.to(codes.device), block_size, wide)
+    if wide is not out:
+        out.copy_(wide)
+
+
+def expand4_slice(
+    weight: Weight4,
+    row0: int,
+    row1: int,
+    col0: int,
+    col1: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Decode double-quantized scales: `table[q_b] * absmax[b // 256] + offset`, rounded twice.
+    """Expand rows `row0 … row1` and columns `col0 … col1` of a weight, and nothing else of it.
 
     Args:
-        scales: float32 (blocks,), returned as it is, or uint8 indices.
-        scale_absmax: float32 (ceil(blocks / 256),), with uint8 scales.
-        scale_offset: float32 (), with uint8 scales.
-        scale_table: float32 (256,), with uint8 scales.
+        weight: rows are whole blocks.
+        row0: first row.
+        row1: one past the last.
+        col0: first column, a multiple of the block size.
+        col1: one past the last, likewise.
+        dtype: of the result, to which the float32 product is rounded once.
+        out: contiguous, as many elements of `dtype`: written and returned.
 
     Returns:
-        float32 (blocks,).
+        `out`, or a new tensor (row1 - row0, col1 - col0).
 
     Raises:
-        ValueError: uint8 scales without what decodes them.
+        TypeError: `dtype` is not floating-point.
+        ValueError: rows that are not whole blocks, a slice that is not within the weight or does
+            not end on blocks, or as `dequantize4`.
     """
-    if scales.dtype == torch.float32:
-        return scales
-    if scale_absmax is None or scale_offset is None or scale_table is None:
-        raise ValueError(
-            f"scales of {scales.dtype} need scale_absmax, scale_offset and scale_table to decode"
-        )
-    with torch.no_grad():
-        values = scale_table.to(scales.device).index_select(0, scales.int())
-        return values * scale_absmax.repeat_interleave(SCALE_GROUP)[: values.numel()] + scale_offset
+    n, k, block = weight.out_features, weight.in_features, weight.block_size
+    if k % block:
+        raise ValueError(f"slices need rows of whole blocks; got {k} columns in blocks of {block}")
+    if not (0 <= row0 <= row1 <= n and 0 <= col0 <= col1 <= k):
+        raise ValueError(f"[{row0}:{row1}, {col0}:{col1}] is not a slice of ({n}, {k})")
+    if col0 % block or col1 % block:
+        raise ValueError(f"columns must be multiples of the block size {block}; got {col0}:{col1}")
+    _check_table(weight.table)
+    _check_nested(weight.scales, weight.nested)
+    out = _place(out, (row1 - row0, col1 - col0), dtype, weight.codes.device)
+    offered = {"reference": reference.expand_slice, "triton": _expand4_slice_triton}
+    run = offered[backend_for(weight.codes, BACKENDS)]
+    if out.numel():
+        with torch.no_grad():
+            run(weight, row0, row1, col0, col1, out)
+    return out
+
+
+def _expand4_slice_triton(
+    weight: Weight4, row0: int, row1: int, col0: int, col1: int, out: Tensor
+) -> None:
+    from lora_kernels.gpu import blockwise4 as gpu
+
+    wide = _single(out)
+    gpu.expand4_slice(weight, row0, row1, col0, col1, wide.dtype, wide)
+    if wide is not out:
+        out.copy_(wide)
 
 
 def check_block_size(block_size: int) -> None:
@@ -230,97 +272,60 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be a power of two from 32 to 4096; got {block_size!r}")
 
 
-class _Encoder:
-    """Quotients to codes, by the cells that the module's docstring describes.
-
-    `below[c]` counts the midpoints in cells under c and `own[c]` is the midpoint inside cell c
-    (infinity if there is none), so `rank(x) = below[cell(x)] + (x > own[cell(x)])`.
-    """
-
-    def __init__(self, table: Tensor, device: torch.device) -> None:
-        if table.shape != (16,) or table.dtype != torch.float32:
-            raise ValueError(
-                f"the code table must be float32 (16,); got {table.dtype} {tuple(table.shape)}"
-            )
-        values, order = table.cpu().sort(stable=True)
-        first = torch.cat((values.new_ones(1, dtype=torch.bool), values[1:] != values[:-1]))
-        values, order = values[first], order[first].to(torch.uint8)
-        middle = (values[:-1] + values[1:]) / 2
-        self.middle = middle.to(device)
-        self.order = None if bool((order.int().diff() == 1).all()) else order
-        if self.order is not None:
-            self.order = self.order.to(device)
-        self.cells = 16
-        while self.cells <= MAX_CELLS and bool(self._cell(middle).diff().eq(0).any()):
-            self.cells *= 2
-        if self.cells > MAX_CELLS:  # entries too near each other: search instead
-            return
-        cell, own = self._cell(middle), middle.new_full((self.cells + 2,), math.inf)
-        every = torch.arange(self.cells + 2, device=middle.device)
-        inside = (cell >= 0) & (cell < len(own))
-        own[cell[inside].long()] = middle[inside]
-        self.below = (cell < every[:, None]).sum(1).to(torch.uint8).to(device)
-        # looked up as integers: index_select is several times slower on floats
-        self.own = own.view(torch.int32).to(device)
-
-    def _cell(self, x: Tensor) -> Tensor:
-        # clamped, as midpoints of a user's table may lie anywhere
-        return torch.add(x, 1).clamp_(-1, 3).mul_(self.cells / 2).int()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.cells > MAX_CELLS:
-            rank = torch.bucketize(x, self.middle, out_int32=True).to(torch.uint8)
-        else:
-            cell = torch.add(x, 1).mul_(self.cells / 2).int()
-            own = self.own.index_select(0, cell).view(torch.float32)
-            rank = self.below.index_select(0, cell).add_((x > own).view(torch.uint8))
-        return rank if self.order is None else self.order.index_select(0, rank.int())
+def _check_table(table: Tensor) -> None:
+    if table.shape != (16,) or table.dtype != torch.float32:
+        raise ValueError(
+            f"the code table must be float32 (16,); got {table.dtype} {tuple(table.shape)}"
+        )
 
 
-def _pieces(x: Tensor, block_size: int) -> Iterator[Tensor]:
-    """Cut `x`, read row-major, into flat pieces of whole blocks and at most one partial block."""
-    n = x.numel()
-    full = n - n % block_size
-    if x.is_contiguous():
-        flat = x.view(-1)
-        for start in range(0, full, CHUNK):
-            yield flat[start : min(start + CHUNK, full)]
-        if full < n:
-            yield flat[full:]
+def _check_nested(scales: Tensor, nested: tuple[Tensor, Tensor, Tensor] | None) -> None:
+    """Refuse scales that nothing decodes, before a kernel reads past their end."""
+    if scales.dtype == torch.float32:
         return
-    # another layout: a few rows at a time are copied into order, as many as end on a block
-    row = n // x.shape[0]
-    step = block_size // math.gcd(row, block_size)
-    step *= max(1, CHUNK // (row * step))
-    for start in range(0, x.shape[0], step):
-        flat = x[start : start + step].reshape(-1)
-        whole = flat.numel() - flat.numel() % block_size
-        yield from (piece for piece in (flat[:whole], flat[whole:]) if piece.numel())
+    if nested is None:
+        raise ValueError(f"scales of {scales.dtype} need nested=(absmax, offset, table) to decode")
+    groups = -(-scales.numel() // SCALE_GROUP)
+    got = [tuple(t.shape) for t in nested]
+    if got != [(groups,), (), (256,)] or any(t.dtype != torch.float32 for t in nested):
+        raise ValueError(
+            f"nested must be float32 ({groups},), () and (256,) for {scales.numel()} scales; got "
+            + ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in nested)
+        )
 
 
-def _normalise(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quotients (n,) and scales (blocks,) of one piece, float32."""
-    partial = values.numel() < block_size
-    blocks = values.view(1, -1) if partial else values.view(-1, block_size)
-    absmax = blocks.abs().amax(dim=1)
-    bound = absmax.clamp(min=TINY)
-    if partial:  # bitsandbytes divides here, and stores the clamped scale
-        return values / bound, torch.where(absmax == 0, absmax, bound)
-    return blocks.mul((1.0 / bound)[:, None]).view(-1), absmax
+def _place(
+    out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A new tensor, or the caller's if it is what the result needs."""
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype}")
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    fits = out.numel() == math.prod(shape) and out.dtype == dtype and out.device == device
+    if not fits or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous, {math.prod(shape)} elements of {dtype} on {device}; got "
+            f"{tuple(out.shape)} of {out.dtype} on {out.device}, strides {out.stride()}"
+        )
+    return out
 
 
-def _pack(codes: Tensor) -> Tensor:
-    """Two codes a byte, the first in the high nibble."""
-    pair = codes.view(torch.int16)  # little-endian: the first code is the low byte
-    return ((pair << 4) | (pair >> 8)).to(torch.uint8)
+def _single(out: Tensor) -> Tensor:
+    """Where a kernel writes what goes to `out`: itself, or float32 on the way to float64."""
+    return torch.empty_like(out, dtype=torch.float32) if out.dtype == torch.float64 else out
 
 
-def _not_finite(values: Tensor, start: int, shape: torch.Size, name: str) -> str:
-    values = values.float()
-    bad = int(values.isfinite().logical_not().nonzero()[0, 0])
-    where = torch.unravel_index(torch.tensor(start + bad, device="cpu"), shape)
-    index = ", ".join(str(int(i)) for i in where)
-    return (
-        f"{name}[{index}] is {float(values[bad])} in float32; 4-bit codes need finite values, "
-        "so repair the weight or leave it out"
-    )
+def _ranks(table: Tensor) -> tuple[Tensor, Tensor]:
+    """What turns a number of midpoints into a code, without a look at the values on the host.
+
+    Returns:
+        The 15 midpoints of the sorted table and infinity, float32 (16,); the code of each rank,
+        int32 (16,). Equal entries have a midpoint between them too, and the first one's code on
+        both sides of it.
+    """
+    values, order = table.sort(stable=True)
+    middle = torch.nn.functional.pad((values[:-1] + values[1:]) / 2, (0, 1), value=math.inf)
+    rank = torch.arange(16, device=table.device)
+    first = rank.masked_fill(torch.nn.functional.pad(values[1:] == values[:-1], (1, 0)), 0)
+    return middle, order[first.cummax(0).values].to(torch.int32)

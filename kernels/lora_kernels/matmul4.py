@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.blockwise4 import Weight4, decode_scales, dequantize4
+from lora_kernels.blockwise4 import Weight4, dequantize4
 from lora_kernels.dispatch import backend_for, device_of
 
 __all__ = ["arrange", "matmul4", "matmul4_reference", "table_words"]
@@ -126,10 +126,8 @@ def matmul4_reference(x: Tensor, weight: Weight4, bias: Tensor | None = None) ->
 
 def _expand(weight: Weight4, dtype: torch.dtype) -> Tensor:
     n, k = weight.out_features, weight.in_features
-    scales = decode_scales(
-        weight.scales, weight.scale_absmax, weight.scale_offset, weight.scale_table
-    )
-    flat = dequantize4(weight.codes, scales, weight.table, weight.block_size, n * k, dtype)
+    codes, scales, table, block = weight.codes, weight.scales, weight.table, weight.block_size
+    flat = dequantize4(codes, scales, table, block, n * k, dtype, nested=weight.nested)
     return flat.view(n, k)
 
 

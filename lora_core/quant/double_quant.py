@@ -11,7 +11,8 @@ has 128 of its values above 0.1.
 
 Difference from bitsandbytes: its CPU code looks the entry up in 65536 bins of [-1, 1], so one scale
 in about 550 gets a neighbour of the nearest entry. Here it is the nearest always, by a search in
-float64; the format is the same, and either reads the other's files.
+float64 (`lora_kernels.encode_scales`, to which the map is an argument); the format is the same, and
+either reads the other's files.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (double quantization); Dettmers et al.
 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861, section 2 (dynamic map).
@@ -22,9 +23,11 @@ import functools
 import torch
 from torch import Tensor
 
-from lora_kernels.blockwise4 import SCALE_GROUP
+import lora_kernels
 
-__all__ = ["dynamic_map", "encode_scales"]
+__all__ = ["dynamic_map", "encode_scales", "shared_map"]
+
+_placed: dict[torch.device, Tensor] = {}
 
 
 @functools.cache
@@ -50,11 +53,29 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     return _dynamic_map().to(device, copy=True)
 
 
-def encode_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize scales to 8 bits: `q_b = argmin_c |(scale_b - offset) - map_c * absmax_g|`.
+def shared_map(device: torch.device) -> Tensor:
+    """The map on a device, copied there once: for reading only, where `dynamic_map` gives a copy.
+
+    Copying from the CPU waits for all that the device has to do, which a call that only reads the
+    map should not.
+    """
+    found = _placed.get(device)
+    if found is None:
+        found = _dynamic_map().to(device)
+        if type(found) is Tensor:  # not a fake one, while a compiler traces
+            _placed[device] = found
+    return found
+
+
+def encode_scales(
+    scales: Tensor, *, check_finite: bool = True, flag: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize scales to 8 bits with the dynamic map: `lora_kernels.encode_scales`.
 
     Args:
         scales: float32 (blocks,), finite.
+        check_finite: as there.
+        flag: as there.
 
     Returns:
         q uint8 (blocks,), absmax float32 (ceil(blocks / 256),), offset float32 () (the mean).
@@ -62,22 +83,5 @@ def encode_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: scales so large that their sum overflows float32.
     """
-    if not scales.numel():
-        empty = scales.new_zeros(0)
-        return empty.to(torch.uint8), empty, scales.new_zeros(())
-    offset = scales.mean()
-    if not bool(offset.isfinite()):
-        raise ValueError(
-            f"the {scales.numel()} scales sum to more than float32 holds (largest "
-            f"{float(scales.max()):g}); use double_quant=False or rescale the weight"
-        )
-    centred = scales - offset
-    groups = -(-scales.numel() // SCALE_GROUP)
-    padded = torch.nn.functional.pad(centred, (0, groups * SCALE_GROUP - scales.numel()))
-    absmax = padded.view(groups, SCALE_GROUP).abs().amax(1)  # (groups,)
-    bound = absmax.clamp(min=1e-38).double()
-    quotients = padded.view(groups, SCALE_GROUP).double() / bound[:, None]
-    entries = dynamic_map(scales.device).double()
-    middle = (entries[:-1] + entries[1:]) / 2  # exact in float64
-    nearest = torch.bucketize(quotients.view(-1)[: scales.numel()], middle)
-    return nearest.to(torch.uint8), absmax, offset
+    table = shared_map(scales.device)
+    return lora_kernels.encode_scales(scales, table, check_finite=check_finite, flag=flag)

@@ -10,15 +10,18 @@ Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_core.quant.codebook import Codebook, codebook
-from lora_core.quant.double_quant import dynamic_map, encode_scales
+from lora_core.quant.double_quant import encode_scales, shared_map
 from lora_kernels.blockwise4 import decode_scales, dequantize4, quantize4
 
 __all__ = ["NF4Tensor", "quantize_4bit", "quantize_nf4"]
+
+_placed: dict[tuple[Codebook, torch.device], Tensor] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +55,14 @@ class NF4Tensor:
         """The decoded scales, float32 (blocks,)."""
         if not self.double_quant:
             return self.scales
-        table = dynamic_map(self.scales.device)
-        return decode_scales(self.scales, self.scale_absmax, self.scale_offset, table)
+        return decode_scales(self.scales, *(self._nested or ()))
+
+    @property
+    def _nested(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What decodes the scales under double quantization."""
+        if self.scale_absmax is None or self.scale_offset is None:
+            return None
+        return self.scale_absmax, self.scale_offset, shared_map(self.scales.device)
 
     @property
     def nbytes(self) -> int:
@@ -67,19 +76,30 @@ class NF4Tensor:
         numel = self.shape.numel()
         return 8 * self.nbytes / numel if numel else 0.0
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """Expand to a dense tensor.
 
         Args:
             dtype: of the result; default that of the tensor that was quantized. The float32 product
                 of table entry and scale is rounded to it once.
+            out: contiguous, as many elements of that dtype: written, and a view of it is returned.
 
         Returns:
             A tensor of `shape`.
+
+        Raises:
+            ValueError: an `out` of another kind.
         """
-        table = self.code.table(self.packed.device)
-        numel, dtype = self.shape.numel(), dtype or self.dtype
-        flat = dequantize4(self.packed, self.absmax, table, self.block_size, numel, dtype)
+        flat = dequantize4(
+            self.packed,
+            self.scales,
+            _table(self.code, self.packed.device),
+            self.block_size,
+            self.shape.numel(),
+            dtype or self.dtype,
+            nested=self._nested,
+            out=out,
+        )
         return flat.view(self.shape)
 
     def rows(self, start: int, stop: int) -> "NF4Tensor":
@@ -133,6 +153,8 @@ def quantize_4bit(
     double_quant: bool = True,
     *,
     name: str = "w",
+    check_finite: bool = True,
+    flag: Tensor | None = None,
 ) -> NF4Tensor:
     """Quantize to 4 bits: `code_i = argmin_c |w_i / absmax_b - table_c|` in blocks of `block_size`.
 
@@ -142,6 +164,9 @@ def quantize_4bit(
         block_size: elements that share a scale, a power of two from 32 to 4096.
         double_quant: keep the scales in 8 bits.
         name: what `w` is called in messages.
+        check_finite: wait for the result and refuse what is not finite.
+        flag: int32 (1,) on the device of `w`, set to 1 by what would be refused; then nothing is
+            waited for and `check_finite` has no say.
 
     Returns:
         The 4-bit tensor, on the device of `w`.
@@ -153,10 +178,11 @@ def quantize_4bit(
     Ref: QLoRA, arXiv:2305.14314, equations 1 and 5.
     """
     book = codebook(code)
-    packed, scales = quantize4(w, book.table(), block_size, name)
+    told: dict[str, Any] = {"check_finite": check_finite, "flag": flag}
+    packed, scales = quantize4(w, _table(book, w.device), block_size, name, **told)
     absmax = offset = None
     if double_quant:
-        scales, absmax, offset = encode_scales(scales)
+        scales, absmax, offset = encode_scales(scales, **told)
     return NF4Tensor(packed, scales, w.shape, w.dtype, book, block_size, absmax, offset)
 
 
@@ -172,3 +198,13 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True) -> 
         The 4-bit tensor.
     """
     return quantize_4bit(w, "nf4", block_size, double_quant)
+
+
+def _table(code: Codebook, device: torch.device) -> Tensor:
+    """The table on a device, copied there once (a copy would wait for it): for reading only."""
+    found = _placed.get((code, device))
+    if found is None:
+        found = code.table(device)
+        if type(found) is Tensor:  # not a fake one, while a compiler traces
+            _placed[code, device] = found
+    return found

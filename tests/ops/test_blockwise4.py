@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_core.quant.codebook import CODEBOOKS
 from lora_kernels import decode_scales, dequantize4, quantize4
-from lora_kernels.blockwise4 import CHUNK, _Encoder
+from lora_kernels.blockwise4_reference import CHUNK, _Encoder
 
 BLOCKS = [2**i for i in range(5, 13)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

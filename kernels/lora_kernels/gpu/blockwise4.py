@@ -1,0 +1,407 @@
+"""Quantize and expand 4-bit blocks on a GPU.
+
+Expand reads half a byte a weight and writes two: it should run at the speed of a copy, which on an
+H200 leaves about 17 instructions a weight. A chain of selects over 16 entries takes 21; reading
+the table from memory with a pointer per weight 9 to 12. Here the codes are read as 32-bit words,
+eight to a word, and looked up with `tl.gather` in a flat tensor: the compiler keeps the 16 entries
+in shared memory, where no two of them lie in one bank. Loads of codes and stores of weights move
+16 bytes a thread. Scales are decoded once a block, not once a thread that uses them.
+
+Quantize finds codes by a binary search over the 15 midpoints, four lookups in the same manner,
+which works for any table; the reference cuts [-1, 1] into cells, whose number depends on the table
+and would have to be known on the host.
+
+Both are bit-equal to the definition: quotients are rounded correctly (`div_rn`), a product and a
+sum stay two roundings (`enable_fp_fusion=False`), and the product is narrowed once. Neither waits
+for the host: whether all values are finite is stored to a flag on the device.
+
+A program takes `TILE` weights. Whole blocks go down a path without masks inside a block. A partial
+last block, or codes that do not start at a multiple of 4 bytes, compile a second form (`PARTIAL`,
+`BYTEWISE`) that masks every element; it is slower, and rare in weights.
+
+Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.blockwise4 import Weight4
+from lora_kernels.dispatch import device_of
+from lora_kernels.gpu.decode import load_scales, narrow
+from lora_kernels.gpu.variant import Variant
+
+__all__ = ["expand", "expand4_slice", "quantize", "variants"]
+
+EXPAND_TILE = 8192  # weights a program
+QUANTIZE_TILE = 4096  # the same; also the largest block
+WARPS = 4
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+@triton.jit
+def _expand_kernel(
+    codes_ptr,
+    scales_ptr,
+    absmax_ptr,
+    offset_ptr,
+    scale_table_ptr,
+    table_ptr,
+    out_ptr,
+    first,  # block of the weight that out begins with
+    height,  # rows of out
+    width,  # blocks in a row of out
+    stride,  # blocks from one row of the weight to the next
+    numel,  # of out, not counting what a partial last block lacks
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # rows a program
+    COLUMNS: tl.constexpr,  # blocks a program takes of each row
+    NESTED: tl.constexpr,
+    BYTEWISE: tl.constexpr,
+):
+    # where the program begins, in 64 bits; from there on 32 are enough
+    row = tl.program_id(1).to(tl.int64) * ROWS
+    column = tl.program_id(0).to(tl.int64) * COLUMNS
+    source = first + row * stride + column  # block of the weight
+    target = row * width + column  # block of out
+    each = tl.arange(0, ROWS * COLUMNS)
+    i, j = each // COLUMNS, each % COLUMNS
+    rows_left = tl.minimum(height - row, ROWS).to(tl.int32)
+    columns_left = tl.minimum(width - column, COLUMNS).to(tl.int32)
+    live = (i < rows_left) & (j < columns_left)  # (blocks,)
+    from_source = i * stride.to(tl.int32) + j
+    from_target = i * width.to(tl.int32) + j
+    scale = load_scales(
+        scales_ptr,
+        absmax_ptr,
+        offset_ptr,
+        scale_table_ptr,
+        source + from_source,
+        live,
+        NESTED,
+    )  # (blocks,)
+
+    # bits 8k+4 ... 8k+7 of a word hold element 2k, bits 8k ... 8k+3 element 2k+1
+    codes_ptr += source * (BLOCK // 2)
+    words = from_source[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
+    if BYTEWISE:
+        left = (numel + 1) // 2 - source * (BLOCK // 2)  # bytes that exist from here on
+        word = tl.zeros((ROWS * COLUMNS, BLOCK // 8), tl.uint32)
+        for k in tl.static_range(4):
+            byte = words * 4 + k
+            mask = live[:, None] & (byte < left)
+            word |= tl.load(codes_ptr + byte, mask=mask, other=0).to(tl.uint32) << (8 * k)
+    else:
+        words_ptr = codes_ptr.to(tl.pointer_type(tl.uint32))
+        word = tl.load(words_ptr + words, mask=live[:, None], other=0)
+    shift = ((tl.arange(0, 8) ^ 1) * 4).to(tl.uint32)
+    code = ((word[:, :, None] >> shift[None, None, :]) & 15).to(tl.int32)  # (blocks, BLOCK / 8, 8)
+    table = tl.load(table_ptr + tl.arange(0, 16))
+    value = tl.gather(table, code.reshape(ROWS * COLUMNS * BLOCK), 0)
+    value = value.reshape(ROWS * COLUMNS, BLOCK) * scale[:, None]
+    element = from_target[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = live[:, None]
+    if BYTEWISE:
+        mask &= element < numel - target * BLOCK
+    out_ptr += target * BLOCK
+    tl.store(out_ptr + element, narrow(value, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    middle_ptr,
+    order_ptr,
+    codes_ptr,
+    scales_ptr,
+    flag_ptr,
+    numel,
+    TINY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # blocks a program
+    PARTIAL: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCKS  # block
+    left = tl.minimum(numel - first * BLOCK, BLOCKS * BLOCK).to(tl.int32)  # elements
+    each = tl.arange(0, BLOCKS)
+    live = each * BLOCK < left  # (BLOCKS,)
+    element = each[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = element < left if PARTIAL else live[:, None]
+    x = tl.load(x_ptr + first * BLOCK + element, mask=mask, other=0.0).to(tl.float32)
+
+    # as integers magnitudes order alike, and a NaN is larger than infinity
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # (BLOCKS,)
+    if CHECK:
+        tl.store(flag_ptr + each * 0, 1, mask=bits >= 0x7F800000)
+    absmax = bits.to(tl.float32, bitcast=True)
+    bound = tl.maximum(absmax, tl.full(absmax.shape, TINY, tl.float32))
+    x_over_bound = x * tl.div_rn(1.0, bound)[:, None]
+    if PARTIAL:
+        partial = each * BLOCK + BLOCK > left
+        x_over_bound = tl.where(partial[:, None], tl.div_rn(x, bound[:, None]), x_over_bound)
+        absmax = tl.where(partial & (absmax > 0), bound, absmax)
+    tl.store(scales_ptr + first + each, absmax, mask=live)
+
+    # rank = number of midpoints below: 8, then 4, 2, 1 more of them
+    quotient = x_over_bound.reshape(BLOCKS * BLOCK)
+    middle = tl.load(middle_ptr + tl.arange(0, 16))
+    rank = tl.where(quotient > tl.load(middle_ptr + 7), 8, 0)
+    rank += tl.where(quotient > tl.gather(middle, rank + 3, 0), 4, 0)
+    rank += tl.where(quotient > tl.gather(middle, rank + 1, 0), 2, 0)
+    rank += tl.where(quotient > tl.gather(middle, rank, 0), 1, 0)
+    code = tl.gather(tl.load(order_ptr + tl.arange(0, 16)), rank, 0)
+    high, low = tl.split(code.reshape(BLOCKS, BLOCK // 2, 2))
+    byte = each[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    mask = byte * 2 < left if PARTIAL else live[:, None]
+    tl.store(codes_ptr + first * (BLOCK // 2) + byte, (high << 4 | low).to(tl.uint8), mask=mask)
+
+
+def quantize(
+    x: Tensor, middle: Tensor, order: Tensor, block_size: int, tiny: float, flag: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Quantize a tensor in one launch.
+
+    Args:
+        x: any shape and layout, bfloat16, float16, float32 or float64.
+        middle: float32 (16,), the ascending midpoints of the code table, and infinity.
+        order: int32 (16,), the code of each rank among them.
+        block_size: elements that share a scale.
+        tiny: the least divisor.
+        flag: int32 (1,), set to 1 if a value is not finite; or None.
+
+    Returns:
+        codes uint8 (ceil(n / 2),) and scales float32 (ceil(n / block_size),).
+    """
+    numel = x.numel()
+    codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(-(-numel // block_size), dtype=torch.float32, device=x.device)
+    if numel:
+        with device_of(x):
+            _quantize_kernel[(triton.cdiv(numel, QUANTIZE_TILE),)](
+                x.contiguous(),
+                middle,
+                order,
+                codes,
+                scales,
+                scales if flag is None else flag,
+                numel,
+                **_quantize_constants(block_size, tiny, numel % block_size != 0, flag is not None),
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )
+    return codes, scales
+
+
+def expand(
+    codes: Tensor,
+    scales: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+    table: Tensor,
+    block_size: int,
+    out: Tensor,
+) -> None:
+    """Expand a tensor of any size in one launch.
+
+    Args:
+        codes: uint8, flat.
+        scales: float32 (blocks,), or uint8 indices.
+        nested: absmax, offset and table of uint8 scales.
+        table: float32 (16,).
+        block_size: elements that share a scale.
+        out: contiguous bfloat16, float16 or float32, written.
+    """
+    blocks = triton.cdiv(out.numel(), block_size)
+    part = _Slice(0, 1, blocks, blocks)
+    _expand(codes, scales, nested, table, block_size, part, out.numel(), out)
+
+
+def expand4_slice(
+    weight: Weight4,
+    row0: int,
+    row1: int,
+    col0: int,
+    col1: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Expand rows `row0 … row1` and columns `col0 … col1` of a weight whose rows are whole blocks.
+
+    Args:
+        weight: codes and scales of (N, K), K a multiple of the block size.
+        row0: first row.
+        row1: one past the last.
+        col0: first column, a multiple of the block size.
+        col1: one past the last, likewise.
+        dtype: bfloat16, float16 or float32.
+        out: contiguous, as many elements of `dtype`: written and returned.
+
+    Returns:
+        `out`, or a new tensor (row1 - row0, col1 - col0).
+    """
+    if out is None:
+        out = torch.empty((row1 - row0, col1 - col0), dtype=dtype, device=weight.codes.device)
+    block = weight.block_size
+    across = weight.in_features // block
+    part = _Slice(row0 * across + col0 // block, row1 - row0, (col1 - col0) // block, across)
+    numel = weight.out_features * weight.in_features
+    codes = weight.codes.view(-1)
+    _expand(codes, weight.scales, weight.nested, weight.table, block, part, numel, out)
+    return out
+
+
+class _Slice(NamedTuple):
+    """Blocks of a weight, row by row."""
+
+    first: int
+    """block of the weight that it begins with"""
+    height: int
+    """rows"""
+    width: int
+    """blocks a row"""
+    stride: int
+    """blocks from one row of the weight to the next"""
+
+
+def _expand(
+    codes: Tensor,
+    scales: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+    table: Tensor,
+    block_size: int,
+    part: _Slice,
+    numel: int,
+    out: Tensor,
+) -> None:
+    """Launch; `numel` is that of the whole weight."""
+    if not out.numel():
+        return
+    is_nested = scales.dtype == torch.uint8
+    absmax, offset, scale_table = nested if is_nested and nested else (table, table, table)
+    bytewise = numel % block_size != 0 or codes.data_ptr() % 4 != 0
+    constants = _expand_constants(block_size, part, is_nested, bytewise)
+    rows, columns = constants["ROWS"], constants["COLUMNS"]
+    # a grid has 2^31 - 1 programs along its first side, 65535 along the second
+    for top in range(0, part.height, rows * 65535):
+        height = min(part.height - top, rows * 65535)
+        with device_of(out):
+            _expand_kernel[(triton.cdiv(part.width, columns), triton.cdiv(height, rows))](
+                codes,
+                scales,
+                absmax,
+                offset,
+                scale_table,
+                table,
+                out.view(-1)[top * part.width * block_size :],
+                part.first + top * part.stride,
+                height,
+                part.width,
+                part.stride,
+                numel,
+                **constants,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )
+
+
+def _quantize_constants(block_size: int, tiny: float, partial: bool, check: bool) -> dict[str, Any]:
+    blocks = QUANTIZE_TILE // block_size
+    return {"TINY": tiny, "BLOCK": block_size, "BLOCKS": blocks, "PARTIAL": partial, "CHECK": check}
+
+
+def _expand_constants(
+    block_size: int, part: _Slice, nested: bool, bytewise: bool
+) -> dict[str, Any]:
+    """The tile that a program expands: as wide as leaves least of it empty, then as high."""
+    blocks = EXPAND_TILE // block_size
+    columns = blocks
+    if part.height > 1:
+        widths = [1 << i for i in range(blocks.bit_length())]
+        columns = min(widths, key=lambda c: (triton.cdiv(part.width, c) * c, -c))
+    rows = blocks // columns
+    while rows > 1 and rows * part.stride * block_size >= 2**31:  # 32 bits inside a tile
+        rows //= 2
+    constants = {"BLOCK": block_size, "ROWS": rows, "COLUMNS": columns}
+    return constants | {"NESTED": nested, "BYTEWISE": bytewise}
+
+
+def variants() -> list[Variant]:
+    """What the launchers compile by default: block 64 in every type, and the other paths once."""
+    flat, columns = _Slice(0, 1, 1 << 20, 1 << 20), _Slice(0, 4096, 16, 64)
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for nested in (True, False):
+            limit = 9.0 if dtype == "bf16" and nested else None
+            found.append(_expand_variant(dtype, 64, flat, nested, limit=limit))
+    found.append(_expand_variant("bf16", 64, columns, True, limit=9.0))
+    found += [_expand_variant("bf16", block, flat, True) for block in (32, 128, 4096)]
+    found.append(_expand_variant("bf16", 64, flat, True, bytewise=True))
+    found += [_quantize_variant(dtype, 64) for dtype in TYPES.values()]
+    found += [_quantize_variant("bf16", block) for block in (32, 4096)]
+    found.append(_quantize_variant("bf16", 64, partial=True))
+    return found
+
+
+def _expand_variant(
+    dtype: str,
+    block_size: int,
+    part: _Slice,
+    nested: bool,
+    bytewise: bool = False,
+    limit: float | None = None,
+) -> Variant:
+    constants = _expand_constants(block_size, part, nested, bytewise)
+    pointers = dict.fromkeys(("absmax_ptr", "offset_ptr", "scale_table_ptr", "table_ptr"), "*fp32")
+    sizes = dict.fromkeys(("first", "height", "width", "stride", "numel"), "i64")
+    words = ["nested" if nested else "float32 scales", *(["slice"] if part.height > 1 else [])]
+    return Variant(
+        name=f"expand4/{dtype}/{block_size}/{'/'.join(words)}{'/bytewise' if bytewise else ''}",
+        kernel=_expand_kernel,
+        signature={
+            "codes_ptr": "*u8",
+            "scales_ptr": "*u8" if nested else "*fp32",
+            **pointers,
+            "out_ptr": f"*{dtype}",
+            **sizes,
+            **dict.fromkeys(constants, "constexpr"),
+        },
+        constants=constants,
+        warps=WARPS,
+        fp_fusion=False,
+        weights=EXPAND_TILE / (WARPS * 32),
+        exact=True,
+        odd=frozenset(sizes),
+        max_instructions=limit,
+    )
+
+
+def _quantize_variant(dtype: str, block_size: int, partial: bool = False) -> Variant:
+    constants = _quantize_constants(block_size, 1e-38, partial, True)
+    return Variant(
+        name=f"quantize4/{dtype}/{block_size}{'/partial' if partial else ''}",
+        kernel=_quantize_kernel,
+        signature={
+            "x_ptr": f"*{dtype}",
+            "middle_ptr": "*fp32",
+            "order_ptr": "*i32",
+            "codes_ptr": "*u8",
+            "scales_ptr": "*fp32",
+            "flag_ptr": "*i32",
+            "numel": "i64",
+            **dict.fromkeys(constants, "constexpr"),
+        },
+        constants=constants,
+        warps=WARPS,
+        fp_fusion=False,
+        weights=QUANTIZE_TILE / (WARPS * 32),
+        exact=True,
+        odd=frozenset(("flag_ptr", "numel")),
+    )
