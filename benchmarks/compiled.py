@@ -75,6 +75,8 @@ class Facts:
     """kinds of matrix instructions"""
     wide: str
     """128-bit accesses of global memory: "load", "store", "load store" or "" """
+    exact: bool
+    """whether it was judged to round as its definition does"""
     code: str
     """a hash of the machine code"""
 
@@ -162,8 +164,10 @@ def _read_amd(kernel: Any) -> tuple[machine_code.Code, dict[str, int]]:
     }
 
 
-def _per_weight(variant: Any, instructions: int) -> float | None:
-    return round(instructions / variant.weights, 3) if variant.weights else None
+def _each(variant: Any, target: Target, instructions: int) -> dict[str, Any]:
+    """Weights that a thread handles, half as many where warps are twice as wide; and the ratio."""
+    weights = variant.weights and variant.weights * 32 / target.lanes
+    return {"weights": weights, "per_weight": weights and round(instructions / weights, 3)}
 
 
 def _measure(
@@ -174,18 +178,18 @@ def _measure(
     nvidia = target.backend == "cuda"
     binary = kernel.asm["cubin"] if nvidia else kernel.asm["amdgcn"].encode()
     digest = hashlib.sha256(binary).hexdigest()[:16]
-    if known and known["code"] == digest and not variant.exact:
-        each = _per_weight(variant, known["instructions"])
-        return Facts(**{**known, "weights": variant.weights, "per_weight": each}), [], ""
+    sound = not (variant.exact and variant.fp_fusion)
+    if known and sound and (known["code"], known["exact"]) == (digest, variant.exact):
+        return Facts(**{**known, **_each(variant, target, known["instructions"])}), [], ""
     code, counts = _read_nvidia(kernel, target) if nvidia else _read_amd(kernel)
     facts = Facts(
         **counts,
         instructions=len(code.counted),
         loop=code.hot is not None,
-        weights=variant.weights,
-        per_weight=_per_weight(variant, len(code.counted)),
+        **_each(variant, target, len(code.counted)),
         matrix=code.matrix(),
         wide=code.wide(),
+        exact=variant.exact,
         code=digest,
     )
     faults = []
@@ -207,7 +211,7 @@ def examine(
         name: of the variant.
         target_name: a key of TARGETS.
         known: the table's entry, to be believed without disassembling if the compiled bytes are
-            the ones it was written for. An exact variant is always read.
+            the ones it was written for.
 
     Returns:
         Its facts, or None where it does not compile, and what fails.
