@@ -4,7 +4,8 @@ Loading: config.json is checked, the model is built on the meta device (shapes, 
 header is compared with it (names, shapes, dtypes), and only then are weights read, one at a time
 from the mapped file, converted or quantized, and put in place. So a wrong folder fails before any
 work, and beyond the finished model there is never more than one tensor and what quantizing it
-takes. Measured by `python -m benchmarks.loading`.
+takes. Whether the quantized weights were finite is noted where they are and asked once, at the end:
+a GPU goes on quantizing while the next tensor is read. Measured by `python -m benchmarks.loading`.
 
 Saving: weights are written aside inside the target folder, synced, and moved; config.json is taken
 away first and put back last, so a folder that a crash left half done has none and is refused when
@@ -18,7 +19,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ from lora_core.files import sync
 from lora_core.models.config import DTYPES as MODEL_DTYPES
 from lora_core.models.config import ModelConfig
 from lora_core.models.decoder import CausalLM
-from lora_core.quant import NF4Linear
+from lora_core.quant import NF4Linear, quantize_4bit
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _CODES = ("nf4", "fp4", "int4")
@@ -209,6 +210,7 @@ def _fill(
     for name in names:
         owner, _, parameter = name.rpartition(".")
         owners.setdefault(owner, []).append(parameter)
+    flags: dict[str, Tensor] = {}  # tensor's name -> 1 if 4 bits cannot hold it
     for owner, parameters in owners.items():
         module = model.get_submodule(owner)
         quantized = quantize is not None and isinstance(module, nn.Linear) and owner != "lm_head"
@@ -221,14 +223,23 @@ def _fill(
             setattr(module, parameter, nn.Parameter(tensor))
         if quantized:
             assert isinstance(module, nn.Linear)
-            model.set_submodule(owner, _quantized(owner, module, str(quantize)))
+            flag = flags[owner] = torch.zeros(1, dtype=torch.int32, device=device)
+            weight = quantize_4bit(module.weight, str(quantize), 64, True, flag=flag)
+            model.set_submodule(owner, NF4Linear.from_tensor(weight, module.bias))
+    bad = torch.cat(list(flags.values())).tolist() if flags else []
+    for owner, is_bad in zip(flags, bad, strict=True):
+        if is_bad:
+            _explain(owner, folder.tensor(f"{owner}.weight").to(device), str(quantize))
 
 
-def _quantized(name: str, linear: nn.Linear, code: str) -> nn.Module:
+def _explain(owner: str, weight: Tensor, code: str) -> NoReturn:
+    """Quantize once more, to say what is wrong and where."""
+    reason = "its values are not finite"
     try:
-        return NF4Linear.from_linear(linear, code=code, block_size=64, double_quant=True)
+        quantize_4bit(weight, code, 64, True, name="weight")
     except ValueError as error:
-        raise ValueError(f"cannot quantize {name}: {error}") from None
+        reason = str(error)
+    raise ValueError(f"cannot quantize {owner}: {reason}")
 
 
 def save_model(

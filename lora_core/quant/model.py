@@ -3,6 +3,8 @@
 The walk goes by identity: a layer that hangs in several places, or inside an adapter's host, is
 replaced in all of them by one new layer. Weights are checked before the first layer is replaced, so
 a bad one leaves the model as it was, and each dense weight is freed before the next is quantized.
+The check is a bound of each weight, and the bounds of a device are read all at once: a GPU is
+waited for once a model and not once a weight.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.
 """
@@ -22,6 +24,9 @@ from lora_core.targets import Targets, output_head_name, select_modules, sites, 
 from lora_kernels.blockwise4 import check_block_size
 
 __all__ = ["QuantizeReport", "dequantize_model", "quantize_model"]
+
+
+LARGEST = 3e38  # float32 ends at 3.4e38; the rest is room for the roundings of a sum
 
 
 @dataclass(frozen=True)
@@ -82,16 +87,16 @@ def quantize_model(
     chosen = {name: linear for name, linear in linears.items() if name not in kept}
     if not chosen:
         raise ValueError(_nothing(model, kept))
-    for name, linear in chosen.items():
-        _check(linear.weight, f"{name}.weight")
-    before = _nbytes(model)
     options: dict[str, Any] = {"code": book, "block_size": block_size, "double_quant": double_quant}
+    _check({f"{name}.weight": linear.weight for name, linear in chosen.items()}, options)
+    before = _nbytes(model)
     holders = _holders(model)
     names = tuple(chosen)
     linears.clear()
     while chosen:  # emptied on the way, so that each dense weight is freed before the next
-        name, linear = chosen.popitem()
-        layer = NF4Linear.from_tensor(linear.weight, linear.bias, name=f"{name}.weight", **options)
+        _, linear = chosen.popitem()
+        weight = quantize_4bit(linear.weight, **options, check_finite=False)  # checked above
+        layer = NF4Linear.from_tensor(weight, linear.bias)
         layer.train(linear.training)
         for parent, attribute in holders[id(linear)]:
             setattr(parent, attribute, layer)
@@ -174,12 +179,25 @@ def _nothing(model: nn.Module, kept: dict[str, str]) -> str:
     return "nothing to quantize: no nn.Linear inside; for one layer use NF4Linear.from_linear"
 
 
-def _check(weight: Tensor, name: str) -> None:
-    """Refuse a weight that cannot be quantized, without a copy of it."""
-    if weight.is_meta:
-        raise ValueError(f"{name} is on the meta device and has no values to quantize")
-    if weight.numel() and not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
-        quantize_4bit(weight, name=name)  # raises with the place
+def _check(weights: dict[str, Tensor], options: dict[str, Any]) -> None:
+    """Refuse weights that cannot be quantized, without a copy of any and with one read a device.
+
+    A weight is fine if its largest magnitude, times the number of scales that double quantization
+    adds up, is within float32. Any other is quantized for the message, if there is one.
+    """
+    bounds: dict[torch.device, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values to quantize")
+        if weight.numel():
+            largest = torch.stack(weight.detach().aminmax()).abs().amax().double()
+            scales = -(-weight.numel() // options["block_size"])
+            bounds.setdefault(weight.device, {})[name] = largest * scales
+    for device_bounds in bounds.values():
+        values = torch.stack(list(device_bounds.values())).tolist()
+        for name, bound in zip(device_bounds, values, strict=True):
+            if not bound < LARGEST:
+                quantize_4bit(weights[name], **options, name=name)
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

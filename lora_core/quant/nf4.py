@@ -19,7 +19,7 @@ from lora_core.quant.codebook import Codebook, codebook
 from lora_core.quant.double_quant import encode_scales, shared_map
 from lora_kernels.blockwise4 import decode_scales, dequantize4, quantize4
 
-__all__ = ["NF4Tensor", "quantize_4bit", "quantize_nf4"]
+__all__ = ["NF4Tensor", "quantize_4bit", "quantize_nf4", "shared_table"]
 
 _placed: dict[tuple[Codebook, torch.device], Tensor] = {}
 
@@ -93,7 +93,7 @@ class NF4Tensor:
         flat = dequantize4(
             self.packed,
             self.scales,
-            _table(self.code, self.packed.device),
+            shared_table(self.code, self.packed.device),
             self.block_size,
             self.shape.numel(),
             dtype or self.dtype,
@@ -179,7 +179,7 @@ def quantize_4bit(
     """
     book = codebook(code)
     told: dict[str, Any] = {"check_finite": check_finite, "flag": flag}
-    packed, scales = quantize4(w, _table(book, w.device), block_size, name, **told)
+    packed, scales = quantize4(w, shared_table(book, w.device), block_size, name, **told)
     absmax = offset = None
     if double_quant:
         scales, absmax, offset = encode_scales(scales, **told)
@@ -200,7 +200,7 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True) -> 
     return quantize_4bit(w, "nf4", block_size, double_quant)
 
 
-def _table(code: Codebook, device: torch.device) -> Tensor:
+def shared_table(code: Codebook, device: torch.device) -> Tensor:
     """The table on a device, copied there once (a copy would wait for it): for reading only."""
     found = _placed.get((code, device))
     if found is None:

@@ -39,6 +39,8 @@ __all__ = ["expand", "expand4_slice", "quantize", "variants"]
 EXPAND_TILE = 8192  # weights a program
 QUANTIZE_TILE = 4096  # the same; also the largest block
 WARPS = 4
+# always 64 bits wide, and a 1 among them is a number like any other
+SIZES = ["first", "height", "width", "stride", "numel"]
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -47,7 +49,7 @@ TYPES = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _expand_kernel(
     codes_ptr,
     scales_ptr,
@@ -56,11 +58,11 @@ def _expand_kernel(
     scale_table_ptr,
     table_ptr,
     out_ptr,
-    first,  # block of the weight that out begins with
-    height,  # rows of out
-    width,  # blocks in a row of out
-    stride,  # blocks from one row of the weight to the next
-    numel,  # of out, not counting what a partial last block lacks
+    first: tl.int64,  # block of the weight that out begins with
+    height: tl.int64,  # rows of out
+    width: tl.int64,  # blocks in a row of out
+    stride: tl.int64,  # blocks from one row of the weight to the next
+    numel: tl.int64,  # of out, not counting what a partial last block lacks
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,  # rows a program
     COLUMNS: tl.constexpr,  # blocks a program takes of each row
@@ -115,7 +117,7 @@ def _expand_kernel(
     tl.store(out_ptr + element, narrow(value, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _quantize_kernel(
     x_ptr,
     middle_ptr,
@@ -123,7 +125,7 @@ def _quantize_kernel(
     codes_ptr,
     scales_ptr,
     flag_ptr,
-    numel,
+    numel: tl.int64,
     TINY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # blocks a program
@@ -360,7 +362,7 @@ def _expand_variant(
 ) -> Variant:
     constants = _expand_constants(block_size, part, nested, bytewise)
     pointers = dict.fromkeys(("absmax_ptr", "offset_ptr", "scale_table_ptr", "table_ptr"), "*fp32")
-    sizes = dict.fromkeys(("first", "height", "width", "stride", "numel"), "i64")
+    sizes = dict.fromkeys(SIZES, "i64")
     words = ["nested" if nested else "float32 scales", *(["slice"] if part.height > 1 else [])]
     return Variant(
         name=f"expand4/{dtype}/{block_size}/{'/'.join(words)}{'/bytewise' if bytewise else ''}",
