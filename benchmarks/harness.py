@@ -6,7 +6,9 @@ process on the same data, in turns. Memory is the most that was allocated at onc
 there before, the result included.
 """
 
+import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -24,7 +26,9 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 ROTATE_BYTES = 512 << 20  # more than any cache
+FEWEST_TURNS = 3  # a median of fewer says nothing, whatever the limit on time
 Input = TypeVar("Input")
+Stopwatch = Callable[[Callable[[], Any]], float]
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,35 @@ def rotation(make: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
     return [first, *(first.clone() for _ in range(min(63, max(1, copies))))]
 
 
+def host_seconds(call: Callable[[], Any]) -> float:
+    """Seconds of one call by the host's clock, from an idle device to an idle device."""
+    _wait()
+    start = time.perf_counter()
+    result = call()
+    _wait()
+    seconds = time.perf_counter() - start
+    del result  # freeing is not part of the call
+    return seconds
+
+
+def device_seconds(call: Callable[[], Any]) -> float:
+    """Seconds of one call between two events in the GPU's own stream."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _wait()
+    start.record()
+    result = call()
+    stop.record()
+    stop.synchronize()
+    del result
+    return start.elapsed_time(stop) / 1e3
+
+
 def time_in_turns(
-    runs: dict[str, Callable[[Input], Any]], inputs: dict[str, Sequence[Input]], repeats: int
+    runs: dict[str, Callable[[Input], Any]],
+    inputs: dict[str, Sequence[Input]],
+    repeats: int,
+    stopwatch: Stopwatch = host_seconds,
+    limit: float | None = None,
 ) -> dict[str, Timing]:
     """Time several ways to do one thing, taking turns, each over its rotating inputs.
 
@@ -95,22 +126,70 @@ def time_in_turns(
         runs: name to function of one input.
         inputs: name to the inputs it rotates through.
         repeats: timed calls of each, after one that is not timed.
+        stopwatch: measures one call.
+        limit: seconds after which no further turn begins, three turns excepted; None for no limit.
 
     Returns:
         Name to timing.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.monotonic()
     for turn in range(-1, repeats):
+        if limit is not None and turn >= FEWEST_TURNS and time.monotonic() - began > limit:
+            break
         for name, run in runs.items():
             value = inputs[name][turn % len(inputs[name])]
-            _wait()
-            start = time.perf_counter()
-            result = run(value)
-            _wait()
+            measured = stopwatch(functools.partial(run, value))
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-            del result
+                seconds[name].append(measured)
     return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def in_a_row(
+    run: Callable[[Input], Any], inputs: Sequence[Input], calls: int
+) -> Callable[[Any], None]:
+    """A function that makes `calls` calls, each on the next of the inputs, and goes on from there.
+
+    One such batch is long enough for an event's resolution and hides the host's time behind the
+    device's, as a model's many launches do.
+    """
+    turns = itertools.cycle(inputs)
+
+    def batch(_: Any) -> None:
+        for value in itertools.islice(turns, calls):
+            run(value)
+
+    return batch
+
+
+def captured(
+    run: Callable[[Input], Any], inputs: Sequence[Input], calls: int
+) -> Callable[[Any], Any]:
+    """The same as one CUDA graph, which a call replays; on a CPU the calls themselves.
+
+    The graph goes through all inputs, so that a replay finds nothing in the caches.
+    """
+    calls = -(-calls // len(inputs)) * len(inputs)
+    if not torch.cuda.is_available():
+        return in_a_row(run, inputs, calls)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # handles and workspaces are made outside the capture
+        for value in inputs[:2]:
+            run(value)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        in_a_row(run, inputs, calls)(None)
+    return lambda _: graph.replay()
+
+
+def past_the_cache(nbytes: int, device: torch.device) -> int:
+    """Copies of something this large that together hold twice the second-level cache: 2 to 64."""
+    if device.type != "cuda":
+        return 2
+    cache = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return min(64, max(2, -(-2 * cache // max(1, nbytes)) + 1))
 
 
 def peak_allocation(run: Callable[[], Any]) -> int:

@@ -1,0 +1,503 @@
+"""The GPU script without a GPU: all of it at toy sizes, and what must not get past it."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+Load = Callable[[str], ModuleType]
+OURS = ("lora-core", "bitsandbytes", "dense")
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Load]:
+    """Import a benchmark: the repository's root is not on the path of a test run."""
+    sys.path.insert(0, str(ROOT))
+    yield lambda name: importlib.import_module(f"benchmarks.{name}")
+    sys.path.remove(str(ROOT))
+
+
+def run_script(*options: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "kernels")}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--smoke", *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+# --- the whole script ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    out = tmp_path_factory.mktemp("gpu") / "toy.json"
+    ended = run_script("--out", str(out))
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
+    return SimpleNamespace(
+        rows=json.loads(out.read_text()),
+        markdown=out.with_suffix(".md").read_text(),
+        printed=ended.stdout,
+    )
+
+
+def test_every_family_is_checked_and_right(smoke: SimpleNamespace) -> None:
+    checks = [row for row in smoke.rows if row["kind"] == "check"]
+    assert all(row["passed"] for row in checks)
+    families = {"expand", "quantize", "planes", "halves", "dense", "multiply", "dx", "lora"}
+    families |= {"mixed", "dx halves", "dx dense"}
+    assert {row["family"] for row in checks} == families
+    for family in families:
+        kinds = {(row["dtype"], row["nested"]) for row in checks if row["family"] == family}
+        assert kinds == {("bfloat16", True), ("float16", False)}
+
+
+def test_everybody_is_timed_at_every_task(smoke: SimpleNamespace) -> None:
+    timed = [row for row in smoke.rows if row["kind"] == "time"]
+    assert not [row for row in timed if "refused" in row or "failure" in row]
+    seen = {(row["task"], row["who"], row["mode"]) for row in timed if not row["routes"]}
+    everyone = {
+        "forward": 3, "dx": 3, "step": 3, "lora": 3, "lora step": 3,
+        "expand": 2, "quantize": 2, "mixed": 1,
+    }  # fmt: skip
+    takes = {"expand": OURS[:2], "quantize": OURS[:2], "mixed": OURS[:1]}
+    assert seen == {
+        (task, who, mode)
+        for task in everyone
+        for who in takes.get(task, OURS)
+        for mode in ("graph", "eager")
+    }
+    for row in timed:
+        low, median, high = row["seconds"][1], row["seconds"][0], row["seconds"][2]
+        assert 0 < low <= median <= high
+        assert 0 <= row["error"] < 0.02
+        assert row["share_of_floor"] > 0
+
+
+def test_every_route_is_timed_by_itself(smoke: SimpleNamespace) -> None:
+    routes = [row for row in smoke.rows if row["kind"] == "time" and row["routes"]]
+    forward = {row["who"] for row in routes if row["task"] == "forward"}
+    names = ("", " planes", " halves", " halves arranged", " dense", " planes arranged")
+    assert forward == {f"lora-core{name}" for name in names}
+    backward = {row["who"] for row in routes if row["task"] == "dx"}
+    assert backward == {"lora-core", "lora-core halves", "lora-core dense"}
+
+
+def test_the_report_has_the_machine_the_targets_and_says_what_it_is(smoke: SimpleNamespace) -> None:
+    facts = smoke.rows[0]
+    assert facts["kind"] == "facts"
+    assert facts["torch"] == torch.__version__
+    assert facts["peers"] == ["bitsandbytes"]
+    assert smoke.rows[1]["kind"] == "ceilings"
+    for text in (
+        "smoke run", "## Targets", "expand: share of copy bandwidth", "M = 4 … 64", "error: times",
+        "forward + backward, M = 8192", "## Routes", "| 80×192 | 4 |", "cases passed",
+    ):  # fmt: skip
+        assert text in smoke.markdown
+    assert "## Not measured" not in smoke.markdown
+    assert smoke.markdown in smoke.printed
+
+
+def test_tuning_writes_a_table_that_the_routes_read(tmp_path: Path) -> None:
+    from lora_kernels.gpu.tuned import read_tuned
+
+    table = tmp_path / "tuned.json"
+    ended = run_script("--tune", "--out", str(tmp_path / "o.json"), "--tuned", str(table))
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
+    rows = [row for row in json.loads((tmp_path / "o.json").read_text()) if row["kind"] == "tile"]
+    assert {row["way"] for row in rows} == {"planes", "halves", "dx"}
+    ((_, shapes),) = read_tuned(table).items()
+    entry = shapes["80x192/bfloat16"]
+    assert {"planes", "halves", "dx"} < set(entry)
+    assert set(entry["tiles"]) == {"planes", "halves", "dx"}
+
+
+# --- what must not get past it -------------------------------------------------------------------
+
+
+def wrong_by_a_bit(y: torch.Tensor) -> torch.Tensor:
+    return y + 0.02 * y.abs().amax(-1, keepdim=True)
+
+
+def unwritten(y: torch.Tensor) -> torch.Tensor:
+    return y.index_fill(1, torch.tensor([y.shape[1] - 1]), torch.nan)
+
+
+calls = iter(range(1000))
+
+
+def other_each_time(y: torch.Tensor) -> torch.Tensor:
+    return y * (1 + 2**-7 * (next(calls) % 2))
+
+
+@pytest.mark.parametrize("fault", [wrong_by_a_bit, unwritten, other_each_time])
+@pytest.mark.parametrize("family", ["multiply", "dense", "dx", "dx dense", "lora", "mixed"])
+def test_a_wrong_operator_is_refused(
+    load: Load, monkeypatch: pytest.MonkeyPatch, family: str, fault: Callable
+) -> None:
+    contenders, check = load("gpu_contenders"), load("gpu_check")
+    monkeypatch.setenv("LORA_KERNELS", "reference")
+    owner = contenders.Route if family.endswith("dense") else contenders.Ours
+    method = {"multiply": "forward", "dense": "forward", "mixed": "lora"}
+    method = method.get(family, family.removesuffix(" dense"))
+    right = getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda *a, **k: fault(right(*a, **k)))
+    case = {"dtype": "float16", "nested": True, "family": family, "shape": [80, 192], "m": 3}
+    (row,) = check.check(case)
+    assert not row["passed"]
+    assert row["problems"]
+
+
+@pytest.mark.parametrize("family", ["quantize", "expand"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_wrong_bit_is_refused(
+    load: Load, monkeypatch: pytest.MonkeyPatch, family: str, nested: bool
+) -> None:
+    contenders, check = load("gpu_contenders"), load("gpu_check")
+    right = getattr(contenders.Ours, family)
+
+    def flipped(self: Any, *args: Any, **options: Any) -> Any:
+        result = right(self, *args, **options)
+        bits = result.codes if family == "quantize" else result.view(torch.int16)
+        bits.view(-1)[-1] ^= 1
+        return result
+
+    monkeypatch.setattr(contenders.Ours, family, flipped)
+    monkeypatch.setenv("LORA_KERNELS", "reference")
+    case = {"dtype": "bfloat16", "nested": nested, "family": family, "shape": [7, 75]}
+    (row,) = check.check(case)
+    assert not row["passed"]
+    assert "differ from the definition" in row["problems"][0]
+
+
+def test_a_scale_beside_the_nearest_is_refused(load: Load) -> None:
+    problem, check = load("gpu_problem"), load("gpu_check")
+    scales = torch.rand(700)
+    steps = problem.dynamic_map()
+    q, absmax, offset = problem.search_scales(scales, steps)
+    assert not list(check._nearest_scales(scales.double(), q, absmax, offset))
+    q[600] += 1
+    assert "1 of 700" in next(check._nearest_scales(scales.double(), q, absmax, offset))
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    base = {"kind": "time", "task": "forward", "routes": False, "shape": [80, 192], "m": 3}
+    base |= {"dtype": "bfloat16", "smoke": True, "peers": [], "refused": [], "banned": []}
+    return base | {"ceilings": {}} | changes
+
+
+def test_a_wrong_answer_is_not_timed(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing, contenders = load("gpu_timing"), load("gpu_contenders")
+    monkeypatch.setenv("LORA_KERNELS", "reference")
+    right = contenders.Ours.forward
+    monkeypatch.setattr(contenders.Ours, "forward", lambda *a: wrong_by_a_bit(right(*a)))
+    rows = [row for row in timing.measure(job()) if row["kind"] == "time"]
+    ours = [row for row in rows if row["who"] == "lora-core"]
+    assert len(ours) == 1
+    assert "wrong: relative error" in ours[0]["refused"]
+    assert "seconds" not in ours[0]
+    assert {row["who"] for row in rows if "seconds" in row} == {"dense"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"refused": ["multiply"]}, "the check of multiply did not pass"),
+        ({"banned": ["lora-core"]}, "it ended an earlier process"),
+    ],
+)
+def test_what_failed_before_is_not_timed(load: Load, changes: dict[str, Any], why: str) -> None:
+    rows = [row for row in load("gpu_timing").measure(job(**changes)) if row["kind"] == "time"]
+    assert [row["refused"] for row in rows if row["who"] == "lora-core"] == [why]
+    assert any("seconds" in row for row in rows)
+
+
+def test_a_failure_ends_the_command_with_1(load: Load) -> None:
+    gpu, report = load("gpu"), load("gpu_report").Report(None)
+    report.add({"kind": "check", "passed": True})
+    report.add({"kind": "time", "who": "bitsandbytes", "refused": "no kernel"})
+    assert not gpu.failed(report)
+    for row in (
+        {"kind": "check", "passed": False},
+        {"kind": "check", "failure": "exit code -11"},
+        {"kind": "time", "who": "lora-core planes", "refused": "wrong"},
+        {"kind": "time", "failure": "exit code -11"},
+    ):
+        bad = load("gpu_report").Report(None)
+        bad.add(row)
+        assert gpu.failed(bad)
+
+
+def test_a_family_that_was_not_reached_does_not_count_as_right(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = load("gpu")
+    args = SimpleNamespace(out=None, smoke=True, minutes=8, only=None, lanes=1)
+    run = gpu.Run(args)
+
+    def only_expand(jobs: Any, *_: Any) -> None:
+        for one in jobs:
+            if one["family"] == "expand":
+                run.report.add(one | {"passed": True})
+
+    monkeypatch.setattr(run, "do", only_expand)
+    refused = run.check_all()
+    assert "expand" not in refused
+    assert {"planes", "halves", "quantize", "lora"} < set(refused)
+
+
+# --- processes that die --------------------------------------------------------------------------
+
+STUB = """
+import json, os, sys, time
+for line in sys.stdin:
+    job = json.loads(line)
+    print(json.dumps({"kind": "row", "n": job["n"]}), flush=True)
+    if job["n"] == 1: sys.exit("out of luck")
+    if job["n"] == 2: time.sleep(60)
+    print('{"kind": "done"}', flush=True)
+"""
+
+
+def test_a_worker_that_dies_or_hangs_costs_one_job(load: Load) -> None:
+    lanes = load("gpu_lanes")
+    lane = lanes.Lane(os.environ, (sys.executable, "-c", STUB))
+    rows: list[dict[str, Any]] = []
+    left = lanes.run_jobs([lane], [{"n": n} for n in range(4)], 60.0, 1.5, rows.append)
+    lane.close()
+    assert left == []
+    assert [row["n"] for row in rows if "failure" not in row] == [0, 1, 2, 3]
+    failures = [row["failure"] for row in rows if "failure" in row]
+    assert "exit code 1; out of luck" in failures[0]
+    assert "took more than" in failures[1]
+    assert lane.process is None
+
+
+def test_jobs_for_which_no_time_is_left_are_returned_in_order(load: Load) -> None:
+    lanes = load("gpu_lanes")
+    lane = lanes.Lane(os.environ, (sys.executable, "-c", STUB))
+    jobs = [{"n": 0}, {"n": 3}]
+    began = time.monotonic()
+    assert lanes.run_jobs([lane], jobs, 0.0, 1.0, lambda row: None) == jobs
+    assert time.monotonic() - began < 1
+    assert lane.process is None
+
+
+def test_whoever_was_tried_when_a_worker_died_is_not_tried_again(load: Load) -> None:
+    gpu = load("gpu")
+    run = gpu.Run(SimpleNamespace(out=None, smoke=True, minutes=8, only=None))
+    run.on_row({"kind": "trying", "who": "lora-core planes"})
+    run.on_row(job() | {"failure": "the process died: exit code -6; it said nothing"})
+    assert run.prepare(job())["banned"] == ["lora-core planes"]
+    assert run.report.rows[-1]["who"] == "lora-core planes"
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_cut_leaves_every_row(load: Load, tmp_path: Path) -> None:
+    report = load("gpu_report").Report(tmp_path / "new" / "gpu.json")
+    for n in range(3):
+        report.add({"kind": "row", "n": n})
+        assert [row["n"] for row in json.loads(report.path.read_text())] == list(range(n + 1))
+    assert list(report.path.parent.iterdir()) == [report.path]
+
+
+def timed(task: str, m: int, who: str, seconds: float, **more: Any) -> dict[str, Any]:
+    row = {"kind": "time", "task": task, "shape": [4096, 14336], "m": m, "dtype": "bfloat16"}
+    row |= {"who": who, "mode": "graph", "routes": False, "seconds": [seconds] * 3}
+    return row | {"share_of_floor": 0.75, "error": 1e-3} | more
+
+
+def test_targets_take_the_worst_and_say_what_was_not_measured(load: Load) -> None:
+    report = load("gpu_report")
+    rows = [
+        timed("forward", 1, "lora-core", 1.0),
+        timed("forward", 1, "bitsandbytes", 1.6),
+        timed("forward", 4, "lora-core", 1.0),
+        timed("forward", 4, "bitsandbytes", 2.0),
+        timed("forward", 4, "bitsandbytes", 9.0, mode="eager"),
+        timed("forward", 4, "dense", 1.0, error=9e-4),
+        timed("step", 2048, "lora-core", 1.1),
+        timed("step", 2048, "dense", 1.0),
+        timed("forward", 1, "lora-core", 0.1, routes=True),
+    ]
+    found = {target.text: (target.met(), target.worst()) for target in report.targets(rows)}
+    where = "4096×14336, M = "
+    assert found["M = 1: times as fast as bitsandbytes"] == (True, (where + "1", 1.6))
+    assert found["M = 4 … 64: times as fast as bitsandbytes"] == (False, (where + "4", 2.0))
+    met, worst = found["forward + backward, M = 2048: times dense"]
+    assert met
+    assert worst[1] == pytest.approx(1.1)
+    met, worst = found["error: times dense's"]
+    assert not met
+    assert worst[1] == pytest.approx(10 / 9)
+    assert found["M = 1, 58.7 M weights: share of the memory floor"][0]
+    assert found["expand: share of copy bandwidth"] == (None, None)
+
+
+def test_crossovers_stop_where_another_route_is_faster(load: Load) -> None:
+    tune = load("gpu_tune")
+    rows = [
+        {"kind": "tile", "way": way, "shape": [64, 64], "m": m, "dtype": "bfloat16",
+         "fields": fields, "seconds": [seconds] * 3}
+        for way, m, fields, seconds in [
+            ("planes", 1, {}, 1.0), ("planes", 1, {"warps": 8}, 0.5), ("planes", 1, None, 9.0),
+            ("planes", 4, {}, 3.0), ("planes", 4, None, 9.0),
+            ("halves", 1, {}, 2.0), ("halves", 1, None, 9.0),
+            ("halves", 4, {}, 2.0), ("halves", 4, {"warps": 8}, 1.99), ("halves", 4, None, 9.0),
+            ("halves", 64, {}, 12.0), ("halves", 64, None, 9.0),
+            ("dx", 4, {}, 10.0), ("dx", 4, None, 9.0),
+        ]
+    ]  # fmt: skip
+    entry = tune.best_of(rows)["64x64/bfloat16"]
+    assert (entry["planes"], entry["halves"], entry["dx"]) == (1, 4, 0)
+    assert entry["tiles"]["planes"] == {"1": {"warps": 8}, "4": {}}
+    assert entry["tiles"]["halves"]["4"] == {}  # half a percent is noise
+
+
+def test_a_measured_table_keeps_what_it_held(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"A": {"1x1/float16": {"planes": 1, "halves": 2, "dx": 3}}}))
+    load("gpu_tune").write_tuned(path, "B", {"64x64/bfloat16": {"halves": 7, "tiles": {}}})
+    table = json.loads(path.read_text())
+    assert table["A"]["1x1/float16"]["dx"] == 3
+    assert table["B"]["64x64/bfloat16"] == {"planes": 4, "halves": 7, "dx": 64, "tiles": {}}
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_shapes_of_a_model(load: Load, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    llama = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config.write_text(json.dumps(llama | {"intermediate_size": 14336}))
+    assert load("gpu").model_shapes(config) == [
+        [4096, 4096], [1024, 4096], [14336, 4096], [4096, 14336],
+    ]  # fmt: skip
+    config.write_text(json.dumps(llama))
+    with pytest.raises(SystemExit, match="has no 'intermediate_size'; give the shapes"):
+        load("gpu").model_shapes(config)
+
+
+@pytest.mark.parametrize("text", ["4096", "x4", "0x4096", "4096x-1"])
+def test_a_bad_shape_is_refused(load: Load, text: str) -> None:
+    with pytest.raises(Exception, match="a shape is NxK"):
+        load("gpu").shape(text)
+
+
+def test_every_shape_and_count_is_planned_the_targets_first(load: Load) -> None:
+    gpu = load("gpu")
+    jobs = gpu.timing_jobs(gpu.LLAMA, "bfloat16", False, {})
+    for task in ("forward", "dx"):
+        planned = {(tuple(j["shape"]), j["m"]) for j in jobs if j["task"] == task}
+        assert planned == {(tuple(s), m) for s in gpu.LLAMA for m in gpu.ROWS}
+    early = [(j["task"], j["m"]) for j in jobs[:28]]
+    assert ("expand", 0) in early
+    assert ("forward", 1) in early
+    assert ("step", 8192) in early
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`torch.cuda` as the timing code calls it, which writes down what was asked."""
+    log: list[str] = []
+
+    def stream(*_: Any) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: log.append("wait"))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("event done")
+
+        def elapsed_time(self, stop: "Event") -> float:
+            return 250.0  # milliseconds
+
+    class Within:
+        def __init__(self, what: Any) -> None:
+            self.name = "capture" if isinstance(what, Graph) else "side stream"
+
+        def __enter__(self) -> None:
+            log.append(f"{self.name} begins")
+
+        def __exit__(self, *_: object) -> None:
+            log.append(f"{self.name} ends")
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    fakes = {"is_available": lambda: True, "synchronize": lambda: log.append("idle")}
+    fakes |= {"Stream": stream, "current_stream": stream, "stream": Within, "graph": Within}
+    fakes |= {"CUDAGraph": Graph, "Event": Event}
+    fakes["get_device_properties"] = lambda _: SimpleNamespace(L2_cache_size=50 << 20)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return log
+
+
+def test_a_graph_is_captured_after_calls_outside_it_and_then_replayed(
+    load: Load, fake_cuda: list[str]
+) -> None:
+    replay = load("harness").captured(lambda n: fake_cuda.append(f"call {n}"), [1, 2, 3], 4)
+    six = [f"call {n}" for n in (1, 2, 3, 1, 2, 3)]
+    warm = ["wait", "side stream begins", "call 1", "call 2", "side stream ends", "wait"]
+    assert fake_cuda == [*warm, "capture begins", *six, "capture ends"]
+    replay(None)
+    assert fake_cuda[-1] == "replay"
+
+
+def test_the_device_clock_reads_seconds_between_events(load: Load, fake_cuda: list[str]) -> None:
+    assert load("harness").device_seconds(lambda: fake_cuda.append("call")) == 0.25
+    assert fake_cuda == ["idle", "record", "call", "record", "event done"]
+
+
+@pytest.mark.parametrize(("nbytes", "copies"), [(30 << 20, 5), (1 << 40, 2), (1 << 10, 64)])
+def test_copies_overflow_the_cache_twice(
+    load: Load, fake_cuda: list[str], nbytes: int, copies: int
+) -> None:
+    assert load("harness").past_the_cache(nbytes, torch.device("cuda")) == copies
+
+
+def test_a_batch_goes_on_where_the_last_one_ended(load: Load) -> None:
+    seen: list[int] = []
+    batch = load("harness").in_a_row(seen.append, [1, 2, 3], 2)
+    batch(None)
+    batch(None)
+    assert seen == [1, 2, 3, 1]
+
+
+def test_a_graph_goes_through_all_inputs(load: Load) -> None:
+    seen: list[int] = []
+    load("harness").captured(seen.append, [1, 2, 3], 4)(None)
+    assert seen == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_limit_on_time_leaves_three_turns(load: Load) -> None:
+    harness, calls = load("harness"), []
+    harness.time_in_turns({"a": calls.append}, {"a": [0]}, 50, limit=0.0)
+    assert len(calls) == 4  # one is not timed
