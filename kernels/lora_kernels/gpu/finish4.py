@@ -81,7 +81,7 @@ def _tile(m: int) -> _Tile:
     return TILES[0] if m == 1 else TILES[1]
 
 
-@triton.jit(do_not_specialize=["slices", "m", "r", "adapters"])
+@triton.jit(do_not_specialize=["slices", "m", "adapters"])
 def _finish_kernel(
     partials_ptr,  # (S, M, N + L r) float32
     bias_ptr,  # (N,) or None
@@ -249,5 +249,5 @@ def _variant(tile: _Tile, dtype: str, bias: bool, update: str) -> Variant:
         signature,
         constants,
         warps=tile.warps,
-        odd=frozenset(("slices", "m", "r", "adapters")),
+        odd=frozenset(("slices", "m", "adapters")),
     )
