@@ -220,8 +220,9 @@ def examine(
     try:
         facts, faults, opcodes = _measure(variant, target, known)
     except Exception as error:  # noqa: BLE001 - a compiler may raise anything; it is reported
-        line = (str(error).strip() or repr(error)).splitlines()[0]
-        return Outcome(None, (f"does not compile: {type(error).__name__}: {line}",))
+        lines = (str(error).strip() or repr(error)).splitlines()
+        said = " ... ".join(lines[:1] + lines[1:][-1:])  # triton says where first, and why last
+        return Outcome(None, (f"does not compile: {type(error).__name__}: {said}",))
     if facts.shared > target.shared:
         faults.append(f"{facts.shared} bytes of shared memory; {target.shared} at most")
     most = variant.max_instructions

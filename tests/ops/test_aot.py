@@ -140,13 +140,14 @@ def variants():
     return [
         one("good/rounded", "rounded", **EXACT),
         one("good/assembly", "assembly", asm=True),
+        one("good/also plain", "rounded", plain=True),
         dot("good/product", 64, 32, stages=3, weights=16.0, max_instructions=20),
         one("bad/approximate", "approximate", **EXACT),
         one("bad/contracted", "contracted", exact=True),
         one("bad/fused", "fused", **EXACT),
         one("bad/wrong", "wrong"),
         one("bad/misfit", "rounded", odd=frozenset(["d_ptr"])),
-        dot("bad/spilled", 128, 32, warps=1),
+        dot("bad/spilled", 128, 16, warps=1),
         dot("bad/shared", 128, 128, stages=6, warps=8),
         dot("bad/long", 64, 32, weights=16.0, max_instructions=0.5),
     ]
@@ -242,7 +243,7 @@ def test_change_for_the_worse_names_the_fact(toys: Path, first: tuple[int, str, 
     assert "better than the table: run --update" in read
     assert "FAILED good/assembly on sm_90: not in the table; run --update" in read
     assert "FAILED good/ghost on sm_80: in the table, but gone from the code" in read
-    assert read.endswith("\n3 compiled, 3 failures, 1 of all exempt (assembly)\nstatus 1")
+    assert read.endswith("\n3 compiled, 3 failures, 7 of all exempt\nstatus 1")
     # --quick believes the table of the bytes it was written for
     assert "\ngood/product on sm_90: 1 registers" in believed
     assert "FAILED good/product on sm_90: worse: registers 1 -> " in changed
@@ -256,7 +257,9 @@ def test_another_triton_is_held_to_the_limits_alone(toys: Path) -> None:
     assert limits.endswith("status 1")
     assert "FAILED good" not in limits
     assert "good/rounded on gfx942: " in limits
+    assert "good/also plain on gfx942: " in limits
     assert "good/assembly on gfx942" not in limits  # exempt
+    assert "good/also plain on sm_90" not in limits
     assert "bad/contracted on gfx942: 1 fused multiply-adds where its" in limits
     assert "status the table is kept for triton 0.1; this is " in update
 
@@ -495,6 +498,11 @@ def test_table_and_its_markdown(aot: ModuleType, tmp_path: Path) -> None:
         "| `a` | 40 | 1.0 | 64 |  |  |  |",
         "| `b/on` | 40 | 1.0 | 64 | 4.00 | HGMMA | load store |",
     ]
+
+
+def test_quick_leaves_out_twins(aot: ModuleType) -> None:
+    jobs = [("a/bf16/x", "sm_90"), ("a/fp16/x", "sm_90"), ("b/fp16", "sm_90"), ("c", "sm_90")]
+    assert aot._quick(jobs) == [jobs[0], jobs[2], jobs[3]]
 
 
 def test_pinned_version(aot: ModuleType, tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ class Variant:
     """4-bit weights that a thread handles in one trip of the hot loop (or in all, without one)"""
     asm: bool = False
     """whether it holds NVIDIA assembly, which no other target compiles"""
+    plain: bool = False
+    """whether it stands in for one with NVIDIA assembly, and so is launched by other GPUs alone"""
     exact: bool = False
     """whether the gate refuses an approximate division and a fused multiply-add in it"""
     odd: frozenset[str] = field(default_factory=frozenset)
