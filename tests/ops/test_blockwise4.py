@@ -1,4 +1,4 @@
-"""Codes and scales against the definition, spelled out slowly."""
+"""Codes and scales against the definition, spelled out slowly, in every backend."""
 
 import itertools
 from collections.abc import Callable
@@ -11,18 +11,41 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_core.quant.codebook import CODEBOOKS
-from lora_kernels import decode_scales, dequantize4, quantize4
+from lora_core.quant.double_quant import dynamic_map
+from lora_kernels import (
+    Weight4,
+    decode_scales,
+    dequantize4,
+    encode_scales,
+    expand4_slice,
+    quantize4,
+)
 from lora_kernels.blockwise4_reference import CHUNK, _Encoder
+
+# the interpreter computes in numpy, which warns where IEEE arithmetic gives NaN or infinity
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 BLOCKS = [2**i for i in range(5, 13)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# of equal entries the first is used, wherever it stands
+EQUAL = torch.tensor([0.5, -1, 0, 0.5, -0.5, 1, -0.0, -0.25, 0.5, 0.25, 0, 0.75, -1, 1, -0.75, 0.1])
 CLOSE = torch.cat((torch.linspace(-1, 0.5, 14), torch.tensor([0.500001, 0.5000011])))
 WIDE = torch.linspace(-3, 5, 16)
 TABLES = {
     **{name: book.table() for name, book in CODEBOOKS.items()},
     "entries too near for cells": CLOSE,
     "entries outside the block": WIDE,
+    "equal entries": EQUAL,
 }
+
+
+REFERENCE = pytest.mark.parametrize("backend", ["reference"], indirect=True)
+
+
+@pytest.fixture(params=["reference", "triton"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("LORA_KERNELS", request.param)
+    return request.param
 
 
 def quantize_slowly(x: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -75,6 +98,7 @@ def test_codes_and_scales_are_the_definition_s(
     assert torch.equal(scales, wanted_scales)
 
 
+@REFERENCE
 @pytest.mark.parametrize("name", sorted(TABLES))
 def test_cells_agree_with_a_search_at_every_midpoint(name: str) -> None:
     """Around each midpoint, at both ends, on a fine grid: the cells must not shift one value."""
@@ -108,7 +132,7 @@ def test_full_blocks_multiply_by_the_reciprocal_and_a_partial_one_divides(block:
     table = TABLES["nf4"]
     middle = (table[:-1] + table[1:]) / 2
     differ = 0
-    for scale in torch.linspace(0.5, 2, 200):
+    for scale in torch.linspace(0.5, 2, 60):
         x = torch.cat((scale.view(1), middle * scale, -middle * scale, torch.zeros(1)))  # (32,)
         differ += int(((x * (1 / scale) > middle[0]) != (x / scale > middle[0])).sum())
         codes, _ = quantize4(x, table, block)
@@ -179,6 +203,7 @@ def test_layout_does_not_matter(lay_out: Callable[[Tensor], Tensor], width: int)
         assert torch.equal(got, wanted)
 
 
+@REFERENCE
 @pytest.mark.parametrize("extra", [0, 1, 63, 64, 65])
 def test_chunks_join_without_a_seam(extra: int) -> None:
     x = torch.randn(CHUNK + extra)
@@ -219,6 +244,7 @@ def test_every_element_is_written() -> None:
     assert dequantize4(codes, scales, TABLES["nf4"], 64, 1000, torch.bfloat16).isfinite().all()
 
 
+@REFERENCE
 @pytest.mark.parametrize("transposed", [False, True])
 def test_memory_is_a_few_chunks_beside_input_and_output(live_bytes: Any, transposed: bool) -> None:
     x = torch.randn(2048, 4096, dtype=torch.bfloat16)
@@ -259,10 +285,152 @@ def test_options_that_cannot_be() -> None:
         quantize4(torch.ones(64, device="meta"), nf4, 64, name="w")
     with pytest.raises(ValueError, match=r"code table must be float32 \(16,\); got .* \(8,\)"):
         quantize4(torch.ones(64), nf4[:8], 64)
+    for flag in (torch.zeros(2, dtype=torch.int32), torch.zeros(1)):
+        with pytest.raises(ValueError, match=r"flag must be int32 \(1,\) on cpu; got torch\."):
+            quantize4(torch.ones(64), nf4, 64, flag=flag)
     codes, scales = torch.zeros(65, dtype=torch.uint8), torch.ones(3)
     with pytest.raises(ValueError, match=r"ceil\(n / 2\) = 65 bytes for n = 130; got 64"):
         dequantize4(codes[:64], scales, nf4, 64, 130)
     with pytest.raises(ValueError, match=r"= 3 entries for n = 130, block = 64; got 2"):
         dequantize4(codes, scales[:2], nf4, 64, 130)
+    with pytest.raises(ValueError, match=r"code table must be float32 \(16,\); got torch.float64"):
+        dequantize4(codes, scales, nf4.double(), 64, 130)
+    with pytest.raises(TypeError, match=r"dtype must be float16, .* got torch.int32"):
+        dequantize4(codes, scales, nf4, 64, 130, torch.int32)
+    for out in (torch.empty(129), torch.empty(130).half(), torch.empty(260)[::2]):
+        with pytest.raises(
+            ValueError, match=r"out must be contiguous, 130 elements of torch.float"
+        ):
+            dequantize4(codes, scales, nf4, 64, 130, out=out)
+
+
+def test_nested_scales_that_cannot_be() -> None:
+    nf4, codes = TABLES["nf4"], torch.zeros(65, dtype=torch.uint8)
+    q, absmax, offset = encode_scales(torch.ones(3), dynamic_map())
     with pytest.raises(ValueError, match=r"scales of torch\.uint8 need scale_absmax"):
-        decode_scales(codes)
+        decode_scales(q)
+    with pytest.raises(ValueError, match=r"uint8 need nested=\(absmax, offset, table\)"):
+        dequantize4(codes, q, nf4, 64, 130)
+    bad = [
+        (absmax[:0], offset, dynamic_map()),
+        (absmax, offset[None], dynamic_map()),
+        (absmax, offset, dynamic_map()[1:]),
+        (absmax.double(), offset, dynamic_map()),
+    ]
+    for nested in bad:
+        with pytest.raises(
+            ValueError, match=r"float32 \(1,\), \(\) and \(256,\) for 3 scales; got"
+        ):
+            dequantize4(codes, q, nf4, 64, 130, nested=nested)
+    with pytest.raises(ValueError, match=r"scale table must be float32 \(256,\); got .* \(16,\)"):
+        encode_scales(torch.ones(3), nf4)
+
+
+# --- nested scales, a caller's memory, slices -----------------------------------------------------
+
+
+def nested_weight(n: int, k: int, block: int, seed: int = 0) -> Weight4:
+    """Random bits with scales that are random too: 0, negative ones and subnormals among them."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, ((n * k + 1) // 2,), generator=generator, dtype=torch.uint8)
+    blocks = -(-n * k // block)
+    scales = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
+    absmax = torch.rand(-(-blocks // 256), generator=generator)
+    absmax[::3] *= 1e-39
+    nested = (absmax, torch.rand((), generator=generator), dynamic_map())
+    return Weight4(codes, scales, TABLES["nf4"], n, k, block, *nested)
+
+
+@given(
+    n=st.integers(0, 5000),
+    dtype=st.sampled_from(DTYPES),
+    block=st.sampled_from(BLOCKS),
+    seed=st.integers(0, 2**31),
+)
+def test_nested_scales_are_decoded_on_the_way(
+    n: int, dtype: torch.dtype, block: int, seed: int
+) -> None:
+    w = nested_weight(1, n, block, seed)
+    scales = decode_scales(w.scales, *w.nested)
+    wanted = dequantize4(w.codes, scales, w.table, block, n)
+    got = dequantize4(w.codes, w.scales, w.table, block, n, dtype, nested=w.nested)
+    assert torch.equal(got, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expanding_into_the_caller_s_memory(dtype: torch.dtype) -> None:
+    w = nested_weight(3, 70, 64)
+    wanted = dequantize4(w.codes, w.scales, w.table, 64, 210, dtype, nested=w.nested)
+    memory = torch.full((3, 80), torch.nan, dtype=dtype).view(-1)
+    place = memory[20:230].view(3, 70)
+    got = dequantize4(w.codes, w.scales, w.table, 64, 210, dtype, nested=w.nested, out=place)
+    assert got is place
+    assert torch.equal(place.view(-1), wanted)
+    assert memory[:20].isnan().all()
+    assert memory[230:].isnan().all()
+
+
+@given(
+    n=st.integers(0, 40),
+    across=st.integers(1, 12),
+    cut=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    block=st.sampled_from(BLOCKS[:3]),
+    nested=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_a_slice_is_that_of_the_whole(
+    n: int, across: int, cut: list[float], block: int, nested: bool, dtype: torch.dtype
+) -> None:
+    w = nested_weight(n, across * block, block)
+    if not nested:
+        scales = decode_scales(w.scales, *w.nested)
+        w = Weight4(w.codes, scales, w.table, n, across * block, block)
+    row0, row1 = sorted(round(c * n) for c in cut[:2])
+    col0, col1 = sorted(round(c * across) * block for c in cut[2:])
+    numel = w.out_features * w.in_features
+    whole = dequantize4(w.codes, w.scales, w.table, block, numel, dtype, nested=w.nested)
+    wanted = whole.view(n, across * block)[row0:row1, col0:col1]
+    got = expand4_slice(w, row0, row1, col0, col1, dtype)
+    assert got.is_contiguous()
+    assert torch.equal(got, wanted)
+    place = torch.full((row1 - row0, col1 - col0), torch.nan, dtype=dtype)
+    assert expand4_slice(w, row0, row1, col0, col1, dtype, out=place) is place
+    assert torch.equal(place, wanted)
+
+
+def test_slices_that_cannot_be() -> None:
+    w = nested_weight(4, 128, 64)
+    for box in ((0, 5, 0, 64), (3, 2, 0, 64), (0, 1, 64, 192), (-1, 1, 0, 64)):
+        with pytest.raises(ValueError, match=r"\] is not a slice of \(4, 128\)"):
+            expand4_slice(w, *box, torch.float32)
+    with pytest.raises(ValueError, match="multiples of the block size 64; got 0:32"):
+        expand4_slice(w, 0, 4, 0, 32, torch.float32)
+    with pytest.raises(ValueError, match="rows of whole blocks; got 96 columns in blocks of 64"):
+        expand4_slice(nested_weight(4, 96, 64), 0, 4, 0, 64, torch.float32)
+    with pytest.raises(ValueError, match="out must be contiguous, 256 elements"):
+        expand4_slice(w, 0, 4, 0, 64, torch.float32, torch.empty(4, 65))
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [64, 70, 4096 + 64 + 3])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_flag_is_set_and_nothing_raised(n: int, bad: float, dtype: torch.dtype) -> None:
+    x = torch.randn(n).to(dtype)
+    flags = torch.zeros(3, dtype=torch.int32)
+    wanted = quantize4(x, TABLES["nf4"], 64, flag=flags[1:2])
+    assert flags.tolist() == [0, 0, 0]
+    x[-1] = bad
+    codes, scales = quantize4(x, TABLES["nf4"], 64, flag=flags[1:2])
+    assert flags.tolist() == [0, 1, 0]
+    quantize4(x.new_ones(64), TABLES["nf4"], 64, flag=flags[1:2])
+    assert flags.tolist() == [0, 1, 0]  # what is told is not taken back
+    # other blocks are as they would be
+    whole = (n - 1) // 64 * 32
+    assert torch.equal(codes[:whole], wanted[0][:whole])
+    assert torch.equal(scales[: whole // 32], wanted[1][: whole // 32])
+    assert not scales[-1].isfinite()
+    codes, _ = quantize4(x, TABLES["nf4"], 64, check_finite=False)
+    assert torch.equal(codes[:whole], wanted[0][:whole])

@@ -39,6 +39,7 @@ __all__ = ["expand", "expand4_slice", "quantize", "variants"]
 EXPAND_TILE = 8192  # weights a program
 QUANTIZE_TILE = 4096  # the same; also the largest block
 WARPS = 4
+MOST_ROWS = 65535  # programs along the second side of a grid; along the first there may be 2^31 - 1
 # always 64 bits wide, and a 1 among them is a number like any other
 SIZES = ["first", "height", "width", "stride", "numel"]
 TYPES = {
@@ -291,14 +292,13 @@ def _expand(
     bytewise = numel % block_size != 0 or codes.data_ptr() % 4 != 0
     constants = _expand_constants(block_size, part, is_nested, bytewise)
     rows, columns = constants["ROWS"], constants["COLUMNS"]
-    # a grid has 2^31 - 1 programs along its first side, 65535 along the second
-    for top in range(0, part.height, rows * 65535):
-        height = min(part.height - top, rows * 65535)
+    for top in range(0, part.height, rows * MOST_ROWS):
+        height = min(part.height - top, rows * MOST_ROWS)
         with device_of(out):
             _expand_kernel[(triton.cdiv(part.width, columns), triton.cdiv(height, rows))](
                 codes,
-                scales,
-                absmax,
+                scales.contiguous(),
+                absmax.contiguous(),
                 offset,
                 scale_table,
                 table,
