@@ -46,9 +46,9 @@ def problems_of(case: Case) -> Iterator[str]:
     if case.get("large"):
         yield from _beyond_32same_bits_(case, n, k, dtype)
     elif case["family"] == "quantize":
-        yield from _quantize(n, k, dtype, case["nested"])
+        yield from _quantize(case, n, k, dtype)
     elif case["family"] == "expand":
-        yield from _expand(n, k, dtype, case["nested"])
+        yield from _expand(case, n, k, dtype)
     elif case["family"] in ("lora", "mixed"):
         yield from _lora(case, dtype)
     elif case["family"].startswith("dx"):
@@ -60,24 +60,24 @@ def problems_of(case: Case) -> Iterator[str]:
 # --- the families ------------------------------------------------------------------------------
 
 
-def _quantize(n: int, k: int, dtype: torch.dtype, nested: bool) -> Iterator[str]:
+def _quantize(case: Case, n: int, k: int, dtype: torch.dtype) -> Iterator[str]:
     w = normal(n, k, seed=5, dtype=dtype)
     w.view(-1)[:64] = 0
     w.view(-1)[64:128] *= 1e-4
 
     def run() -> Tensors:
-        q = Ours().quantize(w, nested)
+        q = Ours().quantize(w, case["nested"])
         own = (q.codes, q.scales, q.scale_absmax, q.scale_offset)
         return tuple(t for t in own if t is not None)
 
-    found = yield from repeated(run)
+    found = yield from repeated(run, case["runs"])
     codes, scales = found[:2]
     with reference():
         exact = quantize4(w.cpu(), codebook("nf4").table(), 64)
     if not torch.equal(codes.cpu(), exact[0]):
         different = int((codes.cpu() != exact[0]).sum())
         yield f"{different} of {codes.numel()} bytes of codes differ from the definition"
-    if not nested:
+    if not case["nested"]:
         if not torch.equal(scales.cpu(), exact[1]):
             yield "the scales differ from the definition"
         return
@@ -98,15 +98,15 @@ def _nearest_scales(exact: Tensor, q: Tensor, absmax: Tensor, offset: Tensor) ->
         yield f"{int(far.sum())} of {len(exact)} scales are not the nearest entry"
 
 
-def _expand(n: int, k: int, dtype: torch.dtype, nested: bool) -> Iterator[str]:
-    weight = random_weight(n, k, nested)
+def _expand(case: Case, n: int, k: int, dtype: torch.dtype) -> Iterator[str]:
+    weight = random_weight(n, k, case["nested"])
     out = torch.full((n, k), torch.nan, dtype=dtype, device=device())
 
     def run() -> Tensors:
         out.fill_(torch.nan)
         return (Ours().expand(weight, out).clone(),)
 
-    found = yield from repeated(run)
+    found = yield from repeated(run, case["runs"])
     here = Weight4(*(t.cpu() if isinstance(t, Tensor) else t for t in weight))
     with reference():
         tables = (here.codes, here.scales, here.table, 64, n * k, dtype)
@@ -123,20 +123,22 @@ def _forward(case: Case, dtype: torch.dtype) -> Iterator[str]:
     x, bias = _uneven(m, k, dtype), normal(n, seed=6, dtype=dtype)
     wide = torch.cat((x, x), 1)[:, :k]  # rows with a gap between them
     w64 = decoded(weight).double()
+    linear, w16 = torch.nn.functional.linear, w64.to(dtype)
+    truth = linear(x.double(), w64)
     for one in _forms(family):
         held = one.hold(weight)
         if held is None:
             continue
-        for label, rows, b in (("", x, bias), ("strided ", wide, None)):
-            truth = rows.double() @ w64.t() + (0 if b is None else b.double())
-            base = torch.nn.functional.linear(rows, w64.to(dtype), b)
-            run = functools.partial(_forward_once, one, held, rows, b)
-            found = yield from repeated(run, f"{label}{one.name}: ")
-            yield from compared(found, (base,), (truth,), f"{label}{one.name}: ")
-        yield from _edges(one, held, x, f"{one.name}: ")
-        yield from captured(functools.partial(_forward_once, one, held, x, bias), one.name)
+        run = functools.partial(_forward_once, one, held, x, bias)
+        label = f"{one.name}: "
+        found = yield from repeated(run, case["runs"], label)
+        yield from compared(found, (linear(x, w16, bias),), (truth + bias.double(),), label)
+        strided = _forward_once(one, held, wide, None)
+        yield from compared(strided, (linear(x, w16),), (truth,), f"strided {label}")
+        yield from _edges(one, held, wide, strided[0], label)
+        yield from captured(run, label)
     if family == "multiply":
-        yield from _step(weight, x, dtype)
+        yield from _step(weight, x, dtype, case["runs"])
 
 
 def _forward_once(one: Any, held: Weight4, x: Tensor, bias: Tensor | None) -> Tensors:
@@ -149,29 +151,29 @@ def _forms(family: str) -> list[Any]:
     return [route for route in ROUTES if route.way == family]
 
 
-def _edges(one: Any, held: Weight4, x: Tensor, label: str) -> Iterator[str]:
+def _edges(one: Any, held: Weight4, x: Tensor, clean: Tensor, label: str) -> Iterator[str]:
     """No rows; and a row of NaN, which must be NaN and stay by itself."""
     if one.forward(held, x[:0]).shape != (0, held.out_features):
         yield f"{label}no rows give the wrong shape"
     if len(x) < 2:
         return
-    clean, spoilt = one.forward(held, x), x.clone()
+    spoilt = x.clone()
     spoilt[1] = torch.nan
     y = one.forward(held, spoilt)
     if not bool(y[1].isnan().all()):
         yield f"{label}a row of NaN gives numbers"
     others = torch.arange(len(x), device=x.device) != 1
-    if not torch.equal(y[others], clean[others]):
+    if not same_bits(y[others], clean[others]):
         yield f"{label}a row of NaN changes other rows"
 
 
-def _step(weight: Weight4, x: Tensor, dtype: torch.dtype) -> Iterator[str]:
+def _step(weight: Weight4, x: Tensor, dtype: torch.dtype, runs: int) -> Iterator[str]:
     """Autograd through the public operator."""
     dy = normal(len(x), weight.out_features, seed=7, dtype=dtype)
     w64 = decoded(weight).double()
     held = Ours().hold(weight)
     run = functools.partial(perform, "step", Ours(), held, (x, dy))
-    found = yield from repeated(run, "step: ")
+    found = yield from repeated(run, runs, "step: ")
     base = perform("step", Dense(dtype), w64.to(dtype), (x, dy))
     truth = (x.double() @ w64.t(), dy.double() @ w64)
     yield from compared(found, base, truth, "step: ")
@@ -184,13 +186,15 @@ def _dx(case: Case, dtype: torch.dtype) -> Iterator[str]:
     held = one.hold(weight)
     dy = _uneven(m, n, dtype)
     w64 = decoded(weight).double()
-    for label, rows in (("", dy), ("strided ", torch.cat((dy, dy), 1)[:, :n])):
-        found = yield from repeated(functools.partial(_dx_once, one, held, rows), label)
-        base = (rows @ w64.to(dtype),)
-        yield from compared(found, base, (rows.double() @ w64,), label)
+    wide = torch.cat((dy, dy), 1)[:, :n]  # rows with a gap between them
+    truth, base = dy.double() @ w64, dy @ w64.to(dtype)
+    run = functools.partial(_dx_once, one, held, dy)
+    found = yield from repeated(run, case["runs"])
+    yield from compared(found, (base,), (truth,))
+    yield from compared(_dx_once(one, held, wide), (base,), (truth,), "strided ")
     if one.dx(held, dy[:0]).shape != (0, k):
         yield "no rows give the wrong shape"
-    yield from captured(functools.partial(_dx_once, one, held, dy), family)
+    yield from captured(run, family)
 
 
 def _dx_once(one: Any, held: Weight4, dy: Tensor) -> Tensors:
@@ -204,7 +208,7 @@ def _lora(case: Case, dtype: torch.dtype) -> Iterator[str]:
     x, dy = _uneven(m, k, dtype), normal(m, n, seed=7, dtype=dtype)
     lora = random_lora(n, k, m, mixed=case["family"] == "mixed")
     run = functools.partial(perform, "lora step", Ours(), held, (x, dy, lora))
-    found = yield from repeated(run)
+    found = yield from repeated(run, case["runs"])
     w64 = decoded(weight).double()
     base, truth = (_lora_by_hand(w, x, dy, lora) for w in (w64.to(dtype), w64))
     yield from compared(found, base, truth)

@@ -1,10 +1,10 @@
 """What passes: the same bits each time, no poison, and the error of the 16-bit weight's product.
 
-Memory is poisoned first, so what was not written is NaN. A case runs three times and must give the
-same bits. A product passes if its error is that of the dense product: its root mean square at most
-a quarter more (the target, 5 % at real sizes, is judged where it is timed), and at no element more
-than twice the dense one's largest plus two roundings of the largest value. Every row of a result is
-judged by its own size, so that small rows count.
+Memory is poisoned first, so what was not written is NaN. A case runs several times and must give
+the same bits. A product passes if its error is that of the dense product: its root mean square at
+most a quarter more (the target, 5 % at real sizes, is judged where it is timed), and at no element
+more than twice the dense one's largest plus two roundings of the largest value. Every row of a
+result is judged by its own size, so that small rows count.
 """
 
 import contextlib
@@ -16,21 +16,27 @@ from torch import Tensor
 
 from benchmarks.gpu_problem import device
 
-RUNS = 3
 MORE = 1.25  # root mean square error, of the dense product's
 ENOUGH = 256  # results; of fewer the root mean square says little
 Tensors = tuple[Tensor, ...]
 
 
-def repeated(run: Callable[[], Tensors], label: str = "") -> Generator[str, None, Tensors]:
+def repeated(
+    run: Callable[[], Tensors], runs: int, label: str = ""
+) -> Generator[str, None, Tensors]:
     """Run several times on poisoned memory: the same bits each time.
+
+    Args:
+        run: gives the results.
+        runs: how often.
+        label: begins what is yielded.
 
     Returns:
         The results of the first run.
     """
     _spoil_free_memory()
     first = run()
-    for _ in range(1, RUNS):
+    for _ in range(1, runs):
         _spoil_free_memory()
         if not all(map(same_bits, first, run())):
             yield f"{label}the same inputs give other bits when run again"

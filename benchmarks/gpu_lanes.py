@@ -32,6 +32,7 @@ class Lane:
         self.environment, self.command = dict(environment), command
         self.process: subprocess.Popen[str] | None = None
         self.errors: IO[str] | None = None  # what the process says on stderr
+        self.trying: str | None = None  # whom a job was about to run, to be blamed if it dies
 
     def run(self, job: Job, limit: float, on_row: OnRow) -> None:
         """Run a job and pass on its rows; a failure becomes a row of its own.
@@ -41,7 +42,7 @@ class Lane:
             limit: seconds after which the worker is ended.
             on_row: called with each row.
         """
-        process = self._ready()
+        process, self.trying = self._ready(), None
         late = threading.Event()
         timer = threading.Timer(limit, lambda: (late.set(), process.kill()))
         timer.start()
@@ -52,7 +53,8 @@ class Lane:
         if not finished:
             code = process.wait()
             why = f"took more than {limit:.0f} s" if late.is_set() else f"exit code {code}"
-            on_row(job | {"failure": f"the process died: {why}; {self._last_words()}"})
+            why = f"the process died: {why}; {self._last_words()}"
+            on_row(job | {"failure": why} | ({"who": self.trying} if self.trying else {}))
             self.close()
 
     def close(self) -> None:
@@ -81,8 +83,7 @@ class Lane:
             )
         return self.process
 
-    @staticmethod
-    def _rows(process: "subprocess.Popen[str]", job: Job, on_row: OnRow) -> Iterator[None]:
+    def _rows(self, process: "subprocess.Popen[str]", job: Job, on_row: OnRow) -> Iterator[None]:
         """Pass on rows; yields None once the job is done, nothing if the process ends first."""
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("the worker has no pipes")
@@ -96,7 +97,10 @@ class Lane:
             if row == {"kind": "done"}:
                 yield None
                 return
-            on_row(row)
+            if row["kind"] == "trying":
+                self.trying = row["who"]
+            else:
+                on_row(row)
 
     def _last_words(self) -> str:
         if self.errors is None:

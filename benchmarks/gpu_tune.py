@@ -51,7 +51,8 @@ class Tile(Contender):
     form = "codes"
 
     def __init__(self, way: str, fields: dict[str, int]) -> None:
-        self.way, self.fields, self.name = way, fields, json.dumps(fields)
+        self.way, self.fields = way, fields
+        self.name = f"{way} {json.dumps(fields)}"
         self.route = Route("halves" if way == "dx" else way)
         self.hold = self.route.hold  # type: ignore[method-assign]
 
@@ -65,7 +66,8 @@ def tune(job: Row) -> Iterator[Row]:
     """Judge and time the candidates of one way, shape and number of rows.
 
     Args:
-        job: `way` ("planes", "halves", "dx"), `shape`, `m`, `dtype`, `compile_only`, `smoke`.
+        job: `way` ("planes", "halves", "dx"), `shape`, `m`, `dtype`, `banned`, `compile_only`,
+            `smoke`.
 
     Yields:
         A row for each candidate, and one for the route that expands, with which it competes.
@@ -76,22 +78,26 @@ def tune(job: Row) -> Iterator[Row]:
     truth = answer(task, it, inputs)
     facts = {"kind": "tile", "way": way, "shape": [n, k], "m": m, "dtype": job["dtype"]}
     runs: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {}
+    kept: dict[str, dict[str, int] | None] = {}
     wanted = candidates(way, n, k, m, dtype)
     for fields in wanted[:2] if job["smoke"] else wanted:
         tile = Tile(way, fields)
+        yield {"kind": "trying", "who": tile.name}  # whom to blame if nothing comes after it
         run, held = functools.partial(tile.run, inputs), it.forms(tile)
-        why, _ = admitted("", [], run, held[0], truth)
-        if why and not job["compile_only"]:
+        why = "it ended an earlier process" if tile.name in job["banned"] else None
+        why = why or admitted("", [], run, held[0], truth)[0]
+        if why is None:
+            runs[tile.name], kept[tile.name] = (run, held), fields
+        elif not job["compile_only"]:
             yield facts | {"fields": fields, "refused": why}
-        elif not why:
-            runs[tile.name] = (run, held)
+    yield {"kind": "trying", "who": None}
     if job["compile_only"]:
         return
     expand = Route("dense")
     product = expand.dx if way == "dx" else expand.forward
-    runs["dense"] = (lambda held: product(held, *inputs), it.forms(expand))
+    runs["dense"], kept["dense"] = (lambda held: product(held, *inputs), it.forms(expand)), None
     for name, timing in timed(runs, "graph", job["smoke"]):
-        row = facts | {"fields": None if name == "dense" else json.loads(name)}
+        row = facts | {"fields": kept[name]}
         if isinstance(timing, harness.Timing):
             yield row | {"seconds": [timing.median, timing.low, timing.high]}
         else:

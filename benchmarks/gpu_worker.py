@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,8 +32,6 @@ def facts(job: Row) -> Iterator[Row]:
         row["l2_bytes"] = properties.L2_cache_size
         row["memory_bytes"] = properties.total_memory
         row["cuda"] = torch.version.cuda
-    else:
-        row["platform"] = platform.platform()
     yield {"kind": "facts"} | row
     if device().type == "cuda" or job["smoke"]:
         yield {"kind": "ceilings"} | _ceilings(job["smoke"])
