@@ -217,12 +217,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=about)
     parser.add_argument("--targets", default="", help="comma-separated; all unless told")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="of variant names")
+    quick = "compare, without float16 twins; where the bytes are the table's, it is believed"
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with the table (default)")
+    mode.add_argument("--quick", action="store_true", help=quick)
     mode.add_argument("--update", action="store_true", help="write what was found into the table")
     mode.add_argument("--markdown", action="store_true", help="print the table, compile nothing")
-    quick = "leave out float16 twins, believe the table where the compiled bytes are its own"
-    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--opcodes", action="store_true", help="say the most frequent opcodes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--cache", help="folder for compiled kernels; a fresh one unless told")
@@ -250,7 +250,7 @@ def _compared(options: argparse.Namespace, table: Mapping[str, Any]) -> bool:
         print(f"triton {here}, not {pin}: the table is not compared, only limits are")
     elif table["triton"] != pin:
         raise SystemExit(f"the table is of triton {table['triton']}, not {pin}: run --update")
-    return here == pin
+    return bool(here == pin)
 
 
 def gate(options: argparse.Namespace) -> int:
