@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lora_kernels.blockwise4 import Weight4
 from lora_kernels.dispatch import device_of
-from lora_kernels.gpu.decode import load_scales, narrow
+from lora_kernels.gpu.decode import INTERPRETED, load_scales, narrow
 from lora_kernels.gpu.variant import Variant
 
 __all__ = ["expand", "expand4_slice", "quantize", "variants"]
@@ -118,6 +118,15 @@ def _expand_kernel(
     tl.store(out_ptr + element, narrow(value, out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _widen(x):
+    """To float32. The interpreter's cast makes subnormal bfloat16 numbers 0."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _quantize_kernel(
     x_ptr,
@@ -139,7 +148,7 @@ def _quantize_kernel(
     live = each * BLOCK < left  # (BLOCKS,)
     element = each[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = element < left if PARTIAL else live[:, None]
-    x = tl.load(x_ptr + first * BLOCK + element, mask=mask, other=0.0).to(tl.float32)
+    x = _widen(tl.load(x_ptr + first * BLOCK + element, mask=mask, other=0.0))
 
     # as integers magnitudes order alike, and a NaN is larger than infinity
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # (BLOCKS,)

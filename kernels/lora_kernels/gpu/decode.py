@@ -104,9 +104,10 @@ def narrow(x, dtype: tl.constexpr):
     """Round float32 to a 16-bit type, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(x == x, rounded, 0x7FC00000)  # a NaN must not carry over into the sign
-        return bits.to(tl.float32, bitcast=True).to(dtype)
+        # not by a cast, which would make subnormal numbers 0
+        return (bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
         return x.to(dtype)
 
