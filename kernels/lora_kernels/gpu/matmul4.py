@@ -1,0 +1,334 @@
+"""`x Wᵀ` for tens of rows: 4-bit codes decoded inside the product."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.blockwise4 import Weight4
+from lora_kernels.gpu.decode import narrow
+from lora_kernels.gpu.finish4 import Update, finish
+from lora_kernels.gpu.halves4 import (
+    aligned,
+    code_words,
+    decode,
+    dot16,
+    left_operand,
+    load_codes,
+    load_table,
+    load_x,
+    own_rows,
+    pairs,
+    parts,
+    permute_x,
+    run_length,
+    scale_parts,
+    uses_assembly,
+)
+from lora_kernels.gpu.matmul4_dx import default_dx_tile, multiply_dx
+from lora_kernels.gpu.variant import Variant
+
+__all__ = ["Tile", "default_dx_tile", "default_tile", "multiply", "multiply_dx", "variants"]
+
+FEATURES, WARPS = 64, 4  # of the default tiles
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the product is cut into programs."""
+
+    rows: int
+    """rows of x a program: 16, 32 or 64"""
+    features: int
+    """rows of W a program: 16 a warp, or a multiple of that"""
+    warps: int
+    """warps a program"""
+    splits: int
+    """parts into which K is cut, each in programs of its own"""
+
+
+def default_tile(m: int, n: int, k: int, dtype: torch.dtype) -> Tile:
+    """The tile where none was measured.
+
+    Args:
+        m: rows of x.
+        n: rows of W.
+        k: columns of both.
+        dtype: of x.
+
+    Returns:
+        The smallest that takes all rows, and parts enough to occupy a large GPU.
+    """
+    del dtype  # both cost the same
+    most = 64 if torch.version.hip is None else 32  # by registers
+    rows = 16 if m <= 16 else 32 if m <= 32 else most
+    programs = triton.cdiv(n, FEATURES) * triton.cdiv(max(m, 1), rows)
+    return Tile(rows, FEATURES, WARPS, parts(programs, triton.cdiv(k, 256), cost=rows / 16))
+
+
+@triton.jit(do_not_specialize=["m", "x_stride", "part"])
+def _multiply(
+    x_ptr,  # (M, K)
+    codes_ptr,  # (N, K / 8) int32
+    scales_ptr,  # (N K / BLOCK,) uint8 or float32
+    absmax_ptr,  # (ceil(N K / BLOCK / 256),) float32 or None
+    offset_ptr,  # () float32 or None
+    scale_table_ptr,  # (256,) float32 or None
+    table_ptr,  # (16,) float32
+    down_ptr,  # (R, K) float32; not read if R is 0
+    bias_ptr,  # (N,) or None
+    y_ptr,  # (M, N) in the dtype of x, or (S, M, N + R) float32
+    m,
+    n,
+    k,
+    r,
+    x_stride,
+    part,  # columns of W that a split covers, a multiple of 4 RUN
+    BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    WARPS: tl.constexpr,
+    ASM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    row_tiles = tl.cdiv(m, ROWS)
+    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    tile = tl.program_id(0) // row_tiles
+    split = tl.program_id(1)
+    part = tl.multiple_of(part, 4 * RUN)
+    begin = split * part
+    end = tl.minimum(begin + part, k)
+    # rows past the last are computed from the last, and not stored
+    x_ptr += tl.minimum(row, m - 1).to(tl.int64)[:, None] * tl.multiple_of(x_stride, 8)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    tiles = tl.cdiv(n, FEATURES)
+    if tile < tiles:
+        first = tile * FEATURES
+        acc = _coded(
+            x_ptr,
+            codes_ptr,
+            scales_ptr,
+            absmax_ptr,
+            offset_ptr,
+            scale_table_ptr,
+            table_ptr,
+            first,
+            n,
+            k,
+            begin,
+            end,
+            BLOCK,
+            RUN,
+            ROWS,
+            FEATURES,
+            WARPS,
+            ASM,
+            PAIRS,
+            EVEN,
+        )
+        column = first + tl.arange(0, FEATURES)
+        inside = column < n
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            acc += narrow(bias, dtype).to(tl.float32)[:, None]
+    else:
+        feature = (tile - tiles) * FEATURES + tl.arange(0, FEATURES)
+        acc = _dense(x_ptr, down_ptr, feature, r, k, begin, end, ROWS, FEATURES)
+        column = n + feature
+        inside = feature < r
+    width = n + r
+    y_ptr += (split * m + row).to(tl.int64)[None, :] * width
+    kept = inside[:, None] & (row[None, :] < m)
+    tl.store(y_ptr + column[:, None], narrow(acc, y_ptr.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _coded(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    absmax_ptr,
+    offset_ptr,
+    scale_table_ptr,
+    table_ptr,
+    first,
+    n,
+    k,
+    begin,
+    end,
+    BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    WARPS: tl.constexpr,
+    ASM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Rows of W from `first` on, times x transposed, over columns `begin` to `end`."""
+    NESTED: tl.constexpr = absmax_ptr is not None
+    STEP: tl.constexpr = 4 * RUN
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    table = load_table(table_ptr)
+    offset = tl.load(offset_ptr) if NESTED else 0.0
+    run = tl.arange(0, 4) * RUN  # (4,) first column of each run
+    feature = tl.minimum(first + own_rows(FEATURES, WARPS), n - 1)  # (FEATURES,)
+    row_words = tl.multiple_of(k // 8, 4)
+    at = feature.to(tl.int64)[:, None, None] * row_words + run[None, :, None] // 8
+    words = codes_ptr + at + tl.arange(0, 4)[None, None, :]  # (FEATURES, 4, 4)
+    x_words = x_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, RUN // 2)[None, :]
+    # not contiguous, as far as loads are concerned: each lane is to load its own
+    block = feature[:, None] * (k // BLOCK) + tl.max_contiguous(run // BLOCK, 1)[None, :]
+
+    there = (begin + run < end)[None, :] | EVEN  # (1, 4)
+    q = load_codes(words + begin // 8, there, RUN)
+    scale, absmax = scale_parts(scales_ptr, absmax_ptr, block + begin // BLOCK, there, NESTED)
+    x = load_x(x_words + begin // 2, begin, end, RUN, EVEN)
+    acc = tl.zeros((FEATURES, ROWS), tl.float32)
+    for start in range(begin, end, STEP):
+        w = decode(q, scale, absmax, offset, scale_table_ptr, table, table_ptr, dtype, NESTED, ASM)
+        left = left_operand(w, WARPS, PAIRS)
+        right = permute_x(x, dtype, PAIRS)
+        # the next step's loads are under way while this one's product is computed
+        following = start + STEP
+        if EVEN:  # after the last step, something that exists
+            following = tl.multiple_of(tl.where(following < end, following, begin), STEP)
+        there = (following + run < end)[None, :] | EVEN
+        q = load_codes(words + following // 8, there, RUN)
+        next_block = block + following // BLOCK
+        scale, absmax = scale_parts(scales_ptr, absmax_ptr, next_block, there, NESTED)
+        x = load_x(x_words + following // 2, following, end, RUN, EVEN)
+        acc = dot16(left, right.trans(), acc)
+    return acc
+
+
+@triton.jit
+def _dense(
+    x_ptr,
+    down_ptr,
+    feature,
+    r,
+    k,
+    begin,
+    end,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Rows of LoRA's A, rounded to x's dtype, times x transposed."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    down_ptr += feature.to(tl.int64)[:, None] * k
+    features_inside = feature[:, None] < r
+    acc = tl.zeros((FEATURES, ROWS), tl.float32)
+    for start in range(begin, end, 64):
+        column = start + tl.arange(0, 64)[None, :]
+        inside = column < end
+        a = tl.load(down_ptr + column, mask=features_inside & inside, other=0.0)
+        x = tl.load(x_ptr + column, mask=inside, other=0.0)
+        acc = dot16(narrow(a, dtype), x.trans(), acc)
+    return acc
+
+
+def multiply(
+    x: Tensor, weight: Weight4, bias: Tensor | None, update: Update | None, tile: Tile
+) -> tuple[Tensor, Tensor | None]:
+    """`x Wᵀ + bias`, and LoRA's update, without writing W.
+
+    Args:
+        x: (M, K), bfloat16 or float16, the last dimension contiguous.
+        weight: codes and scales of W (N, K), K a multiple of the block.
+        bias: (N,) or None.
+        update: the low-rank update, or None.
+        tile: how the work is cut.
+
+    Returns:
+        y (M, N) in the dtype of x, and with an update `x Aᵀ` (M, r) in float32.
+    """
+    (m, k), n = x.shape, weight.out_features
+    r = 0 if update is None else update.width
+    step = 4 * run_length(weight.block_size)
+    part = triton.cdiv(triton.cdiv(k, step), tile.splits) * step
+    splits = triton.cdiv(k, part)
+    whole = splits == 1 and update is None
+    shape = (m, n) if whole else (splits, m, n + r)
+    y = torch.empty(shape, dtype=x.dtype if whole else torch.float32, device=x.device)
+    if m and n:
+        tiles = triton.cdiv(n, tile.features) + triton.cdiv(r, tile.features)
+        _multiply[(triton.cdiv(m, tile.rows) * tiles, splits)](
+            aligned(x),
+            code_words(weight),
+            weight.scales,
+            *(weight.nested or (None, None, None)),
+            weight.table,
+            weight.table if update is None else update.down,
+            bias if whole else None,
+            y,
+            m,
+            n,
+            k,
+            r,
+            x.stride(0),
+            part,
+            BLOCK=weight.block_size,
+            RUN=run_length(weight.block_size),
+            ROWS=tile.rows,
+            FEATURES=tile.features,
+            WARPS=tile.warps,
+            ASM=uses_assembly(),
+            PAIRS=pairs(x.device),
+            EVEN=k % step == 0,
+            num_warps=tile.warps,
+            num_stages=1,
+            enable_fp_fusion=False,
+        )
+    return (y, None) if whole else finish(y, n, bias, update, x.dtype)
+
+
+def variants() -> list[Variant]:
+    """Every form that `multiply` launches with default tiles, for rows of whole steps."""
+    both, sizes = ("bf16", "fp16"), (16, 32, 64)
+    return [
+        *(_variant(d, rows, nested) for d in both for rows in sizes for nested in (True, False)),
+        *(_variant(d, rows, whole=True) for d in both for rows in sizes),
+        *(_variant("bf16", rows, PAIRS=2) for rows in sizes),
+        *(_variant("bf16", rows, ASM=False) for rows in (16, 32)),
+        *(_variant("bf16", rows, EVEN=False) for rows in (16, 64)),
+        _variant("bf16", 16, BLOCK=32, RUN=32),
+    ]
+
+
+def _variant(
+    dtype: str, rows: int, nested: bool = True, whole: bool = False, **other: Any
+) -> Variant:
+    constants: dict[str, Any] = {"BLOCK": 64, "RUN": 64, "ROWS": rows, "FEATURES": FEATURES}
+    constants |= {"WARPS": WARPS, "ASM": True, "PAIRS": 1, "EVEN": True} | other
+    if not nested:
+        constants |= dict.fromkeys(("absmax_ptr", "offset_ptr", "scale_table_ptr"))
+    if not whole:
+        constants["bias_ptr"] = None
+    signature = {"x_ptr": f"*{dtype}", "codes_ptr": "*i32"}
+    signature |= {"scales_ptr": "*u8" if nested else "*fp32", "absmax_ptr": "*fp32"}
+    signature |= {"offset_ptr": "*fp32", "scale_table_ptr": "*fp32", "table_ptr": "*fp32"}
+    signature |= {"down_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
+    signature |= {"y_ptr": f"*{dtype}" if whole else "*fp32"}
+    signature |= dict.fromkeys(("m", "n", "k", "r", "x_stride", "part"), "i32")
+    signature |= dict.fromkeys(constants, "constexpr")
+    said = ["nested" if nested else "flat", "whole" if whole else "parts"]
+    said += [f"{name} {value}" for name, value in other.items()]
+    best = rows == 16 and constants["ASM"] and not {"EVEN", "PAIRS", "RUN"} & set(other)
+    return Variant(
+        f"matmul4/{dtype}/{rows} rows/{'/'.join(said)}",
+        _multiply,
+        signature,
+        constants,
+        warps=WARPS,
+        fp_fusion=False,
+        weights=constants["RUN"] * 4 * FEATURES / (32 * WARPS),
+        asm=constants["ASM"],
+        odd=frozenset(("m", "x_stride", "part")),
+        max_instructions=4.5 if best else None,
+    )
