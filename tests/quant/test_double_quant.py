@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_core.quant.double_quant import dynamic_map, encode_scales
+from lora_core.quant.double_quant import dynamic_map, encode_scales, shared_map
 from lora_kernels import decode_scales
 
 
@@ -30,6 +30,10 @@ def test_the_map_cannot_be_spoilt_from_outside() -> None:
     assert dynamic_map()[-1] == 1
     with torch.device("meta"):
         assert dynamic_map().device.type == "cpu"
+    shared = shared_map(torch.device("cpu"))
+    assert shared is shared_map(torch.device("cpu"))
+    assert torch.equal(shared, dynamic_map())
+    assert shared.data_ptr() != dynamic_map().data_ptr()
 
 
 @given(
@@ -85,3 +89,18 @@ def test_no_scales() -> None:
 def test_scales_that_overflow_are_refused() -> None:
     with pytest.raises(ValueError, match=r"2 scales sum to more than float32 .*3e\+38\); use"):
         encode_scales(torch.tensor([3e38, 3e38]))
+
+
+def test_a_flag_tells_of_the_overflow() -> None:
+    flag = torch.zeros(1, dtype=torch.int32)
+    scales = torch.rand(300)
+    for got, wanted in zip(encode_scales(scales, flag=flag), encode_scales(scales), strict=True):
+        assert torch.equal(got, wanted)
+    assert not flag
+    encode_scales(torch.tensor([3e38, 3e38]), flag=flag)
+    assert flag
+    encode_scales(scales, flag=flag)
+    assert flag  # what is told is not taken back
+    encode_scales(torch.tensor([3e38, 3e38]), check_finite=False)
+    with pytest.raises(ValueError, match=r"flag must be int32 \(1,\) on cpu; got torch.bool \(\)"):
+        encode_scales(scales, flag=torch.tensor(False))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_core.quant import NF4Linear, dequantize_model, quantize_model
 
@@ -143,6 +144,56 @@ def test_a_bad_weight_leaves_the_model_as_it_was() -> None:
         quantize_model(Model(), code="nf8")
     with pytest.raises(ValueError, match="block_size must be"):
         quantize_model(Model(), block_size=63)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (3e38, torch.float32, r"the 128 scales sum to more than float32 holds"),
+        (1e300, torch.float64, r"^blocks\.1\.down\.weight\[0, 0\] is inf in float32"),
+    ],
+)
+def test_what_float32_cannot_hold_leaves_the_model_as_it_was(
+    value: float, dtype: torch.dtype, message: str
+) -> None:
+    model = Model().to(dtype)
+    nn.init.constant_(model.blocks[1]["down"].weight, value)
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model)
+    assert set(kinds(model).values()) == {nn.Linear}
+
+
+def test_large_weights_without_double_quantization_are_fine() -> None:
+    model = Model()
+    nn.init.constant_(model.blocks[1]["down"].weight, 3e38)
+    assert quantize_model(model, double_quant=False).modules == EVERY
+    assert torch.equal(model.blocks[1]["down"].dense_weight(), torch.full((64, 128), 3e38))
+
+
+def test_values_are_read_once_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is waited for once, however many weights there are."""
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+    model = Model()
+    quantize_model(Model())  # tables are placed
+    reads: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.__name__.startswith(("_local_scalar_dense", "nonzero", "equal")):
+                reads.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    tolist = torch.Tensor.tolist
+
+    def read(tensor: torch.Tensor) -> list:
+        reads.append(f"{tensor.numel()} bounds")
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    with Watch():
+        quantize_model(model)
+    assert "4 bounds" in reads
+    assert len(reads) == 1, reads
 
 
 def test_nothing_to_do_is_an_error_that_says_why() -> None:

@@ -7,9 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from lora_core.quant import NF4Tensor, quantize_4bit, quantize_nf4
-from lora_core.quant.codebook import CODEBOOKS
+from lora_core.quant.codebook import CODEBOOKS, codebook
+from lora_core.quant.double_quant import shared_map
+from lora_core.quant.nf4 import shared_table
 
 
 @given(
@@ -113,3 +116,47 @@ def test_what_is_not_finite_is_named() -> None:
         quantize_4bit(w, name="layers.0.weight")
     with pytest.raises(ValueError, match=r"^w\[2, 3\] is nan"):
         quantize_nf4(w)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_flag_instead_of_an_error(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setenv("LORA_KERNELS", backend)
+    flag = torch.zeros(1, dtype=torch.int32)
+    w = torch.randn(4, 64)
+    q = quantize_4bit(w, flag=flag)
+    assert torch.equal(q.packed, quantize_4bit(w).packed)
+    assert not flag
+    quantize_4bit(torch.full((4, 64), 3e38), flag=flag)  # the scales' sum is beyond float32
+    assert flag
+    quantize_4bit(torch.full((4, 64), 3e38), double_quant=False, flag=flag.zero_())
+    assert not flag
+    w[3, 63] = torch.nan
+    quantize_4bit(w, double_quant=False, check_finite=False)
+    quantize_4bit(w, double_quant=False, flag=flag)
+    assert flag
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_workspace_takes_the_dense_tensor(
+    monkeypatch: pytest.MonkeyPatch, backend: str, double_quant: bool
+) -> None:
+    monkeypatch.setenv("LORA_KERNELS", backend)
+    q = quantize_nf4(torch.randn(5, 33), double_quant=double_quant)
+    workspace = torch.full((200,), torch.nan, dtype=torch.bfloat16)
+    dense = q.dequantize(torch.bfloat16, out=workspace[:165])
+    assert dense.data_ptr() == workspace.data_ptr()
+    assert torch.equal(dense, q.dequantize(torch.bfloat16))
+    assert workspace[165:].isnan().all()
+    with pytest.raises(ValueError, match=r"out must be contiguous, 165 elements of torch\.float32"):
+        q.dequantize(out=workspace[:165])
+
+
+def test_one_table_a_device() -> None:
+    cpu, book = torch.device("cpu"), codebook("fp4")
+    assert shared_table(book, cpu) is shared_table(book, cpu)
+    assert torch.equal(shared_table(book, cpu), book.table())
+    with FakeTensorMode(allow_non_fake_inputs=True):  # what a tracer makes is not kept
+        fake = torch.device("cuda", 3)
+        assert shared_table(book, fake) is not shared_table(book, fake)
+        assert shared_map(fake) is not shared_map(fake)
