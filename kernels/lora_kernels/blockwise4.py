@@ -12,9 +12,10 @@ entries. Two indices share a byte, the first in the high nibble:
 CPU. The 16-entry table and the 256-entry table of the scales are arguments; nothing here knows a
 data type by name.
 
-On a GPU (`gpu/blockwise4.py`) each of the three operators is one launch, bit-equal to what is here.
-None waits for the device, except to tell whether all values were finite. Whoever quantizes many
-weights passes a `flag` for each, which the device sets, and reads them all once at the end.
+On a GPU each of the three operators is one launch, bit-equal to the definition
+(`gpu/quantize4.py`, `gpu/blockwise4.py`). None waits for the device, except to tell whether all
+values were finite. Whoever quantizes many weights passes a `flag` for each, which the device sets,
+and reads them all once at the end.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (equations 1-4).
 """
@@ -133,7 +134,7 @@ def quantize4(
 def _quantize4_triton(
     x: Tensor, table: Tensor, block_size: int, flag: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    from lora_kernels.gpu import blockwise4 as gpu
+    from lora_kernels.gpu import quantize4 as gpu
 
     return gpu.quantize(x, *_ranks(table.to(x.device)), block_size, TINY, flag)
 

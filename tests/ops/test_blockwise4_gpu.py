@@ -256,7 +256,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 import triton
-from lora_kernels.gpu import blockwise4 as gpu
+from lora_kernels.gpu import blockwise4, quantize4
 
 launched, found = [], {}
 target = GPUTarget("cuda", 90, 32)
@@ -275,12 +275,12 @@ class Recorder:
         launched.append({n: t[0] for n, t in zip(names, types)} | {"warps": num_warps}
                         | {"fusion": enable_fp_fusion} | {"constants": constants})
 
-variants = {v.name: v for v in gpu.variants()}
-kernels = gpu._expand_kernel, gpu._quantize_kernel
-gpu._expand_kernel, gpu._quantize_kernel = map(Recorder, kernels)
+variants = {v.name: v for v in blockwise4.variants() + quantize4.variants()}
+blockwise4._expand_kernel = Recorder(blockwise4._expand_kernel)
+quantize4._kernel = Recorder(quantize4._kernel)
 codes, scales, table = torch.zeros(32, dtype=torch.uint8), torch.ones(1), torch.zeros(16)
-gpu.expand(codes, scales, None, table, 64, torch.zeros(64, dtype=torch.bfloat16))
-gpu.quantize(torch.ones(64).bfloat16(), table, table.int(), 64, 1e-38, torch.zeros(1).int())
+blockwise4.expand(codes, scales, None, table, 64, torch.zeros(64, dtype=torch.bfloat16))
+quantize4.quantize(torch.ones(64).bfloat16(), table, table.int(), 64, 1e-38, torch.zeros(1).int())
 for name in ("expand4/bf16/64/float32 scales", "quantize4/bf16/64"):
     v = variants[name]
     launch = launched.pop(0)

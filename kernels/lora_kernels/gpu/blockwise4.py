@@ -1,4 +1,4 @@
-"""Quantize and expand 4-bit blocks on a GPU.
+"""Expand 4-bit blocks on a GPU.
 
 Expand reads half a byte a weight and writes two: it should run at the speed of a copy, which on an
 H200 leaves about 17 instructions a weight. A chain of selects over 16 entries takes 21; reading
@@ -7,17 +7,14 @@ eight to a word, and looked up with `tl.gather` in a flat tensor: the compiler k
 in shared memory, where no two of them lie in one bank. Loads of codes and stores of weights move
 16 bytes a thread. Scales are decoded once a block, not once a thread that uses them.
 
-Quantize finds codes by a binary search over the 15 midpoints, four lookups in the same manner,
-which works for any table; the reference cuts [-1, 1] into cells, whose number depends on the table
-and would have to be known on the host.
+A program expands a tile of some rows by some blocks of each; a whole weight is one long row, and a
+slice of columns takes the same kernel. Where a tile begins is counted in 64 bits, what lies inside
+it in 32, which saves an instruction a weight.
 
-Both are bit-equal to the definition: quotients are rounded correctly (`div_rn`), a product and a
-sum stay two roundings (`enable_fp_fusion=False`), and the product is narrowed once. Neither waits
-for the host: whether all values are finite is stored to a flag on the device.
-
-A program takes `TILE` weights. Whole blocks go down a path without masks inside a block. A partial
-last block, or codes that do not start at a multiple of 4 bytes, compile a second form (`PARTIAL`,
-`BYTEWISE`) that masks every element; it is slower, and rare in weights.
+Bit-equal to the definition: the two roundings of a nested scale stay two (`enable_fp_fusion=False`)
+and the product is narrowed once. A partial last block, or codes that do not begin at a multiple of
+4 bytes, compile a second form (`BYTEWISE`) that reads bytes and masks each element; it takes three
+times the instructions and is rare in weights.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.
 """
@@ -31,23 +28,16 @@ from torch import Tensor
 
 from lora_kernels.blockwise4 import Weight4
 from lora_kernels.dispatch import device_of
-from lora_kernels.gpu.decode import INTERPRETED, load_scales, narrow
+from lora_kernels.gpu.decode import load_scales, narrow
 from lora_kernels.gpu.variant import Variant
 
-__all__ = ["expand", "expand4_slice", "quantize", "variants"]
+__all__ = ["expand", "expand4_slice", "variants"]
 
-EXPAND_TILE = 8192  # weights a program
-QUANTIZE_TILE = 4096  # the same; also the largest block
+TILE = 8192  # weights a program
 WARPS = 4
 MOST_ROWS = 65535  # programs along the second side of a grid; along the first there may be 2^31 - 1
 # always 64 bits wide, and a 1 among them is a number like any other
 SIZES = ["first", "height", "width", "stride", "numel"]
-TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -116,101 +106,6 @@ def _expand_kernel(
         mask &= element < numel - target * BLOCK
     out_ptr += target * BLOCK
     tl.store(out_ptr + element, narrow(value, out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _widen(x):
-    """To float32. The interpreter's cast makes subnormal bfloat16 numbers 0."""
-    if INTERPRETED and x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _quantize_kernel(
-    x_ptr,
-    middle_ptr,
-    order_ptr,
-    codes_ptr,
-    scales_ptr,
-    flag_ptr,
-    numel: tl.int64,
-    TINY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,  # blocks a program
-    PARTIAL: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    first = tl.program_id(0).to(tl.int64) * BLOCKS  # block
-    left = tl.minimum(numel - first * BLOCK, BLOCKS * BLOCK).to(tl.int32)  # elements
-    each = tl.arange(0, BLOCKS)
-    live = each * BLOCK < left  # (BLOCKS,)
-    element = each[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = element < left if PARTIAL else live[:, None]
-    x = _widen(tl.load(x_ptr + first * BLOCK + element, mask=mask, other=0.0))
-
-    # as integers magnitudes order alike, and a NaN is larger than infinity
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # (BLOCKS,)
-    if CHECK:
-        tl.store(flag_ptr + each * 0, 1, mask=bits >= 0x7F800000)
-    absmax = bits.to(tl.float32, bitcast=True)
-    bound = tl.maximum(absmax, tl.full(absmax.shape, TINY, tl.float32))
-    x_over_bound = x * tl.div_rn(1.0, bound)[:, None]
-    if PARTIAL:
-        partial = each * BLOCK + BLOCK > left
-        x_over_bound = tl.where(partial[:, None], tl.div_rn(x, bound[:, None]), x_over_bound)
-        absmax = tl.where(partial & (absmax > 0), bound, absmax)
-    tl.store(scales_ptr + first + each, absmax, mask=live)
-
-    # rank = number of midpoints below: 8, then 4, 2, 1 more of them
-    quotient = x_over_bound.reshape(BLOCKS * BLOCK)
-    middle = tl.load(middle_ptr + tl.arange(0, 16))
-    rank = tl.where(quotient > tl.load(middle_ptr + 7), 8, 0)
-    rank += tl.where(quotient > tl.gather(middle, rank + 3, 0), 4, 0)
-    rank += tl.where(quotient > tl.gather(middle, rank + 1, 0), 2, 0)
-    rank += tl.where(quotient > tl.gather(middle, rank, 0), 1, 0)
-    code = tl.gather(tl.load(order_ptr + tl.arange(0, 16)), rank, 0)
-    high, low = tl.split(code.reshape(BLOCKS, BLOCK // 2, 2))
-    byte = each[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    mask = byte * 2 < left if PARTIAL else live[:, None]
-    tl.store(codes_ptr + first * (BLOCK // 2) + byte, (high << 4 | low).to(tl.uint8), mask=mask)
-
-
-def quantize(
-    x: Tensor, middle: Tensor, order: Tensor, block_size: int, tiny: float, flag: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Quantize a tensor in one launch.
-
-    Args:
-        x: any shape and layout, bfloat16, float16, float32 or float64.
-        middle: float32 (16,), the ascending midpoints of the code table, and infinity.
-        order: int32 (16,), the code of each rank among them.
-        block_size: elements that share a scale.
-        tiny: the least divisor.
-        flag: int32 (1,), set to 1 if a value is not finite; or None.
-
-    Returns:
-        codes uint8 (ceil(n / 2),) and scales float32 (ceil(n / block_size),).
-    """
-    numel = x.numel()
-    codes = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(-(-numel // block_size), dtype=torch.float32, device=x.device)
-    if numel:
-        with device_of(x):
-            _quantize_kernel[(triton.cdiv(numel, QUANTIZE_TILE),)](
-                x.contiguous(),
-                middle,
-                order,
-                codes,
-                scales,
-                scales if flag is None else flag,
-                numel,
-                **_quantize_constants(block_size, tiny, numel % block_size != 0, flag is not None),
-                num_warps=WARPS,
-                enable_fp_fusion=False,
-            )
-    return codes, scales
 
 
 def expand(
@@ -323,16 +218,11 @@ def _expand(
             )
 
 
-def _quantize_constants(block_size: int, tiny: float, partial: bool, check: bool) -> dict[str, Any]:
-    blocks = QUANTIZE_TILE // block_size
-    return {"TINY": tiny, "BLOCK": block_size, "BLOCKS": blocks, "PARTIAL": partial, "CHECK": check}
-
-
 def _expand_constants(
     block_size: int, part: _Slice, nested: bool, bytewise: bool
 ) -> dict[str, Any]:
     """The tile that a program expands: as wide as leaves least of it empty, then as high."""
-    blocks = EXPAND_TILE // block_size
+    blocks = TILE // block_size
     columns = blocks
     if part.height > 1:
         widths = [1 << i for i in range(blocks.bit_length())]
@@ -355,9 +245,6 @@ def variants() -> list[Variant]:
     found.append(_expand_variant("bf16", 64, columns, True, limit=9.0))
     found += [_expand_variant("bf16", block, flat, True) for block in (32, 128, 4096)]
     found.append(_expand_variant("bf16", 64, flat, True, bytewise=True))
-    found += [_quantize_variant(dtype, 64) for dtype in TYPES.values()]
-    found += [_quantize_variant("bf16", block) for block in (32, 4096)]
-    found.append(_quantize_variant("bf16", 64, partial=True))
     return found
 
 
@@ -387,32 +274,8 @@ def _expand_variant(
         constants=constants,
         warps=WARPS,
         fp_fusion=False,
-        weights=EXPAND_TILE / (WARPS * 32),
+        weights=TILE / (WARPS * 32),
         exact=True,
         odd=frozenset(sizes),
         max_instructions=limit,
-    )
-
-
-def _quantize_variant(dtype: str, block_size: int, partial: bool = False) -> Variant:
-    constants = _quantize_constants(block_size, 1e-38, partial, True)
-    return Variant(
-        name=f"quantize4/{dtype}/{block_size}{'/partial' if partial else ''}",
-        kernel=_quantize_kernel,
-        signature={
-            "x_ptr": f"*{dtype}",
-            "middle_ptr": "*fp32",
-            "order_ptr": "*i32",
-            "codes_ptr": "*u8",
-            "scales_ptr": "*fp32",
-            "flag_ptr": "*i32",
-            "numel": "i64",
-            **dict.fromkeys(constants, "constexpr"),
-        },
-        constants=constants,
-        warps=WARPS,
-        fp_fusion=False,
-        weights=QUANTIZE_TILE / (WARPS * 32),
-        exact=True,
-        odd=frozenset(("flag_ptr", "numel")),
     )
