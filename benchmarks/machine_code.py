@@ -7,12 +7,12 @@ list of instructions with their successors, and from the graph of these come the
 header). Nothing depends on the order of addresses: ptxas moves the waits of a loop behind the end
 of the program, whose jump back into the loop is no loop of its own.
 
-**The hot loop** is one that holds no other loop. Loops that only wait (at most 16 instructions,
-one of them on a barrier and none
-on a matrix, as sm_90 and later have inside their pipelines) do not count. Of several,
-one with matrix instructions is preferred, then the one with more byte permutes (the decode; a loop
-over dense rows has few), then the longer one. A kernel without a loop is counted whole; code that
-is only called, such as the rare path of a division, is not part of it.
+**The hot loop** is one that holds no other loop. Loops that only wait (at most 16 instructions, one
+of them on a barrier and none on a matrix, as sm_90 and later have inside their pipelines) do not
+count. Of several, those with matrix instructions are preferred, then the longest: a product decodes
+in one loop and multiplies dense rows of LoRA in another, shorter one, and should that ever be the
+longer, the count errs towards failing. A kernel without a loop is counted whole; code that is only
+called, such as the rare path of a division, is not part of it.
 
 **Exactness**, for kernels that must give the definition's bits:
 
@@ -123,17 +123,15 @@ class Code:
         """The hot loop's instructions, as the module's docstring defines it."""
         working = {h: body for h, body in self.loops.items() if not self._waits(body)}
         inner = [b for h, b in working.items() if not any(o in b for o in working if o != h)]
-        return max(inner, key=self._weight, default=None)
+        return max(inner, key=self._rank, default=None)
 
     def _waits(self, body: set[int]) -> bool:
         opcodes = [self.instructions[i].opcode for i in body]
         waits = len(body) <= LONGEST_WAIT and any(o.startswith(WAIT) for o in opcodes)
         return waits and not any(map(is_matrix, opcodes))
 
-    def _weight(self, body: set[int]) -> tuple[bool, int, int]:
-        opcodes = [self.instructions[i].opcode for i in body]
-        permutes = sum(o.startswith(("PRMT", "v_perm")) for o in opcodes)
-        return any(map(is_matrix, opcodes)), permutes, len(body)
+    def _rank(self, body: set[int]) -> tuple[bool, int]:
+        return any(is_matrix(self.instructions[i].opcode) for i in body), len(body)
 
     @property
     def counted(self) -> list[str]:

@@ -353,13 +353,13 @@ def test_loops_of_sass(machine_code: ModuleType) -> None:
     assert code.common(2) == "BRA:4 SYNCS:2"
 
 
-def test_hot_loop_is_the_one_that_decodes(machine_code: ModuleType) -> None:
-    dense = ["IADD3 R0, R0, R1, R2"] * 9 + ["HMMA.16816.F32.BF16 R4, R4, R8, R4", "@P0 BRA 0x0"]
-    decode = ["PRMT R0, R0, R1, R2", "HMMA.16816.F32.BF16 R4, R4, R8, R4", "@P0 BRA 0xb0"]
-    code = machine_code.parse_sass(sass(*dense, *decode, "EXIT"))
-    assert code.hot == {11, 12, 13}
-    longer = machine_code.parse_sass(sass(*dense, *decode[1:], "EXIT"))
-    assert longer.hot == set(range(11))
+def test_hot_loop_is_the_longest_that_multiplies(machine_code: ModuleType) -> None:
+    dense = ["HMMA.16816.F32.BF16 R4, R4, R8, R4", "@P0 BRA 0x0"]
+    decode = ["PRMT R0, R0, R1, R2", "HMMA.16816.F32.BF16 R4, R4, R8, R4", "@P0 BRA 0x20"]
+    sums = [*9 * ["FADD R0, R0, R1"], "@P0 BRA 0x50"]
+    code = machine_code.parse_sass(sass(*dense, *decode, *sums, "EXIT"))
+    assert len(code.loops) == 3
+    assert code.hot == {2, 3, 4}
 
 
 def test_kernel_without_a_loop_is_counted_whole(machine_code: ModuleType) -> None:
