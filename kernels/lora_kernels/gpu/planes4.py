@@ -193,26 +193,113 @@ def _planes_kernel(
         )
         scale_row, scale_warp = _scale_rows(first, n, k // BLOCK, STRIPS, WARPS)
         total = tl.zeros((STRIPS * WARPS, 16, 4 * ROWS), tl.float32)
-        for step in range(steps):
-            # groups from the end of K on have digits 0; only what they must not read is masked
-            group = begin + step * WARPS
-            words = _load_codes(
-                low, high, group + warp, k // COLUMNS, step * WARPS, COLUMNS, ARRANGED, EVEN
+        # two steps are on their way: each buffer is filled again as soon as it has been used
+        low0, high0, s0 = _fetch(
+            low,
+            high,
+            warp,
+            scale_row,
+            scale_warp,
+            scales_ptr,
+            absmax_ptr,
+            offset_ptr,
+            scale_table_ptr,
+            begin,
+            0,
+            k // COLUMNS,
+            BLOCK // COLUMNS,
+            COLUMNS,
+            ARRANGED,
+            EVEN,
+        )
+        low1, high1, s1 = _fetch(
+            low,
+            high,
+            warp,
+            scale_row,
+            scale_warp,
+            scales_ptr,
+            absmax_ptr,
+            offset_ptr,
+            scale_table_ptr,
+            begin,
+            WARPS,
+            k // COLUMNS,
+            BLOCK // COLUMNS,
+            COLUMNS,
+            ARRANGED,
+            EVEN,
+        )
+        for step in range(0, steps, 2):
+            ahead = tl.minimum(step + 2, steps - 2) * WARPS  # the last ones come again
+            total = _accumulate(
+                total,
+                low0,
+                high0,
+                s0,
+                digits_ptr,
+                tables_ptr,
+                tables,
+                COLUMNS,
+                ROWS,
+                STRIPS,
+                WARPS,
+                ARRANGED,
+                ASM,
             )
-            group += scale_warp
-            s = load_scales(
+            low0, high0, s0 = _fetch(
+                low,
+                high,
+                warp,
+                scale_row,
+                scale_warp,
                 scales_ptr,
                 absmax_ptr,
                 offset_ptr,
                 scale_table_ptr,
-                scale_row + group // (BLOCK // COLUMNS),
-                EVEN or group < k // COLUMNS,
-                scales_ptr.dtype.element_ty == tl.uint8,
+                begin,
+                ahead,
+                k // COLUMNS,
+                BLOCK // COLUMNS,
+                COLUMNS,
+                ARRANGED,
+                EVEN,
             )
-            at = digits_ptr + step * (WARPS * (4 * ROWS + 1) * COLUMNS)
+            digits_ptr += WARPS * (4 * ROWS + 1) * COLUMNS
             total = _accumulate(
-                total, words, s, at, tables_ptr, tables, COLUMNS, ROWS, STRIPS, WARPS, ARRANGED, ASM
+                total,
+                low1,
+                high1,
+                s1,
+                digits_ptr,
+                tables_ptr,
+                tables,
+                COLUMNS,
+                ROWS,
+                STRIPS,
+                WARPS,
+                ARRANGED,
+                ASM,
             )
+            low1, high1, s1 = _fetch(
+                low,
+                high,
+                warp,
+                scale_row,
+                scale_warp,
+                scales_ptr,
+                absmax_ptr,
+                offset_ptr,
+                scale_table_ptr,
+                begin,
+                ahead + WARPS,
+                k // COLUMNS,
+                BLOCK // COLUMNS,
+                COLUMNS,
+                ARRANGED,
+                EVEN,
+            )
+            digits_ptr += WARPS * (4 * ROWS + 1) * COLUMNS
         y = _combine(total, STRIPS, WARPS, ROWS)  # (16 STRIPS, ROWS)
         y *= tl.load(largest_ptr + tl.num_programs(2) * ROWS)
         y *= tl.load(largest_ptr + i)[None, :]
@@ -289,29 +376,6 @@ def _code_pointers(
 
 
 @triton.jit
-def _load_codes(
-    low,
-    high,
-    group,
-    groups,
-    ahead,
-    COLUMNS: tl.constexpr,
-    ARRANGED: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """The words of rows g and g + 8, `ahead` groups from the first step."""
-    inside = EVEN or (group < groups)[:, None]
-    if ARRANGED:
-        both = tl.load(low + ahead * 128, mask=inside, other=0)
-        return both, both
-    else:
-        ahead *= COLUMNS // 8
-        return tl.load(low + ahead, mask=inside, other=0), tl.load(
-            high + ahead, mask=inside, other=0
-        )
-
-
-@triton.jit
 def _scale_rows(first, n, stride, STRIPS: tl.constexpr, WARPS: tl.constexpr):
     """Start of a row's scales, and the warp that needs them: one scale a lane, not one in four."""
     i = tl.arange(0, WARPS * STRIPS * 16)
@@ -319,9 +383,50 @@ def _scale_rows(first, n, stride, STRIPS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
+def _fetch(
+    low,
+    high,
+    warp,
+    scale_row,
+    scale_warp,
+    scales_ptr,
+    absmax_ptr,
+    offset_ptr,
+    scale_table_ptr,
+    begin,
+    ahead,
+    groups,
+    RATIO: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ARRANGED: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Codes of rows g and g + 8, and scales, `ahead` groups from `begin`.
+
+    Groups from the end of K on have digits of 0, so that their codes may be anything.
+    """
+    inside = EVEN | (begin + ahead + warp < groups)[:, None]
+    jump: tl.constexpr = 128 if ARRANGED else COLUMNS // 8
+    low_words = tl.load(low + ahead * jump, mask=inside, other=0)
+    high_words = low_words if ARRANGED else tl.load(high + ahead * jump, mask=inside, other=0)
+    group = begin + ahead + scale_warp
+    s = load_scales(
+        scales_ptr,
+        absmax_ptr,
+        offset_ptr,
+        scale_table_ptr,
+        scale_row + group // RATIO,
+        EVEN | (group < groups),
+        scales_ptr.dtype.element_ty == tl.uint8,
+    )
+    return low_words, high_words, s
+
+
+@triton.jit
 def _accumulate(
     total,
-    words,
+    low_words,
+    high_words,
     s,
     digits_ptr,
     tables_ptr,
@@ -337,8 +442,8 @@ def _accumulate(
     BATCH: tl.constexpr = STRIPS * WARPS
     x = _digit_tile(digits_ptr + COLUMNS, COLUMNS, ROWS, STRIPS, WARPS)  # a b c 0
     z = _digit_tile(digits_ptr, COLUMNS, ROWS, STRIPS, WARPS)  # 0 a b c
-    low = _decode(words[0], tables_ptr, tables, ASM)
-    high = low if ARRANGED else _decode(words[1], tables_ptr, tables, ASM)
+    low = _decode(low_words, tables_ptr, tables, ASM)
+    high = low if ARRANGED else _decode(high_words, tables_ptr, tables, ASM)
     d = tl.dot(_operand(low[0], high[0], BATCH, COLUMNS, ARRANGED), x, out_dtype=tl.int32)
     d = tl.dot(_operand(low[1], high[1], BATCH, COLUMNS, ARRANGED), z, d, out_dtype=tl.int32)
     if ASM:
@@ -493,7 +598,7 @@ def _variant(
         constants,
         warps=constants["WARPS"],
         fp_fusion=False,
-        weights=32.0 * constants["STRIPS"],
+        weights=64.0 * constants["STRIPS"],
         asm=asm,
         odd=frozenset(("m", "n", "stride", "extra", "steps")),
     )
