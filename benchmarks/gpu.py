@@ -147,7 +147,7 @@ class Run:
         if row["kind"] == "facts":
             row |= {"smoke": self.args.smoke, "command": " ".join(sys.argv[1:]) or "(no options)"}
             row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            if self.report.path is None:
+            if self.report.path is None and row["device"] == "cuda":
                 self.report.path = self.file(row["machine"])
         if "process died" in row.get("failure", "") and row.get("who"):
             self.banned.add(row["who"])

@@ -44,7 +44,7 @@ def problems_of(case: Case) -> Iterator[str]:
     dtype = DTYPES[case["dtype"]]
     n, k = case["shape"]
     if case.get("large"):
-        yield from _beyond_32same_bits_(case, n, k, dtype)
+        yield from _beyond_32_bits(case, n, k, dtype)
     elif case["family"] == "quantize":
         yield from _quantize(case, n, k, dtype)
     elif case["family"] == "expand":
@@ -232,7 +232,7 @@ def _lora_by_hand(w: Tensor, x: Tensor, dy: Tensor, lora: Lora) -> Tensors:
     return y.detach(), *torch.autograd.grad(y, cast, dy.to(w.dtype))
 
 
-def _beyond_32same_bits_(case: Case, n: int, k: int, dtype: torch.dtype) -> Iterator[str]:
+def _beyond_32_bits(case: Case, n: int, k: int, dtype: torch.dtype) -> Iterator[str]:
     """More than 2^31 weights: the last rows of W, which a 32-bit offset does not reach."""
     tail, family = 128, case["family"]
     if family == "quantize":

@@ -150,22 +150,17 @@ class Route(Contender):
 
     def dx(self, weight: Weight4, dy: Tensor, fields: dict[str, int] | None = None) -> Tensor:
         """`dy W`."""
-        from lora_kernels.gpu import matmul4, routes4
+        from lora_kernels.gpu import matmul4_dx, routes4
 
         if self.way == "dense":
             return routes4.dense_dx(dy, weight)
         size = (len(dy), weight.out_features, weight.in_features, dy.dtype)
-        tile = replace(matmul4.default_dx_tile(*size), **(fields or {}))
-        return matmul4.multiply_dx(dy, weight, tile)
+        tile = replace(matmul4_dx.default_dx_tile(*size), **(fields or {}))
+        return matmul4_dx.multiply_dx(dy, weight, tile)
 
 
-ROUTES = (
-    Route("planes"),
-    Route("planes", arranged=True),
-    Route("halves"),
-    Route("halves", arranged=True),
-    Route("dense"),
-)
+# the arranged copy is read on planes alone
+ROUTES = (Route("planes"), Route("planes", arranged=True), Route("halves"), Route("dense"))
 
 
 class Dense(Contender):

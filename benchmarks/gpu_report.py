@@ -154,9 +154,10 @@ def markdown(report: Report) -> str:
     sections = [
         _head(facts, (report.of("ceilings") or [{}])[0]),
         _checks(report.of("check")),
-        _targets(targets(report.rows)),
+        _targets(targets(report.rows), bool(facts.get("smoke"))) if report.of("time") else "",
         *_tasks(timed(report.rows)),
         _routes(report.of("time")),
+        _tiles(report.of("tile")),
         _missing(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -198,12 +199,12 @@ def _grouped(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _targets(every: list[Target]) -> str:
+def _targets(every: list[Target], smoke: bool) -> str:
     rows = []
     for target in every:
         worst, sign = target.worst(), "≤" if target.at_most else "≥"
         seen = "not measured" if worst is None else f"{worst[1]:.3g} ({worst[0]})"
-        verdict = {None: "", True: "met", False: "**missed**"}[target.met()]
+        verdict = {None: "", True: "met", False: "**missed**"}[None if smoke else target.met()]
         rows.append([target.text, f"{sign} {target.wanted:g}", seen, verdict])
     return "## Targets\n\n" + table(["target", "wanted", "worst measured", ""], rows)
 
@@ -270,6 +271,27 @@ def _routes(rows: list[Row]) -> str:
         lines.append([task, f"{n}×{k}", str(m), *map(microseconds, times), fastest["who"]])
     note = "Each route by itself, microseconds in a CUDA graph."
     return f"## Routes\n\n{note}\n\n" + table(["task", "N×K", "M", *who, "fastest"], lines)
+
+
+def _tiles(rows: list[Row]) -> str:
+    points: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if "seconds" in row:
+            points.setdefault((row["way"], *row["shape"], row["m"]), []).append(row)
+    lines = []
+    for (way, n, k, m), tried in points.items():
+        own = [row for row in tried if row["fields"] is not None]
+        if not own:
+            continue
+        best = min(own, key=lambda row: row["seconds"][0])
+        default = next((row for row in own if not row["fields"]), None)
+        dense = next((row for row in tried if row["fields"] is None), None)
+        cells = [microseconds(default), microseconds(best), json.dumps(best["fields"])]
+        lines.append([way, f"{n}×{k}", str(m), *cells, microseconds(dense), str(len(own))])
+    if not lines:
+        return ""
+    head = ["way", "N×K", "M", "default µs", "best µs", "differs in", "expanding µs", "tried"]
+    return "## Tiles\n\n" + table(head, lines)
 
 
 def _missing(report: Report) -> str:

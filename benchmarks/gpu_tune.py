@@ -30,12 +30,12 @@ BETTER = 0.98  # of the default's time: less is noise
 
 def candidates(way: str, n: int, k: int, m: int, dtype: Any) -> list[dict[str, int]]:
     """Fields in which tiles differ from the default one, which comes first."""
-    from lora_kernels.gpu import matmul4, planes4
+    from lora_kernels.gpu import matmul4, matmul4_dx, planes4
 
     default = {
         "planes": planes4.default_tile,
         "halves": matmul4.default_tile,
-        "dx": matmul4.default_dx_tile,
+        "dx": matmul4_dx.default_dx_tile,
     }[way](m, n, k, dtype)
     found: list[dict[str, int]] = [{}]
     for field in dataclasses.fields(default):
