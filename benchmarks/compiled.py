@@ -77,6 +77,8 @@ class Facts:
     """128-bit accesses of global memory: "load", "store", "load store" or "" """
     exact: bool
     """whether it was judged to round as its definition does"""
+    source: str
+    """a hash of all that decides the machine code, the compiler aside"""
     code: str
     """a hash of the machine code"""
 
@@ -128,18 +130,27 @@ def _source(variant: Any) -> Any:
     return ASTSource(variant.kernel, signature, variant.constants, attributes)
 
 
-def _compile(variant: Any, target: Target) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    options = {
+def _options(variant: Any) -> dict[str, Any]:
+    return {
         "num_warps": variant.warps,
         "num_stages": variant.stages,
         "enable_fp_fusion": variant.fp_fusion,
     }
+
+
+def _key(source: Any, variant: Any, target: Target) -> str:
+    """A hash of what the compiler is given: its own key of a kernel, options and target."""
+    text = f"{source.hash()} {_options(variant)} {target.backend} {target.arch}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _compile(source: Any, variant: Any, target: Target) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     gpu = GPUTarget(target.backend, target.arch, target.lanes)
     with contextlib.redirect_stdout(io.StringIO()):  # a failed ptxas prints the whole program
-        return triton.compile(_source(variant), target=gpu, options=options)
+        return triton.compile(source, target=gpu, options=_options(variant))
 
 
 def _read_nvidia(kernel: Any, target: Target) -> tuple[machine_code.Code, dict[str, int]]:
@@ -170,17 +181,27 @@ def _each(variant: Any, target: Target, instructions: int) -> dict[str, Any]:
     return {"weights": weights, "per_weight": weights and round(instructions / weights, 3)}
 
 
+def _known(known: Mapping[str, Any], variant: Any, target: Target, key: str) -> Facts:
+    each = _each(variant, target, known["instructions"])
+    return Facts(**{**known, **each, "source": key})
+
+
 def _measure(
     variant: Any, target: Target, known: Mapping[str, Any] | None
 ) -> tuple[Facts, list[str], str]:
     """Facts, faults that only the code shows, and opcodes; of `known` code nothing is read."""
-    kernel = _compile(variant, target)
+    source = _source(variant)
+    key = _key(source, variant, target)
+    if known and (known["exact"] != variant.exact or (variant.exact and variant.fp_fusion)):
+        known = None  # it was judged as another
+    if known and known["source"] == key:
+        return _known(known, variant, target, key), [], ""
+    kernel = _compile(source, variant, target)
     nvidia = target.backend == "cuda"
     binary = kernel.asm["cubin"] if nvidia else kernel.asm["amdgcn"].encode()
     digest = hashlib.sha256(binary).hexdigest()[:16]
-    sound = not (variant.exact and variant.fp_fusion)
-    if known and sound and (known["code"], known["exact"]) == (digest, variant.exact):
-        return Facts(**{**known, **_each(variant, target, known["instructions"])}), [], ""
+    if known and known["code"] == digest:
+        return _known(known, variant, target, key), [], ""
     code, counts = _read_nvidia(kernel, target) if nvidia else _read_amd(kernel)
     facts = Facts(
         **counts,
@@ -190,6 +211,7 @@ def _measure(
         matrix=code.matrix(),
         wide=code.wide(),
         exact=variant.exact,
+        source=key,
         code=digest,
     )
     faults = []
@@ -210,8 +232,8 @@ def examine(
         package: the package to look for variants in.
         name: of the variant.
         target_name: a key of TARGETS.
-        known: the table's entry, to be believed without disassembling if the compiled bytes are
-            the ones it was written for.
+        known: the table's entry, to be believed without compiling if kernel, options and target
+            are those it was written for, and without disassembling if the compiled bytes are.
 
     Returns:
         Its facts, or None where it does not compile, and what fails.

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -142,6 +142,7 @@ def variants():
         one("good/assembly", "assembly", asm=True),
         one("good/also plain", "rounded", plain=True),
         dot("good/product", 64, 32, stages=3, weights=16.0, max_instructions=20),
+        dot("good/second", 64, 32, stages=2),
         one("bad/approximate", "approximate", **EXACT),
         one("bad/contracted", "contracted", exact=True),
         one("bad/fused", "fused", **EXACT),
@@ -202,7 +203,9 @@ def test_sound_kernels_pass_and_fill_the_table(first: tuple[int, str, Path]) -> 
     _, printed, table = first
     assert "FAILED good" not in printed
     facts = json.loads(table.read_text())["facts"]
-    assert sorted(facts) == [f"good/{n} on sm_90" for n in ("assembly", "product", "rounded")]
+    assert sorted(facts) == [
+        f"good/{n} on sm_90" for n in ("assembly", "product", "rounded", "second")
+    ]
     product, rounded = facts["good/product on sm_90"], facts["good/rounded on sm_90"]
     assert product["matrix"] == "HGMMA"
     assert product["loop"]
@@ -231,22 +234,27 @@ def test_change_for_the_worse_names_the_fact(toys: Path, first: tuple[int, str, 
     del facts["good/assembly on sm_90"]
     facts["good/ghost on sm_80"] = dict(facts["good/product on sm_90"])
     doctored("product", shared=1 << 20)
-    read, believed, changed = run_all(
+    other = "0" * 16
+    runs = [
         doctored("rounded", registers=registers - 1),
-        [*doctored("product", registers=1), "--quick"],
-        [*doctored("product", code="0" * 16), "--quick"],
-        path=toys,
-    )
+        [*doctored("second", registers=1), "--quick"],
+        [*doctored("second", source=other), "--quick"],
+        [*doctored("second", code=other), "--quick"],
+    ]
+    read, believed, same_bytes, changed = run_all(*runs, path=toys)
     worse = f"FAILED good/rounded on sm_90: worse: registers {registers - 1} -> {registers}"
     assert worse in read
     assert "\ngood/product on sm_90: better: shared 1048576 -> " in read
     assert "better than the table: run --update" in read
     assert "FAILED good/assembly on sm_90: not in the table; run --update" in read
     assert "FAILED good/ghost on sm_80: in the table, but gone from the code" in read
-    assert read.endswith("\n3 compiled, 3 failures, 7 of all exempt\nstatus 1")
-    # --quick believes the table of the bytes it was written for
-    assert "\ngood/product on sm_90: 1 registers" in believed
-    assert "FAILED good/product on sm_90: worse: registers 1 -> " in changed
+    assert read.endswith("\n4 judged, 3 failures, 7 of all exempt\nstatus 1")
+    # --quick believes the table of a source, or else of bytes, that it was written for
+    assert "\ngood/second on sm_90: 1 registers" in believed
+    assert "\ngood/second on sm_90: 1 registers" in same_bytes
+    assert "FAILED good/second on sm_90: worse: registers 1 -> " in changed
+    # the first variant of a kernel is read all the same
+    assert "\ngood/product on sm_90: better: shared 1048576 -> " in believed
 
 
 def test_another_triton_is_held_to_the_limits_alone(toys: Path) -> None:
@@ -463,6 +471,7 @@ FACTS = {
     "matrix": "HGMMA",
     "wide": "load store",
     "exact": False,
+    "source": "fedcba9876543210",
     "code": "0123456789abcdef",
 }
 
@@ -500,9 +509,12 @@ def test_table_and_its_markdown(aot: ModuleType, tmp_path: Path) -> None:
     ]
 
 
-def test_quick_leaves_out_twins(aot: ModuleType) -> None:
-    jobs = [("a/bf16/x", "sm_90"), ("a/fp16/x", "sm_90"), ("b/fp16", "sm_90"), ("c", "sm_90")]
-    assert aot._quick(jobs) == [jobs[0], jobs[2], jobs[3]]
+def test_quick_reads_one_variant_of_each_kernel(aot: ModuleType) -> None:
+    one, two = SimpleNamespace(kernel=object()), SimpleNamespace(kernel=object())
+    variants = {"a": one, "b": two, "c": one, "d": two}
+    jobs = [("a", "sm_90"), ("b", "sm_90"), ("c", "sm_90"), ("c", "gfx942"), ("d", "gfx942")]
+    sample = {"a on sm_90", "b on sm_90", "c on gfx942", "d on gfx942"}
+    assert aot._sample(jobs, variants) == sample
 
 
 def test_pinned_version(aot: ModuleType, tmp_path: Path) -> None:
