@@ -109,7 +109,7 @@ def multiply(
         tiles = triton.cdiv(n, tile.features) + triton.cdiv(extra, DOWN.value)
         _planes_kernel[(tiles, splits, triton.cdiv(m, tile.rows))](
             *prepared,
-            weight.arranged if arranged else weight.codes,
+            _aligned(weight.arranged if arranged else weight.codes),
             weight.scales,
             weight.scale_absmax,
             weight.scale_offset,
@@ -138,6 +138,11 @@ def multiply(
     if direct:
         return y, None
     return finish(y, n, bias, update, x.dtype)
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    """The codes at an address that 16-byte loads take; a view into a file may have another."""
+    return codes.clone() if codes.data_ptr() % 16 else codes
 
 
 def _check(tile: Tile) -> None:
@@ -311,12 +316,10 @@ def _planes_kernel(
         keep = (j < n)[:, None] & (i < m)[None, :]
         tl.store(y_at + j[:, None], narrow(y, dtype), mask=keep)
     elif down_ptr is not None:
-        j = (tl.program_id(0) - tiles) * DOWN + tl.arange(0, DOWN)
         start = begin * COLUMNS
         stop = min(start + steps * WARPS * COLUMNS, k)
-        h = _down(x_ptr, down_ptr, i, j, m, k, stride, extra, start, stop, ROWS)
-        keep = (j < extra)[:, None] & (i < m)[None, :]
-        tl.store(y_at + n + j[:, None], h, mask=keep)
+        first_down = (tl.program_id(0) - tiles) * DOWN
+        _down(x_ptr, down_ptr, y_at + n, i, first_down, m, k, stride, extra, start, stop, ROWS)
 
 
 @triton.jit
@@ -535,9 +538,10 @@ def _combine(total, STRIPS: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
-def _down(x_ptr, down_ptr, i, j, m, k, stride, extra, start, stop, ROWS: tl.constexpr):
-    """x Aᵀ for a few rows of A: (DOWN, ROWS). Float32 multiply-adds, A is not rounded."""
+def _down(x_ptr, down_ptr, h_at, i, first, m, k, stride, extra, start, stop, ROWS: tl.constexpr):
+    """x Aᵀ for DOWN rows of A, stored at h_at (1, ROWS): float32, A is not rounded."""
     WIDE: tl.constexpr = 1024 // ROWS
+    j = first + tl.arange(0, DOWN)
     x_at = x_ptr + i.to(tl.int64)[None, :, None] * stride
     a_at = down_ptr + j.to(tl.int64)[:, None, None] * k
     total = tl.zeros((DOWN, ROWS, WIDE), tl.float32)
@@ -545,31 +549,30 @@ def _down(x_ptr, down_ptr, i, j, m, k, stride, extra, start, stop, ROWS: tl.cons
         column = (at + tl.arange(0, WIDE))[None, None, :]
         x = tl.load(x_at + column, mask=(i < m)[None, :, None] & (column < stop), other=0.0)
         a = tl.load(a_at + column, mask=(j < extra)[:, None, None] & (column < stop), other=0.0)
-        total = tl.fma(
-            tl.broadcast_to(a, (DOWN, ROWS, WIDE)),
-            tl.broadcast_to(x.to(tl.float32), (DOWN, ROWS, WIDE)),
-            total,
-        )
-    return tl.sum(total, 2)
+        total += a * x.to(tl.float32)
+    keep = (j < extra)[:, None] & (i < m)[None, :]
+    tl.store(h_at + j[:, None], tl.sum(total, 2), mask=keep)
 
 
 def variants() -> list[Variant]:
-    """Every form that `multiply` launches where no tile was measured, for blocks of 64."""
-    forms = [
-        _variant(dtype, rows, scales, arranged)
-        for dtype in ("bf16", "fp16")
-        for rows in (1, 4, 8)
-        for scales in ("u8", "fp32")
-        for arranged in (False, True)
-    ]
-    forms.append(_variant("bf16", 1, "u8", False, asm=False))
-    return forms
+    """What `multiply` launches by default for blocks of 64, and the look-up of other GPUs.
+
+    In one launch, and with LoRA as partials; float16 changes only how the result is stored.
+    """
+    forms = [_variant("fp16", m, "u8", False, False) for m in (1, 4, 8)]
+    for m in (1, 4, 8):
+        forms += [
+            _variant("bf16", m, scales, arranged, update)
+            for scales in ("u8", "fp32")
+            for arranged in (False, True)
+            for update in (False, True)
+        ]
+    return [*forms, _variant("bf16", 1, "u8", False, False, asm=False)]
 
 
 def _variant(
-    dtype: str, m: int, scales: str, arranged: bool, asm: bool = True, **other: Any
+    dtype: str, m: int, scales: str, arranged: bool, update: bool, *, asm: bool = True
 ) -> Variant:
-    """`x` of M rows, a large weight, blocks of 64, slices of K, with LoRA's part."""
     tile = default_tile(m, 4096, 4096, torch.bfloat16)
     constants: dict[str, Any] = {
         "BLOCK": 64,
@@ -579,26 +582,33 @@ def _variant(
         "ARRANGED": arranged,
         "EVEN": True,
         "ASM": asm,
-        "bias_ptr": None,
-    } | other
+    }
+    constants["bias_ptr" if update else "down_ptr"] = None
     if scales == "fp32":
         constants |= dict.fromkeys(("absmax_ptr", "offset_ptr", "scale_table_ptr"))
     signature = {"digits_ptr": "*i8", "largest_ptr": "*fp32", "tables_ptr": "*i8"}
     signature |= {"codes_ptr": "*u8", "scales_ptr": f"*{scales}", "absmax_ptr": "*fp32"}
     signature |= {"offset_ptr": "*fp32", "scale_table_ptr": "*fp32", "bias_ptr": f"*{dtype}"}
-    signature |= {"x_ptr": f"*{dtype}", "down_ptr": "*fp32", "y_ptr": "*fp32"}
+    signature |= {"x_ptr": f"*{dtype}", "down_ptr": "*fp32"}
+    signature |= {"y_ptr": "*fp32" if update else f"*{dtype}"}
     signature |= dict.fromkeys(("m", "n", "k", "stride", "extra", "steps"), "i32")
     signature |= dict.fromkeys(constants, "constexpr")
-    layout = "arranged" if arranged else "stored"
-    nested = "nested" if scales == "u8" else "flat"
+    parts = (
+        f"planes4/{dtype}/{tile.rows} rows",
+        "nested" if scales == "u8" else "flat",
+        "arranged" if arranged else "stored",
+        *(["update"] if update else []),
+        *([] if asm else ["look-up"]),
+    )
     return Variant(
-        f"planes4/{dtype}/{tile.rows} rows/{nested}/{layout}{'' if asm else '/look-up'}",
+        "/".join(parts),
         _planes_kernel,
         signature,
         constants,
-        warps=constants["WARPS"],
+        warps=tile.warps,
         fp_fusion=False,
-        weights=64.0 * constants["STRIPS"],
+        weights=2 * 32.0 * constants["STRIPS"],  # two steps a trip
         asm=asm,
         odd=frozenset(("m", "n", "stride", "extra", "steps")),
+        max_instructions=4.0 if asm and tile.rows == 2 else None,
     )
