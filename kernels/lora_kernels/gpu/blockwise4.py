@@ -11,8 +11,8 @@ A program expands a tile of some rows by some blocks of each; a whole weight is 
 slice of columns takes the same kernel. Where a tile begins is counted in 64 bits, what lies inside
 it in 32, which saves an instruction a weight.
 
-Bit-equal to the definition: the two roundings of a nested scale stay two (`enable_fp_fusion=False`)
-and the product is narrowed once. A partial last block, or codes that do not begin at a multiple of
+Bit-equal to the definition: a nested scale is rounded twice (`load_scales` says how) and the
+product with it is narrowed once. A partial last block, or codes that do not begin at a multiple of
 4 bytes, compile a second form (`BYTEWISE`) that reads bytes and masks each element; it takes three
 times the instructions and is rare in weights.
 
@@ -80,6 +80,7 @@ def _expand_kernel(
         source + from_source,
         live,
         NESTED,
+        zero=(numel >> 62).to(tl.int32),
     )  # (blocks,)
 
     # bits 8k+4 ... 8k+7 of a word hold element 2k, bits 8k ... 8k+3 element 2k+1

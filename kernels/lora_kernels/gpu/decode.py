@@ -113,15 +113,28 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_scales(scales_ptr, absmax_ptr, offset_ptr, table_ptr, block, mask, NESTED: tl.constexpr):
+def load_scales(
+    scales_ptr,
+    absmax_ptr,
+    offset_ptr,
+    table_ptr,
+    block,
+    mask,
+    NESTED: tl.constexpr,
+    zero=0,
+):
     """Scales of blocks, float32: stored so, or `table[q] * absmax[block // 256] + offset`.
 
-    The two roundings of the definition need a launch without contraction (enable_fp_fusion=False);
-    with it the sum is rounded once, which no product of a whole row can show.
+    The definition rounds twice. A contracted sum is rounded once, which no product of a whole row
+    can show. Where it would show, `enable_fp_fusion=False` is not enough: the ptxas of triton 3.6
+    contracts pairs of scales on sm_100 all the same. A `zero` that the compiler does not know to be
+    one keeps product and sum apart, for one bit operation.
     """
     if NESTED:
         q = tl.load(scales_ptr + block, mask=mask, other=0).to(tl.int32)
         absmax = tl.load(absmax_ptr + block // 256, mask=mask, other=0.0)
-        return tl.load(table_ptr + q) * absmax + tl.load(offset_ptr)
+        product = tl.load(table_ptr + q) * absmax
+        product = (product.to(tl.int32, bitcast=True) | zero).to(tl.float32, bitcast=True)
+        return product + tl.load(offset_ptr)
     else:
         return tl.load(scales_ptr + block, mask=mask, other=0.0)
