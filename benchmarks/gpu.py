@@ -78,7 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tuned", type=Path, help="table that --tune writes [the package's]")
     parser.add_argument("--out", type=Path, help="JSON file [benchmarks/results/<gpu>.json]")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything [8]")
-    parser.add_argument("--only", help="regular expression: jobs whose name has a match")
+    parser.add_argument("--only", help="regular expression: what is timed, e.g. 'forward .*m=1$'")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--lanes", type=int, help=f"processes that check at once [to {LANES}]")
     return parser.parse_args()
@@ -160,10 +160,12 @@ class Run:
         part = "-tune" if args.tune else "-part" if args.only or args.shape or args.model else ""
         return ROOT / "benchmarks" / "results" / f"{slug(machine)}{part}.json"
 
+    def wanted(self, job: Job) -> bool:
+        """Whether `--only` asks for a job."""
+        return self.args.only is None or bool(re.search(self.args.only, label(job)))
+
     def do(self, jobs: Sequence[Job], lanes: Sequence[Lane], seconds: float) -> None:
         """Run jobs; what does not fit is listed."""
-        if self.args.only:
-            jobs = [job for job in jobs if re.search(self.args.only, label(job))]
         for job in run_jobs(lanes, jobs, seconds, JOB_SECONDS, self.on_row, self.prepare):
             self.report.add({"kind": "skipped", "of": job["kind"], "label": label(job)})
 
@@ -191,15 +193,18 @@ class Run:
         for lane in more:
             lane.close()
 
-    def check_all(self) -> list[str]:
-        """Check every operator.
+    def check_for(self, timing: Sequence[Job]) -> list[str]:
+        """Check every operator, or with `--only` those that what is timed depends on.
 
         Returns:
             The families that did not pass, those that were not reached among them.
         """
-        from benchmarks.gpu_cases import cases
+        from benchmarks.gpu_cases import NEEDS, ROUTES_NEED, cases
 
-        jobs = cases(self.args.smoke)
+        families = {family for job in timing for family in NEEDS[job["task"]]}
+        for job in timing:
+            families |= ROUTES_NEED[job["task"]] if job["routes"] else set()
+        jobs = [c for c in cases(self.args.smoke) if c["family"] in families or self.wanted(c)]
         self.in_parallel(jobs, CHECK_SHARE * self.left())
         passed = {label(row) for row in self.report.of("check") if row.get("passed")}
         return sorted({job["family"] for job in jobs if label(job) not in passed})
@@ -209,7 +214,7 @@ class Run:
         from benchmarks.gpu_tune import best_of, jobs, write_tuned
         from lora_kernels.gpu.tuned import TUNED
 
-        every = jobs(shapes, self.args.dtype, self.args.smoke)
+        every = [job for job in jobs(shapes, self.args.dtype, self.args.smoke) if self.wanted(job)]
         self.in_parallel([job | {"compile_only": True} for job in every], CHECK_SHARE * self.left())
         self.do(every, [self.lane], self.left())
         path = self.args.tuned or (None if self.args.smoke else TUNED)
@@ -259,11 +264,12 @@ def main() -> None:
         if args.tune:
             run.tune_all(shapes, facts["machine"])
         else:
-            shared = {"refused": run.check_all(), "peers": facts["peers"]}
-            found = run.report.of("ceilings")
-            shared["ceilings"] = found[0] if found else {}
-            jobs = timing_jobs(shapes, args.dtype, args.smoke, shared)
-            run.do(jobs, [run.lane], run.left())
+            ceilings = (run.report.of("ceilings") or [{}])[0]
+            shared = {"peers": facts["peers"], "ceilings": ceilings}
+            every = timing_jobs(shapes, args.dtype, args.smoke, shared)
+            jobs = [job for job in every if run.wanted(job)]
+            refused = run.check_for(jobs)
+            run.do([job | {"refused": refused} for job in jobs], [run.lane], run.left())
     finally:
         run.lane.close()
         run.report.finish()

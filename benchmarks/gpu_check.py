@@ -99,7 +99,7 @@ def _nearest_scales(exact: Tensor, q: Tensor, absmax: Tensor, offset: Tensor) ->
 
 
 def _expand(case: Case, n: int, k: int, dtype: torch.dtype) -> Iterator[str]:
-    weight = random_weight(n, k, case["nested"])
+    weight = _weight(case)
     out = torch.full((n, k), torch.nan, dtype=dtype, device=device())
 
     def run() -> Tensors:
@@ -109,7 +109,7 @@ def _expand(case: Case, n: int, k: int, dtype: torch.dtype) -> Iterator[str]:
     found = yield from repeated(run, case["runs"])
     here = Weight4(*(t.cpu() if isinstance(t, Tensor) else t for t in weight))
     with reference():
-        tables = (here.codes, here.scales, here.table, 64, n * k, dtype)
+        tables = (here.codes, here.scales, here.table, here.block_size, n * k, dtype)
         exact = dequantize4(*tables, nested=here.nested).view(n, k)
     if not same_bits(found[0].cpu(), exact):
         yield f"{int((found[0].cpu() != exact).sum())} values differ from the definition's bits"
@@ -119,7 +119,7 @@ def _expand(case: Case, n: int, k: int, dtype: torch.dtype) -> Iterator[str]:
 
 def _forward(case: Case, dtype: torch.dtype) -> Iterator[str]:
     (n, k), m, family = case["shape"], case["m"], case["family"]
-    weight = random_weight(n, k, case["nested"])
+    weight = _weight(case)
     x, bias = _uneven(m, k, dtype), normal(n, seed=6, dtype=dtype)
     wide = torch.cat((x, x), 1)[:, :k]  # rows with a gap between them
     w64 = decoded(weight).double()
@@ -181,7 +181,7 @@ def _step(weight: Weight4, x: Tensor, dtype: torch.dtype, runs: int) -> Iterator
 
 def _dx(case: Case, dtype: torch.dtype) -> Iterator[str]:
     (n, k), m, family = case["shape"], case["m"], case["family"]
-    weight = random_weight(n, k, case["nested"])
+    weight = _weight(case)
     one = Ours() if family == "dx" else next(r for r in ROUTES if f"dx {r.way}" == family)
     held = one.hold(weight)
     dy = _uneven(m, n, dtype)
@@ -203,7 +203,7 @@ def _dx_once(one: Any, held: Weight4, dy: Tensor) -> Tensors:
 
 def _lora(case: Case, dtype: torch.dtype) -> Iterator[str]:
     (n, k), m = case["shape"], case["m"]
-    weight = random_weight(n, k, case["nested"])
+    weight = _weight(case)
     held = Ours().hold(weight)
     x, dy = _uneven(m, k, dtype), normal(m, n, seed=7, dtype=dtype)
     lora = random_lora(n, k, m, mixed=case["family"] == "mixed")
@@ -262,6 +262,11 @@ def _beyond_32_bits(case: Case, n: int, k: int, dtype: torch.dtype) -> Iterator[
         route = next(r for r in ROUTES if r.way == family)
         found = (route.forward(weight, x)[:, -tail:],)
         yield from compared(found, (x @ w.to(dtype).t(),), (x.double() @ w.double().t(),))
+
+
+def _weight(case: Case) -> Weight4:
+    n, k = case["shape"]
+    return random_weight(n, k, case["nested"], case.get("code", "nf4"), case.get("block_size", 64))
 
 
 def _uneven(m: int, k: int, dtype: torch.dtype) -> Tensor:

@@ -323,6 +323,8 @@ def label(row: Row) -> str:
         words.append("nested" if row["nested"] else "plain")
     if row.get("shape"):
         words.append("x".join(map(str, row["shape"])))
+    if row.get("block_size"):
+        words.append(f"{row['code']}/{row['block_size']}")
     if row.get("m"):
         words.append(f"m={row['m']}")
     return " ".join(words)

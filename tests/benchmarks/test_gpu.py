@@ -388,9 +388,39 @@ def test_a_family_that_was_not_reached_does_not_count_as_right(
                 run.report.add(one | {"passed": True})
 
     monkeypatch.setattr(run, "do", only_expand)
-    refused = run.check_all()
+    refused = run.check_for(gpu.timing_jobs(gpu.TOY, "bfloat16", True, {}))
     assert "expand" not in refused
     assert {"planes", "halves", "quantize", "lora"} < set(refused)
+
+
+@pytest.mark.parametrize(
+    ("only", "families"),
+    [
+        ("time forward bfloat16 48x128", {"multiply"}),
+        ("routes", {"multiply", "planes", "halves", "dense", "dx", "dx halves", "dx dense"}),
+        ("lora step", {"lora"}),
+        ("check expand", {"expand"}),
+    ],
+)
+def test_only_checks_what_it_needs(
+    load: Load, monkeypatch: pytest.MonkeyPatch, only: str, families: set[str]
+) -> None:
+    gpu, seen = load("gpu"), set()
+    run = gpu.Run(SimpleNamespace(out=None, smoke=True, minutes=8, only=only, lanes=1))
+    monkeypatch.setattr(run, "do", lambda jobs, *_: seen.update(job["family"] for job in jobs))
+    every = gpu.timing_jobs(gpu.TOY, "bfloat16", True, {})
+    run.check_for([job for job in every if run.wanted(job)])
+    assert seen == families
+
+
+def test_every_contender_needs_a_check_that_exists(load: Load) -> None:
+    contenders, cases = load("gpu_contenders"), load("gpu_cases")
+    families = {case["family"] for case in cases.cases(False)}
+    for task in contenders.TASKS:
+        assert cases.NEEDS[task] == {contenders.Ours.families[task]} <= families
+        for route in contenders.ROUTES:
+            if route.can(task):
+                assert route.families[task] in cases.ROUTES_NEED[task] & families
 
 
 # --- processes that die --------------------------------------------------------------------------
