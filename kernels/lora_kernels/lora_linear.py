@@ -20,8 +20,8 @@ B is. Second and higher derivatives are taken through plain PyTorch around `matm
 PEFT runs base and adapter as separate modules and, for a mixed batch, loops over the adapters of
 the batch with an index of rows for each, which waits for the device; for inference alone.
 
-Ref: Hu et al. 2021 (arXiv 2106.09685), section 4.1; Chen et al. 2023, Punica, arXiv:2310.18547 (rows
-that name their adapter).
+Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1; Chen et al. 2023, Punica, arXiv:2310.18547, for
+rows that name their adapter.
 """
 
 import math
@@ -91,9 +91,9 @@ def lora_linear4(
         down: A, (r, K), or (L, r, K) for L adapters; best in float32, in which it is read.
         up: B, (N, r) or (L, N, r).
         scaling: s, a number for all adapters or (L,); takes no gradient.
-        rows: which adapter each row of x takes: integers of x's leading shape, or one a sequence,
-            (B,) for x (B, T, K); 0 ... L-1, or -1 for none. Values are checked on a CPU alone, since
-            on a GPU that would wait for it; there, rows beyond L take none. None: the only adapter.
+        rows: which adapter each row of x takes, 0 ... L-1 or -1 for none: integers of x's leading
+            shape, or one a sequence, (B,) for x (B, T, K). None: all take the only one. Values are
+            checked on a CPU; on a GPU the check would wait for it, and a row beyond L takes none.
 
     Returns:
         (..., N) in the dtype of x (autocast's when active), differentiable in x, bias, down and up;
@@ -229,7 +229,7 @@ def _backward_plain(
 
 
 def _times(x: Tensor, mats: Tensor, rows: Tensor | None) -> Tensor:
-    """`x_i M^T` with M the matrix of row i: x (M, D) and mats (L, E, D) to (M, E); 0 without one."""
+    """`x_i M^T` with the matrix of row i, x (M, D) and mats (L, E, D) to (M, E); 0 without one."""
     mats = mats.to(x.dtype)
     if rows is None:
         return F.linear(x, mats[0])

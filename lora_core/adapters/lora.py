@@ -9,15 +9,25 @@ A and B are float32 and are cast to the compute dtype at the multiply; s goes on
 first, so 16-bit runs round s·B once. PEFT multiplies the (tokens, N) product by s instead, which
 costs a pass over the largest tensor and one more rounding.
 
+A base that can take the update into its own product does: one with a method
+
+    linear_with_update(x, down, up, scaling) -> y       A, B and s (1,) as they are, float32
+
+as NF4Linear's, which multiplies, adds and rounds in one operator (lora_kernels.lora_linear). It is
+used for exactly one active pair without dropout; several pairs, other kinds, a merged layer, and
+anything that has to see the base's output by itself take the sum written out below.
+
 Ref: Hu et al. 2021 (arXiv 2106.09685), section 4.1; Kalajdzievski 2023 (arXiv 2312.03732), rsLoRA.
 """
 
 import math
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_core.adapters.base import Adapted, Adapter, compute_dtype, is_linear, linear_features
 
@@ -63,13 +73,40 @@ class LoRA(Adapter):
         super().__init__()
         check_lora(r, alpha, dropout, init)
         self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
         self.A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32, device="cpu"))
         self.B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device="cpu"))
         if init == "kaiming":
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         else:
             nn.init.normal_(self.A, std=1 / r)
+        self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
+
+    @property
+    def scaling(self) -> float:
+        """Factor s."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self._scaling = value
+        self._place_scale()
+
+    def _place_scale(self) -> None:
+        """Keep s beside A as a tensor, so that no step has to send it to the device."""
+        with torch.inference_mode(False):  # or training could not use what evaluation made
+            self._scale = torch.full((1,), self._scaling, dtype=torch.float32, device=self.A.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow moves, s included; it is no buffer, which a model made on meta would lose."""
+        super()._apply(fn, recurse)
+        self._place_scale()
+        return self
+
+    def scale(self) -> Tensor:
+        """Factor s as float32 (1,) where A is."""
+        if self._scale.device != self.A.device:  # A's data was replaced by hand
+            self._place_scale()
+        return self._scale
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Add the update to the output.
@@ -106,6 +143,30 @@ class LoRA(Adapter):
     def extra_repr(self) -> str:
         """Say rank, scaling and dropout."""
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def _takes_updates(base: nn.Module) -> bool:
+    """Whether the base's class has `linear_with_update` and no forward of a later class beside it.
+
+    Asked of the class: a host would pass the question on to its own base, past its adapters.
+    """
+    for kind in type(base).__mro__:
+        if "linear_with_update" in vars(kind):
+            return True
+        if "forward" in vars(kind) or "__call__" in vars(kind):
+            return False
+    return False
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something would notice that the module is not called."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return any(map(len, hooks)) or "forward" in vars(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def check_lora(r: int, alpha: float, dropout: float, init: str) -> None:
@@ -164,6 +225,30 @@ class LoRALinear(Adapted):
         host = cls.__new__(cls)
         Adapted.__init__(host, base)
         return host
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Multiply with the update in one operator where the base has it, else as any host does."""
+        pair = self._taken_by_base()
+        if pair is None or len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)
+        base: Any = self.base
+        return base.linear_with_update(args[0], pair.A, pair.B, pair.scale())
+
+    def _taken_by_base(self) -> LoRA | None:
+        """The only active pair, if the base takes it into its product and nothing looks between.
+
+        A hook on the base or on the pair, one for all modules, and a forward that was replaced or
+        overridden expect to be called, so they get the base and the adapter one after the other.
+        """
+        if not self.enabled or self.merged is not None or len(self.active) != 1:
+            return None
+        pair = self.adapters[self.active[0]]
+        # exactly LoRA: another kind, even one derived from it, has a forward of its own
+        if type(pair) is not LoRA or (pair.dropout and pair.training):
+            return None
+        if not _takes_updates(self.base) or _watched(self.base) or _watched(pair):
+            return None
+        return pair
 
     @property
     def A(self) -> nn.Parameter:

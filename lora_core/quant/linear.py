@@ -28,6 +28,7 @@ from lora_core.quant.double_quant import dynamic_map
 from lora_core.quant.nf4 import NF4Tensor, quantize_4bit
 from lora_kernels import Weight4, matmul4
 from lora_kernels.blockwise4 import SCALE_GROUP, check_block_size
+from lora_kernels.lora_linear import lora_linear4
 from lora_kernels.matmul4 import arrange, table_words
 
 __all__ = ["NF4Linear"]
@@ -236,6 +237,22 @@ class NF4Linear(nn.Module):
             (..., N) in the dtype of x (autocast's when active), differentiable in x.
         """
         return matmul4(x, self.weight4, self.bias)
+
+    def linear_with_update(
+        self, x: Tensor, down: Tensor, up: Tensor, scaling: float | Tensor
+    ) -> Tensor:
+        """Multiply and add a low-rank update in one operator: `forward(x) + s (x Aᵀ) Bᵀ`.
+
+        Args:
+            x: (..., K), floating-point.
+            down: A, (r, K) float32.
+            up: B, (N, r) float32.
+            scaling: s, a number or (1,).
+
+        Returns:
+            (..., N) in the dtype of x (autocast's when active), differentiable in x, down and up.
+        """
+        return lora_linear4(x, self.weight4, self.bias, down, up, scaling)
 
     def arrange(self, on: bool = True) -> bool:
         """Keep a copy of the codes in the order in which tensor cores read them, for few rows of x.

@@ -22,10 +22,10 @@ between many adapters: a tile is then computed once for each of them, from the c
 `outer` sums over rows, in SPLIT pieces that another launch adds in their order: no atomics.
 
 Precision. Tensor cores take 16 bits, but h, A and B are float32, and rounding them is most of what
-a 16-bit LoRA gets wrong. Here a number a enters as hi + lo, hi = bfloat16(a), lo = bfloat16(a - hi),
-and a product as hi hi + hi lo + lo hi, exact to about 2^-16; a bfloat16 x is its own hi. It costs
-two or three small products in kernels that wait for memory, works on every target, has float32's
-range where float16's would overflow, and casts no copy of A and B.
+a 16-bit LoRA gets wrong. Here a number a enters as hi + lo with hi = bfloat16(a) and
+lo = bfloat16(a - hi), and a product as hi hi + hi lo + lo hi, exact to about 2^-16; a bfloat16 x is
+its own hi. It costs two or three small products in kernels that wait for memory, works on every
+target, has float32's range where float16's would overflow, and casts no copy of A and B.
 
 `add` keeps a -0 of y under an update of zero, as finish4 does.
 """
@@ -51,11 +51,10 @@ class _Tile(NamedTuple):
     stages: int
 
 
-SHRINK = _Tile(16, 64, 16, 4, 4)
+SHRINK = _Tile(16, 64, 16, 2, 3)
 ADD = _Tile(64, 64, 16, 4, 1)
-OUTER = _Tile(64, 64, 16, 4, 2)
-WIDEST = 64  # ranks a tile
-MOST = 4096  # elements of a matrix in a tile; more would not fit the registers
+OUTER = _Tile(32, 64, 16, 4, 3)
+WIDEST = 32  # ranks a tile; a wider matrix would not fit the registers
 SPLIT = 1024  # rows that one program of `outer` sums
 
 
@@ -374,10 +373,8 @@ def outer(
 
 
 def _fit(tile: _Tile, r: int) -> _Tile:
-    """The tile with as many ranks as there are, from 16 to 64, and no more columns than fit."""
-    ranks = min(WIDEST, max(tile.ranks, triton.next_power_of_2(r)))
-    columns, warps = min(tile.columns, MOST // ranks), 2 * tile.warps if ranks > 32 else tile.warps
-    return tile._replace(ranks=ranks, columns=columns, warps=warps)
+    """The tile with as many ranks as there are, 16 or 32."""
+    return tile._replace(ranks=min(WIDEST, max(tile.ranks, triton.next_power_of_2(r))))
 
 
 def _options(tile: _Tile) -> dict[str, int]:
@@ -402,7 +399,7 @@ def variants() -> list[Variant]:
             ("outer", True, "r"),
         )
         for dtype in ("bf16", "fp16")
-        for rank in (16, 32, 64)
+        for rank in (16, WIDEST)
         for rows in (False, True)
     ]
 
