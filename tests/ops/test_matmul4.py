@@ -21,6 +21,13 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 OP, OP_DX = torch.ops.lora_kernels.matmul4, torch.ops.lora_kernels.matmul4_dx
 
 
+@pytest.fixture(params=["reference", "triton"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything below holds for every backend; Triton's kernels run in the interpreter."""
+    monkeypatch.setenv("LORA_KERNELS", request.param)
+    return request.param
+
+
 def packed(q: NF4Tensor) -> Weight4:
     table = dynamic_map() if q.double_quant else None
     n, k = q.shape

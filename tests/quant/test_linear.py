@@ -212,3 +212,61 @@ def test_errors() -> None:
 
 def test_printing_shows_what_it_is() -> None:
     assert "in_features=128, out_features=24, bias=True, code=nf4, block_size=64" in repr(make())
+
+
+# --- the kernels' backend ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [128, 96])
+def test_the_kernels_compute_the_same_layer(
+    k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = make(k), torch.randn(2, 3, k).to(dtype).requires_grad_()
+    results = []
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("LORA_KERNELS", backend)
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        # three roundings in one dtype: of W, of the output, of the gradient's input
+        bound = 3 * torch.finfo(dtype).eps * plain.abs().max() * k**0.5
+        assert (ours - plain).abs().max() <= bound
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_rearranged_copy_changes_no_state_and_no_result() -> None:
+    layer, x = make(256, 32), torch.randn(3, 256).bfloat16()
+    before, plain, names = frozen(layer), layer(x), list(layer.state_dict())
+    assert layer.arrange()
+    assert layer.weight4.arranged is not None
+    assert torch.equal(layer(x), plain)
+    assert list(layer.state_dict()) == names
+    assert_same_weight(layer, before)
+    assert not layer.arrange(False)
+    assert layer.weight4.arranged is None
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_rearranged_copy_never_outlives_its_codes() -> None:
+    layer, other = make(256, 32), make(256, 32)
+    layer.arrange()
+    layer.load_state_dict(other.state_dict())
+    assert layer.weight4.arranged is None
+    layer.arrange()
+    assert copy.deepcopy(layer).weight4.arranged is not layer.weight4.arranged
+    layer.to(torch.float64)
+    assert layer.weight4.arranged is None
+
+
+def test_no_kernel_no_rearranged_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not make(256, 32).arrange()  # the reference reads codes as they are stored
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+    assert not make(96, 5).arrange()  # rows that do not divide into what tensor cores read
