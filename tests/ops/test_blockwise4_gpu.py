@@ -245,7 +245,7 @@ def test_the_properties_of_a_quantizer(
     check_quantizer(
         lambda w, **options: quantize_4bit(w, code, **options),
         code=code,
-        examples=100 if full_run else 10,
+        examples=100 if full_run else 6,
     )
 
 
