@@ -5,7 +5,7 @@ H200 leaves about 17 instructions a weight. A chain of selects over 16 entries t
 the table from memory with a pointer per weight 9 to 12. Here the codes are read as 32-bit words,
 eight to a word, and looked up with `tl.gather` in a flat tensor: the compiler keeps the 16 entries
 in shared memory, where no two of them lie in one bank, and it takes 7.3. Loads of codes and stores
-of weights move 16 bytes a thread. Scales are decoded once a block, not once a thread that uses them.
+of weights move 16 bytes a thread. A scale is decoded once, not by every thread that uses it.
 
 A program expands a tile of some rows by some blocks of each; a whole weight is one long row, and a
 slice of columns takes the same kernel. Where a tile begins is counted in 64 bits, what lies inside
@@ -19,6 +19,7 @@ times the instructions and is rare in weights.
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -193,6 +194,8 @@ def _expand(
     """Launch; `numel` is that of the whole weight."""
     if not out.numel():
         return
+    if part.width == part.stride:  # whole rows follow each other
+        part = _Slice(part.first, 1, part.height * part.width, part.height * part.width)
     is_nested = scales.dtype == torch.uint8
     absmax, offset, scale_table = nested if is_nested and nested else (table, table, table)
     bytewise = numel % block_size != 0 or codes.data_ptr() % 4 != 0
@@ -220,15 +223,15 @@ def _expand(
             )
 
 
+@functools.lru_cache(maxsize=4096)
 def _expand_constants(
     block_size: int, part: _Slice, nested: bool, bytewise: bool
 ) -> dict[str, Any]:
-    """The tile that a program expands: as wide as leaves least of it empty, then as high."""
+    """The tile that a program expands: the widest that leaves at most an eighth of it empty."""
     blocks = TILE // block_size
     columns = blocks
-    if part.height > 1:
-        widths = [1 << i for i in range(blocks.bit_length())]
-        columns = min(widths, key=lambda c: (triton.cdiv(part.width, c) * c, -c))
+    while part.height > 1 and 8 * triton.cdiv(part.width, columns) * columns > 9 * part.width:
+        columns //= 2
     rows = blocks // columns
     while rows > 1 and rows * part.stride * block_size >= 2**31:  # 32 bits inside a tile
         rows //= 2
