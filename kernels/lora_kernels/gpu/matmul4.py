@@ -49,6 +49,17 @@ class Tile:
     splits: int
     """parts into which K is cut, each in programs of its own"""
 
+    def __post_init__(self) -> None:
+        if self.rows not in (16, 32, 64, 128):
+            raise ValueError(f"rows must be a power of two from 16 to 128; got {self.rows}")
+        if self.features % (16 * self.warps) or self.features & (self.features - 1):
+            raise ValueError(
+                "features must be a multiple of 16 a warp and a power of two; "
+                f"got {self.features} for {self.warps} warps"
+            )
+        if self.splits < 1:
+            raise ValueError(f"splits must be 1 or more; got {self.splits}")
+
 
 def default_tile(m: int, n: int, k: int, dtype: torch.dtype) -> Tile:
     """The tile where none was measured.
@@ -63,13 +74,12 @@ def default_tile(m: int, n: int, k: int, dtype: torch.dtype) -> Tile:
         The smallest that takes all rows, and parts enough to occupy a large GPU.
     """
     del dtype  # both cost the same
-    most = 64 if torch.version.hip is None else 32  # by registers
-    rows = 16 if m <= 16 else 32 if m <= 32 else most
+    rows = 16 if m <= 16 or torch.version.hip is not None else 32 if m <= 32 else 64
     programs = triton.cdiv(n, FEATURES) * triton.cdiv(max(m, 1), rows)
     return Tile(rows, FEATURES, WARPS, parts(programs, triton.cdiv(k, 256), cost=rows / 16))
 
 
-@triton.jit(do_not_specialize=["m", "x_stride", "part"])
+@triton.jit(do_not_specialize=["m"])
 def _multiply(
     x_ptr,  # (M, K)
     codes_ptr,  # (N, K / 8) int32
@@ -100,8 +110,7 @@ def _multiply(
     row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)  # (ROWS,)
     tile = tl.program_id(0) // row_tiles
     split = tl.program_id(1)
-    part = tl.multiple_of(part, 4 * RUN)
-    begin = split * part
+    begin = tl.multiple_of(split * part, 4 * RUN)
     end = tl.minimum(begin + part, k)
     # rows past the last are computed from the last, and not stored
     x_ptr += tl.minimum(row, m - 1).to(tl.int64)[:, None] * tl.multiple_of(x_stride, 8)
@@ -197,7 +206,8 @@ def _coded(
         # the next step's loads are under way while this one's product is computed
         following = start + STEP
         if EVEN:  # after the last step, something that exists
-            following = tl.multiple_of(tl.where(following < end, following, begin), STEP)
+            following = tl.where(following < end, following, begin)
+        following = tl.multiple_of(following, STEP)
         there = (following + run < end)[None, :] | EVEN
         q = load_codes(words + following // 8, there, RUN)
         next_block = block + following // BLOCK
@@ -248,7 +258,7 @@ def multiply(
     Returns:
         y (M, N) in the dtype of x, and with an update `x Aᵀ` (M, r) in float32.
     """
-    (m, k), n = x.shape, weight.out_features
+    (m, k), n, x = x.shape, weight.out_features, aligned(x)
     r = 0 if update is None else update.width
     step = 4 * run_length(weight.block_size)
     part = triton.cdiv(triton.cdiv(k, step), tile.splits) * step
@@ -259,7 +269,7 @@ def multiply(
     if m and n:
         tiles = triton.cdiv(n, tile.features) + triton.cdiv(r, tile.features)
         _multiply[(triton.cdiv(m, tile.rows) * tiles, splits)](
-            aligned(x),
+            x,
             code_words(weight),
             weight.scales,
             *(weight.nested or (None, None, None)),
@@ -295,7 +305,7 @@ def variants() -> list[Variant]:
         *(_variant(d, rows, nested) for d in both for rows in sizes for nested in (True, False)),
         *(_variant(d, rows, whole=True) for d in both for rows in sizes),
         *(_variant("bf16", rows, PAIRS=2) for rows in sizes),
-        *(_variant("bf16", rows, ASM=False) for rows in (16, 32)),
+        _variant("bf16", 16, ASM=False),
         *(_variant("bf16", rows, EVEN=False) for rows in (16, 64)),
         _variant("bf16", 16, BLOCK=32, RUN=32),
     ]
@@ -329,6 +339,6 @@ def _variant(
         fp_fusion=False,
         weights=constants["RUN"] * 4 * FEATURES / (32 * WARPS),
         asm=constants["ASM"],
-        odd=frozenset(("m", "x_stride", "part")),
+        odd=frozenset(("m",)),
         max_instructions=4.5 if best else None,
     )

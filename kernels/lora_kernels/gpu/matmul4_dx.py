@@ -42,8 +42,18 @@ class DxTile:
     splits: int
     """parts into which N is cut, each in programs of its own"""
 
+    def __post_init__(self) -> None:
+        for name in ("rows", "features"):
+            if getattr(self, name) not in (16, 32, 64, 128):
+                raise ValueError(
+                    f"{name} must be a power of two from 16 to 128; got {getattr(self, name)}"
+                )
+        if self.splits < 1:
+            raise ValueError(f"splits must be 1 or more; got {self.splits}")
 
-TILES = (DxTile(16, 32, 4, 1), DxTile(32, 32, 4, 1), DxTile(64, 64, 8, 1))
+
+TILES = (DxTile(16, 32, 4, 1), DxTile(32, 64, 8, 1), DxTile(64, 64, 8, 1))
+HIP_TILES = TILES[:1]  # by registers
 LEFT = 64  # rows from which on dy is the left operand
 
 
@@ -60,14 +70,15 @@ def default_dx_tile(m: int, n: int, k: int, dtype: torch.dtype) -> DxTile:
         The smallest that takes all rows, and parts enough to occupy a large GPU.
     """
     del dtype  # both cost the same
-    tile = next((tile for tile in TILES if m <= tile.rows), TILES[-1])
+    tiles = TILES if torch.version.hip is None else HIP_TILES
+    tile = next((tile for tile in tiles if m <= tile.rows), tiles[-1])
     programs = triton.cdiv(k, 256) * triton.cdiv(max(m, 1), tile.rows)
     steps = triton.cdiv(n, tile.features)
     cost = 16 * tile.rows / tile.features  # 256 sums a row to write and read, codes of a step
     return replace(tile, splits=parts(programs, steps, cost))
 
 
-@triton.jit(do_not_specialize=["m", "dy_stride", "part"])
+@triton.jit(do_not_specialize=["m"])
 def _multiply_dx(
     dy_ptr,  # (M, N)
     codes_ptr,  # (N, K / 8) int32
@@ -96,8 +107,7 @@ def _multiply_dx(
     row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)  # (ROWS,)
     first = tl.program_id(0) // row_tiles * COLUMNS
     split = tl.program_id(1)
-    part = tl.multiple_of(part, FEATURES)
-    begin = split * part
+    begin = tl.multiple_of(split * part, FEATURES)
     end = tl.minimum(begin + part, n)
 
     table = load_table(table_ptr)
@@ -150,7 +160,7 @@ def multiply_dx(dy: Tensor, weight: Weight4, tile: DxTile) -> Tensor:
     Returns:
         (M, K) in the dtype of dy.
     """
-    (m, n), k = dy.shape, weight.in_features
+    (m, n), k, dy = dy.shape, weight.in_features, aligned(dy)
     run = run_length(weight.block_size)
     part = triton.cdiv(triton.cdiv(n, tile.features), tile.splits) * tile.features
     splits = triton.cdiv(n, part)
@@ -159,7 +169,7 @@ def multiply_dx(dy: Tensor, weight: Weight4, tile: DxTile) -> Tensor:
     dx = torch.empty(shape, dtype=dy.dtype if whole else torch.float32, device=dy.device)
     if m:
         _multiply_dx[(triton.cdiv(m, tile.rows) * triton.cdiv(k, 4 * run), splits)](
-            aligned(dy),
+            dy,
             code_words(weight),
             weight.scales,
             *(weight.nested or (None, None, None)),
@@ -189,7 +199,7 @@ def variants() -> list[Variant]:
     return [
         *(_variant(d, tile, nested) for d in both for tile in TILES for nested in (True, False)),
         *(_variant(d, tile, whole=True) for d in both for tile in TILES),
-        *(_variant("bf16", tile, ASM=False) for tile in TILES),
+        *(_variant("bf16", tile, ASM=False) for tile in HIP_TILES),
         _variant("bf16", TILES[0], BLOCK=32, RUN=32),
     ]
 
@@ -218,6 +228,6 @@ def _variant(
         fp_fusion=False,
         weights=constants["RUN"] * 4 * tile.features / (32 * tile.warps),
         asm=constants["ASM"],
-        odd=frozenset(("m", "dy_stride", "part")),
+        odd=frozenset(("m",)),
         max_instructions=4.5 if constants["ASM"] and not other else None,
     )
