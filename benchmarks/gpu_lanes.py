@@ -34,13 +34,17 @@ class Lane:
         self.errors: IO[str] | None = None  # what the process says on stderr
         self.trying: str | None = None  # whom a job was about to run, to be blamed if it dies
 
-    def run(self, job: Job, limit: float, on_row: OnRow) -> None:
+    def run(self, job: Job, limit: float, on_row: OnRow, cut: bool = False) -> bool:
         """Run a job and pass on its rows; a failure becomes a row of its own.
 
         Args:
             job: what the worker is to do.
             limit: seconds after which the worker is ended.
             on_row: called with each row.
+            cut: whether the limit is there because the whole run ends: no failure of the job's.
+
+        Returns:
+            False if the job was cut so.
         """
         process, self.trying = self._ready(), None
         late = threading.Event()
@@ -54,8 +58,11 @@ class Lane:
             code = process.wait()
             why = f"took more than {limit:.0f} s" if late.is_set() else f"exit code {code}"
             why = f"the process died: {why}; {self._last_words()}"
-            on_row(job | {"failure": why} | ({"who": self.trying} if self.trying else {}))
             self.close()
+            if cut and late.is_set():
+                return False
+            on_row(job | {"failure": why} | ({"who": self.trying} if self.trying else {}))
+        return True
 
     def close(self) -> None:
         """Let the worker end, or end it."""
@@ -132,6 +139,7 @@ def run_jobs(
         The jobs that did not fit.
     """
     end, waiting, lock = time.monotonic() + seconds, list(reversed(jobs)), threading.Lock()
+    cut: list[Job] = []
 
     def one_at_a_time(row: dict[str, Any]) -> None:
         with lock:
@@ -145,11 +153,13 @@ def run_jobs(
                     return
                 job = prepare(waiting.pop())
             # one begun in time may take a little more, so that a late one still counts
-            lane.run(job, min(limit, left + GRACE), one_at_a_time)
+            left += GRACE
+            if not lane.run(job, min(limit, left), one_at_a_time, cut=left < limit):
+                cut.append(job)
 
     threads = [threading.Thread(target=work, args=(lane,)) for lane in lanes]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return list(reversed(waiting))
+    return cut + list(reversed(waiting))

@@ -33,10 +33,6 @@ class Report:
         """Rows of one kind."""
         return [row for row in self.rows if row["kind"] == kind]
 
-    def failed_families(self) -> list[str]:
-        """Families of checks of which one case did not pass, or none was run."""
-        return sorted({row["family"] for row in self.of("check") if not row.get("passed")})
-
     def finish(self) -> None:
         """Write the Markdown beside the JSON."""
         if self.path is not None:

@@ -375,22 +375,24 @@ def test_a_failure_ends_the_command_with_1(load: Load) -> None:
         assert gpu.failed(bad)
 
 
-def test_a_family_that_was_not_reached_does_not_count_as_right(
+def test_what_is_refused_failed_or_was_not_reached(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = load("gpu")
-    args = SimpleNamespace(out=None, smoke=True, minutes=8, only=None, lanes=1)
+    args = SimpleNamespace(out=None, smoke=True, minutes=8, only=None, lanes=1, dtype="bfloat16")
     run = gpu.Run(args)
 
-    def only_expand(jobs: Any, *_: Any) -> None:
+    def some(jobs: Any, *_: Any) -> None:
         for one in jobs:
-            if one["family"] == "expand":
-                run.report.add(one | {"passed": True})
+            right = {"expand": True, "multiply": one["m"] != 17 if "m" in one else True}
+            right |= {"halves": one["dtype"] == "bfloat16", "lora": one["dtype"] == "float16"}
+            if one["family"] in right:
+                run.report.add(one | {"passed": right[one["family"]]})
 
-    monkeypatch.setattr(run, "do", only_expand)
-    refused = run.check_for(gpu.timing_jobs(gpu.TOY, "bfloat16", True, {}))
-    assert "expand" not in refused
-    assert {"planes", "halves", "quantize", "lora"} < set(refused)
+    monkeypatch.setattr(run, "do", some)
+    refused = set(run.check_for(gpu.timing_jobs(gpu.TOY, "bfloat16", True, {})))
+    assert not refused & {"expand", "halves"}  # float16 is wrong, bfloat16 is timed
+    assert {"multiply", "lora", "planes", "quantize"} < refused
 
 
 @pytest.mark.parametrize(
@@ -406,7 +408,8 @@ def test_only_checks_what_it_needs(
     load: Load, monkeypatch: pytest.MonkeyPatch, only: str, families: set[str]
 ) -> None:
     gpu, seen = load("gpu"), set()
-    run = gpu.Run(SimpleNamespace(out=None, smoke=True, minutes=8, only=only, lanes=1))
+    args = SimpleNamespace(out=None, smoke=True, minutes=8, only=only, lanes=1, dtype="bfloat16")
+    run = gpu.Run(args)
     monkeypatch.setattr(run, "do", lambda jobs, *_: seen.update(job["family"] for job in jobs))
     every = gpu.timing_jobs(gpu.TOY, "bfloat16", True, {})
     run.check_for([job for job in every if run.wanted(job)])
@@ -450,6 +453,15 @@ def test_a_worker_that_dies_or_hangs_costs_one_job(load: Load) -> None:
     assert died["who"] == "a"  # whom it was about to run
     assert "took more than" in hung["failure"]
     assert "who" not in hung
+    assert lane.process is None
+
+
+def test_a_job_that_the_end_of_the_run_cuts_is_no_failure(load: Load) -> None:
+    lanes = load("gpu_lanes")
+    lane, rows = lanes.Lane(os.environ, (sys.executable, "-c", STUB)), []
+    assert not lane.run({"n": 2}, 1.0, rows.append, cut=True)
+    assert lane.run({"n": 1}, 9.0, rows.append, cut=True)
+    assert ["failure" in row for row in rows] == [False, False, True]
     assert lane.process is None
 
 
