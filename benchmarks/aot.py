@@ -117,6 +117,9 @@ def run(
             except BrokenProcessPool:
                 message = f"the compiler crashed at {_label(job)} or a job beside it; try --jobs 1"
                 raise SystemExit(message) from None
+            except KeyboardInterrupt:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def clean_environment(cache: str) -> None:
@@ -268,14 +271,16 @@ def gate(options: argparse.Namespace) -> int:
     if options.quick and judged.compared:
         sample = _sample(jobs, variants)
         known = {label: facts for label, facts in table["facts"].items() if label not in sample}
-    for job, outcome in run(options.package, jobs, known, options.jobs):
-        _say(outcome, _label(job), options.opcodes)
-        judged.judge(job, outcome)
     labels = {_label(job) for job in every}
+    try:
+        for job, outcome in run(options.package, jobs, known, options.jobs):
+            _say(outcome, _label(job), options.opcodes)
+            judged.judge(job, outcome)
+    finally:  # what an interrupted --update has found is kept
+        if options.update:
+            kept = {label: facts for label, facts in table["facts"].items() if label in labels}
+            write_table(options.table, pinned(), kept | judged.facts)
     judged.look_for_gone(labels)
-    if options.update:
-        kept = {label: facts for label, facts in table["facts"].items() if label in labels}
-        write_table(options.table, pinned(), kept | judged.facts)
     for line in judged.better:
         print(line)
     if judged.better:
@@ -299,6 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return gate(options)
         except ValueError as error:
             raise SystemExit(str(error)) from None
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted") from None
 
 
 if __name__ == "__main__":
