@@ -237,8 +237,8 @@ def _beyond_32_bits(case: Case, n: int, k: int, dtype: torch.dtype) -> Iterator[
     tail, family = 128, case["family"]
     if family == "quantize":
         w = torch.randn(n, k, dtype=dtype, device=device())
-        found, exact = Ours().quantize(w), Ours().quantize(w[-tail:])
-        if not torch.equal(found.codes[-tail * k // 2 :], exact.codes):
+        whole, alone = Ours().quantize(w), Ours().quantize(w[-tail:])
+        if not torch.equal(whole.codes[-tail * k // 2 :], alone.codes):
             yield "the last codes differ from those of the last rows alone"
         return
     codes = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device=device())

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 from benchmarks.gpu_problem import device

@@ -48,7 +48,12 @@ class Lane:
         """
         process, self.trying = self._ready(), None
         late = threading.Event()
-        timer = threading.Timer(limit, lambda: (late.set(), process.kill()))
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(limit, end)
         timer.start()
         try:
             finished = any(row is None for row in self._rows(process, job, on_row))
@@ -84,9 +89,14 @@ class Lane:
             self.close()
         if self.process is None:
             self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
             self.process = subprocess.Popen(
-                self.command, cwd=ROOT, env=self.environment, text=True, **pipes
+                self.command,
+                cwd=ROOT,
+                env=self.environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
             )
         return self.process
 
