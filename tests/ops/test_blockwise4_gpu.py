@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,14 +80,15 @@ def difficult(kind: str, n: int, table: Tensor, seed: int) -> Tensor:
     return x
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "kind", ["midpoints", "special", "subnormal", "huge", "normal", "float16's end"]
+)
+@settings(max_examples=max(4, settings.default.max_examples // 4))
 @given(
-    n=st.integers(0, 9000),
-    dtype=st.sampled_from(DTYPES),
+    n=st.integers(0, 5000),
     block=st.sampled_from(BLOCKS),
     name=st.sampled_from([*CODEBOOKS, "custom"]),
-    kind=st.sampled_from(
-        ["midpoints", "special", "subnormal", "huge", "normal", "float16's end"],
-    ),
     nested=st.booleans(),
     seed=st.integers(0, 2**31),
 )
@@ -126,9 +127,10 @@ def test_every_byte_times_every_kind_of_scale(
 ) -> None:
     """All 256 bytes under scales of any magnitude or sign, none among them."""
     scales = torch.logspace(-46, 39, 341, dtype=torch.float64).float() * torch.rand(341).add(0.5)
-    scales = torch.cat(
-        (scales, -scales, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan]))
-    )
+    # times the code 1 halfway between two numbers of a 16-bit format, the even one on either side
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 9.2e-41 / 2])
+    rare = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+    scales = torch.cat((scales, -scales, ties, rare))
     codes = torch.arange(256, dtype=torch.uint8).repeat(len(scales))
     how: dict[str, Any] = {}
     stored = scales.repeat_interleave(8)  # 8 blocks of 64 hold the 256 bytes
