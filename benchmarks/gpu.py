@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_lanes import ROOT, Job, Lane, run_jobs
-from benchmarks.gpu_report import OURS, Report, label, markdown, slug
+from benchmarks.gpu_report import OURS, Report, label, slug, summary
 
 LLAMA = ([4096, 4096], [1024, 4096], [14336, 4096], [4096, 14336])
-TOY = ([48, 128],)
+TOY = ([32, 128],)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 # task, whether each route is timed by itself, rows: the most valuable first
 PASSES: tuple[tuple[str, bool, tuple[int, ...]], ...] = (
@@ -277,9 +277,10 @@ def main() -> None:
         run.lane.close()
         run.report.finish()
     print()
-    print(markdown(run.report))
+    print(summary(run.report))
     if run.report.path is not None:
-        print(f"{len(run.report.rows)} rows in {run.report.path}")
+        file = run.report.path
+        print(f"{len(run.report.rows)} rows in {file}, tables in {file.with_suffix('.md')}")
     if args.smoke:
         print("a smoke run: the figures mean nothing")
     sys.exit(1 if failed(run.report) else 0)

@@ -11,6 +11,7 @@ from typing import Any
 Row = dict[str, Any]
 Key = tuple[str, tuple[int, int], int, str, str]  # task, shape, m, who, mode
 OURS, BNB, DENSE = "lora-core", "bitsandbytes", "dense"
+OFTEN = 50  # rows between two writings of the Markdown, for a run that is cut
 SHOWN = 3  # cases named for one reason
 LARGE = 4096 * 14336  # weights of the shapes that the share of the floor is asked of
 
@@ -28,6 +29,8 @@ class Report:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = ",\n".join(json.dumps(one) for one in self.rows)
             replace(self.path, f"[\n{lines}\n]\n")
+            if len(self.rows) % OFTEN == 0:
+                self.finish()
 
     def of(self, kind: str) -> list[Row]:
         """Rows of one kind."""
@@ -146,15 +149,22 @@ def place(shape: tuple[int, int], m: int) -> str:
 
 def markdown(report: Report) -> str:
     """The run as tables."""
+    tables = [
+        *_tasks(timed(report.rows)),
+        _routes(report.of("time")),
+        _tiles(report.of("tile")),
+        _missing(report),
+    ]
+    return "\n\n".join([summary(report).rstrip(), *(t for t in tables if t)]) + "\n"
+
+
+def summary(report: Report) -> str:
+    """The machine, what was wrong, and the targets: the end of what a run prints."""
     facts = (report.of("facts") or [{}])[0]
     sections = [
         _head(facts, (report.of("ceilings") or [{}])[0]),
         _checks(report.of("check")),
         _targets(targets(report.rows), bool(facts.get("smoke"))) if report.of("time") else "",
-        *_tasks(timed(report.rows)),
-        _routes(report.of("time")),
-        _tiles(report.of("tile")),
-        _missing(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 

@@ -235,7 +235,8 @@ def held_forms(task: str, one: Contender, it: Bench) -> list[Any]:
 
 
 def _perform_on(task: str, one: Contender, inputs: tuple[Any, ...], held: Any) -> Any:
-    return perform(task, one, held, inputs)
+    with torch.set_grad_enabled("step" in task):
+        return perform(task, one, held, inputs)
 
 
 def admitted(
@@ -266,10 +267,10 @@ def alive() -> None:
         torch.cuda.synchronize()
 
 
-def _calls(call: Callable[[], Any], stopwatch: harness.Stopwatch) -> int:
+def _calls(call: Callable[[], Any], stopwatch: harness.Stopwatch, fewest: int = FEWEST) -> int:
     """Calls that make a batch of the length wanted; the first one may still set something up."""
     once = min(stopwatch(call) for _ in range(2))
-    return int(min(MOST, max(FEWEST, BATCH / once)))
+    return int(min(MOST, max(fewest, BATCH / once)))
 
 
 def timed(
@@ -281,13 +282,19 @@ def timed(
     calls: dict[str, int] = {}
     for name, (run, held) in runs.items():
         wanted = 1 if smoke else _calls(functools.partial(run, held[-1]), stopwatch)
-        make = harness.captured if mode == "graph" else harness.in_a_row
-        calls[name] = -(-wanted // len(held)) * len(held) if mode == "graph" else wanted
+        if mode == "eager":
+            batches[name], calls[name] = harness.in_a_row(run, held, wanted), wanted
+            continue
         try:
-            batches[name] = make(run, held, calls[name])
+            graph = harness.captured(run, held, wanted)
         except RuntimeError as problem:
             alive()
             yield name, f"no graph: {described(problem)}"
+            continue
+        # one launch of a graph takes as long as a few small kernels: many follow each other
+        replays = 1 if smoke else _calls(functools.partial(graph, None), stopwatch, fewest=1)
+        batches[name] = harness.in_a_row(graph, (None,), replays)
+        calls[name] = replays * -(-wanted // len(held)) * len(held)
     repeats, limit = (1, None) if smoke else (REPEATS, LIMIT * len(batches))
     none = dict.fromkeys(batches, (None,))
     timings = harness.time_in_turns(batches, none, repeats, stopwatch, limit)
