@@ -79,7 +79,8 @@ def _run_ptx(assembly: str, outputs: int, inputs: list[np.ndarray]) -> list[np.n
     """Run the assembly of an `inline_asm_elementwise` on arrays, one element a lane.
 
     Args:
-        assembly: moves, logic, 32-bit shifts and byte permutes on `.b32` registers.
+        assembly: moves, logic, 32-bit shifts and byte permutes on `.b32` registers, float32
+            products, and their rounding to 16 bits.
         outputs: how many of $0, $1, … are results; the inputs follow them.
         inputs: uint32 arrays of one shape, or scalars of shape ().
 
@@ -126,6 +127,13 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
     return out
 
 
+def _narrow(high: np.ndarray, low: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Round two float32 to 16 bits, into the upper and the lower half of a word."""
+    both = torch.from_numpy(np.stack(np.broadcast_arrays(high, low)).view(np.float32)).to(dtype)
+    upper, lower = both.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+    return upper << 16 | lower
+
+
 def _shift(function: Callable) -> Callable:
     """32-bit shifts; by 32 or more they give 0."""
     return lambda a, n: np.where(n < 32, function(a, n & 31), 0).astype(np.uint32)
@@ -141,6 +149,9 @@ _PTX: dict[str, Callable] = {
     "shr": _shift(np.right_shift),
     "lop3": _lop3,
     "prmt": _prmt,
+    "mul.rn.f32": lambda a, b: (a.view(np.float32) * b.view(np.float32)).view(np.uint32),
+    "cvt.rn.bf16x2.f32": lambda high, low: _narrow(high, low, torch.bfloat16),
+    "cvt.rn.f16x2.f32": lambda high, low: _narrow(high, low, torch.float16),
 }
 
 

@@ -172,8 +172,8 @@ def load_table(table_ptr):
 
 @triton.jit
 def own_rows(ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Row of the tile that the i-th loaded row is."""
-    i = tl.arange(0, ROWS)
+    """Row of the tile that the i-th loaded run is part of, (4 ROWS,)."""
+    i = tl.arange(0, 4 * ROWS) // 4
     g, warp = i % 8, i // 8 % WARPS
     half, piece = i // (8 * WARPS) % 2, i // (16 * WARPS)
     return ((piece * WARPS + warp) * 2 + half) * 8 + g
@@ -181,12 +181,16 @@ def own_rows(ROWS: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def load_codes(words, mask, RUN: tl.constexpr):
-    """Runs of codes; `words` points at the first 4 words of each, (ROWS, 4, 4)."""
-    q = tl.load(words, mask=mask[:, :, None])
+    """Runs of codes; `words` points at the first 4 words of each, (4 ROWS, 4).
+
+    Rows and runs are one dimension, so that consecutive lanes load the 4 runs of a row. With two,
+    whether they do depends on the version of Triton.
+    """
+    q = tl.load(words, mask=mask[:, None])
     if RUN == 64:
-        return tl.join(q, tl.load(words + 4, mask=mask[:, :, None]))  # (ROWS, 4, 4, 2)
+        return tl.join(q, tl.load(words + 4, mask=mask[:, None]))  # (4 ROWS, 4, 2)
     else:
-        return q[:, :, :, None]
+        return q[:, :, None]
 
 
 @triton.jit
@@ -199,9 +203,9 @@ def scale_parts(scales_ptr, absmax_ptr, block, mask, NESTED: tl.constexpr):
 
 @triton.jit
 def decode(
-    q,  # (ROWS, 4, 4, RUN / 32) words of 8 codes
-    scale,  # (ROWS, 4) as `scale_parts` loaded them
-    absmax,  # (ROWS, 4) likewise
+    q,  # (4 ROWS, 4, RUN / 32) words of 8 codes
+    scale,  # (4 ROWS,) as `scale_parts` loaded them
+    absmax,  # (4 ROWS,) likewise
     offset,
     scale_table_ptr,
     table,  # 16 scalars
@@ -210,9 +214,7 @@ def decode(
     NESTED: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Weights in `dtype`, (ROWS, 4 runs, 4 words, RUN / 32, 4 pairs, 2)."""
-    ROWS: tl.constexpr = q.shape[0]
-    GROUPS: tl.constexpr = q.shape[3]
+    """Weights in `dtype`, (4 ROWS, 4 words, RUN / 32, 4 pairs, 2)."""
     if NESTED:
         scale = tl.load(scale_table_ptr + scale.to(tl.int32)) * absmax + offset
     if ASM:
@@ -230,14 +232,14 @@ def decode(
             LOOK_UP_OPERANDS,
             (
                 q,
-                words[0][:, :, None, None],
-                words[1][:, :, None, None],
-                words[2][:, :, None, None],
-                words[3][:, :, None, None],
-                words[4][:, :, None, None],
-                words[5][:, :, None, None],
-                words[6][:, :, None, None],
-                words[7][:, :, None, None],
+                words[0][:, None, None],
+                words[1][:, None, None],
+                words[2][:, None, None],
+                words[3][:, None, None],
+                words[4][:, None, None],
+                words[5][:, None, None],
+                words[6][:, None, None],
+                words[7][:, None, None],
             ),
             dtype=(tl.int32,) * 4,
             is_pure=True,
@@ -247,16 +249,16 @@ def decode(
     else:
         # the first of two elements lies in the high nibble
         shift = (tl.arange(0, 8) ^ 1) * 4
-        code = (q[:, :, :, :, None] >> shift) & 15  # (ROWS, 4, 4, RUN / 32, 8)
-        w = narrow(tl.load(table_ptr + code) * scale[:, :, None, None, None], dtype)
-    return w.reshape(ROWS, 4, 4, GROUPS, 4, 2)
+        code = (q[:, :, :, None] >> shift) & 15  # (4 ROWS, 4, RUN / 32, 8)
+        w = narrow(tl.load(table_ptr + code) * scale[:, None, None, None], dtype)
+    return w.reshape(q.shape[0], 4, q.shape[2], 4, 2)
 
 
 @triton.jit
 def left_operand(w, WARPS: tl.constexpr, PAIRS: tl.constexpr):
     """Decoded weights of `own_rows` as (ROWS, 4 RUN), columns in the order of `permute_x`."""
-    ROWS: tl.constexpr = w.shape[0]
-    GROUPS: tl.constexpr = w.shape[3]
+    ROWS: tl.constexpr = w.shape[0] // 4
+    GROUPS: tl.constexpr = w.shape[2]
     w = w.reshape(ROWS // (16 * WARPS), 2, WARPS, 8, 4, 4, GROUPS, 4 // PAIRS, PAIRS, 2)
     w = w.permute(0, 2, 1, 3, 6, 5, 7, 4, 8, 9)
     return w.reshape(ROWS, 128 * GROUPS)
@@ -265,7 +267,10 @@ def left_operand(w, WARPS: tl.constexpr, PAIRS: tl.constexpr):
 @triton.jit
 def in_order(w):
     """Decoded weights as (ROWS, 4 RUN), rows as loaded, columns as in W."""
-    return w.permute(0, 1, 3, 2, 4, 5).reshape(w.shape[0], 128 * w.shape[3])
+    ROWS: tl.constexpr = w.shape[0] // 4
+    GROUPS: tl.constexpr = w.shape[2]
+    w = w.reshape(ROWS, 4, 4, GROUPS, 4, 2).permute(0, 1, 3, 2, 4, 5)
+    return w.reshape(ROWS, 128 * GROUPS)
 
 
 @triton.jit

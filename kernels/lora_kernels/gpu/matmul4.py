@@ -1,4 +1,41 @@
-"""`x Wᵀ` for tens of rows: 4-bit codes decoded inside the product."""
+"""`x Wᵀ` for tens of rows: 4-bit codes decoded inside the product, LoRA in the same launch.
+
+    y (M, N) = x Wᵀ + b,   W[n, k] = table[code[n, k]] * scale[n, k // block], rounded to x's dtype
+
+W is never written. A weight costs the 0.52 bytes it is stored in, where expanding first costs 4.5
+(read 0.5, write 2, read 2). What limits such a kernel on a large GPU is not the memory but the
+instructions it issues: 4.3 TB/s leave 4 instructions a weight on an H200, so they are what is saved
+here. halves4.py says how the codes become the left operand of `tl.dot` in registers. The right
+operand is xᵀ, through shared memory, so a program's cost hardly depends on the rows of x up to 64:
+
+    rows of x   instructions a weight, sm_90   sm_80 (PAIRS 2)   registers
+    16          3.96 (flat scales 3.77)        4.59              167
+    32          4.14                           8.07              191
+    64          4.52                           11.1              242
+
+Of the 3.96, 2.6 are the look-up, 0.5 the scaled table, 0.13 `wgmma`, 0.15 scales; x and addresses
+are the rest. On sm_80 from 32 rows on Triton splits the warps over the rows of x, and the decoded
+weights go through shared memory.
+
+* **Latency.** The loads of a step are issued during the step before and wait in registers. Triton's
+  own pipelining would take the codes through shared memory. Two or three programs a multiprocessor
+  hide the rest.
+* **Splits.** A product with few rows has few tiles, so K is cut; every part writes float32 sums,
+  which finish4.py adds in fixed order. One part and no update: the kernel writes y itself.
+* **LoRA.** The rows of A are more rows of the weight, in programs of their own: they read float32 and
+  round to the dtype of x. The tile does not depend on whether there is an update, so B = 0 changes
+  no bit.
+
+Accuracy: W is rounded once, to what expanding gives, and sums are float32; so is the error that of
+a dense product with the weight rounded to 16 bits (ratio 1.00 in bfloat16 and float16).
+
+Known kernels (Marlin, Machete, FLUTE) rearrange the codes beforehand and scale in 16 bits, or
+scale the sums of each block. Tried, in instructions a weight on sm_90 with 16 rows: runs of 32
+columns 4.9; the loads not ahead of use 3.98 with 146 registers; a tile of 8 rows, which Triton
+multiplies by `mma.sync`, 5.8. 128 rows cost 6.1 with runs of 32, and spill on sm_80 to sm_120. A
+pre-arranged copy of the codes is not read: stored ones arrive by 128-bit loads already, 4 for 128
+weights, and all that remains to be saved is some address arithmetic, less than 3 %.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -185,16 +222,17 @@ def _coded(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     table = load_table(table_ptr)
     offset = tl.load(offset_ptr) if NESTED else 0.0
-    run = tl.arange(0, 4) * RUN  # (4,) first column of each run
-    feature = tl.minimum(first + own_rows(FEATURES, WARPS), n - 1)  # (FEATURES,)
+    run = tl.arange(0, 4 * FEATURES) % 4 * RUN  # (4 FEATURES,) first column of each run
+    # rows past the last are computed from the last row, and not stored
+    feature = tl.minimum(first + own_rows(FEATURES, WARPS), n - 1)  # (4 FEATURES,)
     row_words = tl.multiple_of(k // 8, 4)
-    at = feature.to(tl.int64)[:, None, None] * row_words + run[None, :, None] // 8
-    words = codes_ptr + at + tl.arange(0, 4)[None, None, :]  # (FEATURES, 4, 4)
+    at = feature.to(tl.int64) * row_words + run // 8
+    words = codes_ptr + at[:, None] + tl.arange(0, 4)[None, :]  # (4 FEATURES, 4)
     x_words = x_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, RUN // 2)[None, :]
     # not contiguous, as far as loads are concerned: each lane is to load its own
-    block = feature[:, None] * (k // BLOCK) + tl.max_contiguous(run // BLOCK, 1)[None, :]
+    block = tl.max_contiguous(feature * (k // BLOCK) + run // BLOCK, 1)
 
-    there = (begin + run < end)[None, :] | EVEN  # (1, 4)
+    there = (begin + run < end) | EVEN
     q = load_codes(words + begin // 8, there, RUN)
     scale, absmax = scale_parts(scales_ptr, absmax_ptr, block + begin // BLOCK, there, NESTED)
     x = load_x(x_words + begin // 2, begin, end, RUN, EVEN)
@@ -208,7 +246,7 @@ def _coded(
         if EVEN:  # after the last step, something that exists
             following = tl.where(following < end, following, begin)
         following = tl.multiple_of(following, STEP)
-        there = (following + run < end)[None, :] | EVEN
+        there = (following + run < end) | EVEN
         q = load_codes(words + following // 8, there, RUN)
         next_block = block + following // BLOCK
         scale, absmax = scale_parts(scales_ptr, absmax_ptr, next_block, there, NESTED)

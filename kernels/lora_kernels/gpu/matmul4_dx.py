@@ -1,4 +1,28 @@
-"""`dy W` for tens of rows: 4-bit codes decoded inside the product."""
+"""`dy W` for tens of rows: 4-bit codes decoded inside the product.
+
+    dx (M, K) = dy W,   dx[m, k] = sum over n of dy[m, n] W[n, k]
+
+The sum runs over the rows of W, and a scale belongs to 64 columns of one row, so it cannot be
+applied to a finished sum. It is applied to the table, as in the product with Wᵀ (halves4.py): W is
+decoded to the bits that expanding gives, and the error is that of a dense product.
+
+Tensor cores want both operands with neighbours in n side by side, and the stored codes have
+neighbours in k. So the decoded tile passes through shared memory once: a 128-bit store and a
+transposing load (LDSM) for 8 weights, 0.25 instructions a weight. Doing it in registers would take
+one more PRMT for 2 weights, 0.5. As in the product with Wᵀ, W is the left operand:
+
+    rows of dy   instructions a weight, sm_90   sm_80   registers
+    16           4.20 (flat scales 4.06)        5.6     128
+    32           4.31                           7.4     128
+    64           4.50                           10.4    203
+
+With dy on the left, 16 rows cost 5.4, as `wgmma` has no fewer than 64 and Triton takes `mma.sync`,
+and 64 rows 4.4; Triton 3.6 fails to compile those.
+
+A program has 256 columns and a part of the rows of W; parts write float32 sums that finish4.py adds
+in fixed order. Loads run one step ahead, as in the product with Wᵀ. Blocks of 32 columns cost twice
+as much: they are correct, not fast.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +78,6 @@ class DxTile:
 
 TILES = (DxTile(16, 32, 4, 1), DxTile(32, 64, 8, 1), DxTile(64, 64, 8, 1))
 HIP_TILES = TILES[:1]  # by registers
-LEFT = 64  # rows from which on dy is the left operand
 
 
 def default_dx_tile(m: int, n: int, k: int, dtype: torch.dtype) -> DxTile:
@@ -98,7 +121,6 @@ def _multiply_dx(
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
     ASM: tl.constexpr,
-    LEFT: tl.constexpr,
 ):
     NESTED: tl.constexpr = absmax_ptr is not None
     COLUMNS: tl.constexpr = 4 * RUN
@@ -114,35 +136,32 @@ def _multiply_dx(
     offset = tl.load(offset_ptr) if NESTED else 0.0
     # rows and columns past the last are computed from the last, and not stored
     dy_ptr += tl.minimum(row, m - 1).to(tl.int64)[:, None] * tl.multiple_of(dy_stride, 8)
-    run = tl.minimum(first + tl.arange(0, 4) * RUN, k - RUN)  # (4,) first column of each run
-    run_words = tl.multiple_of(run // 8, 4)[None, :, None]
-    words = codes_ptr + run_words + tl.arange(0, 4)[None, None, :]  # (1, 4, 4)
+    i = tl.arange(0, 4 * FEATURES)
+    run = tl.minimum(first + i % 4 * RUN, k - RUN)  # (4 FEATURES,) first column of each run
+    words = codes_ptr + tl.multiple_of(run // 8, 4)[:, None] + tl.arange(0, 4)[None, :]
     row_words = tl.multiple_of(k // 8, 4)
-    # not contiguous, as far as loads are concerned: each lane is to load its own
-    block = tl.max_contiguous(run // BLOCK, 1)[None, :]
-    there = tl.full((1, 4), True, tl.int1)
+    there = tl.full((4 * FEATURES,), True, tl.int1)
     step = tl.arange(0, FEATURES)
 
-    feature = tl.minimum(begin + step, n - 1)[:, None]  # (FEATURES, 1)
-    q = load_codes(words + feature.to(tl.int64)[:, :, None] * row_words, there, RUN)
-    at = feature * (k // BLOCK) + block
-    scale, absmax = scale_parts(scales_ptr, absmax_ptr, at, there, NESTED)
+    feature = tl.minimum(begin + i // 4, n - 1)  # (4 FEATURES,)
+    q = load_codes(words + (feature.to(tl.int64) * row_words)[:, None], there, RUN)
+    # not contiguous, as far as loads are concerned: each lane is to load its own
+    block = tl.max_contiguous(feature * (k // BLOCK) + run // BLOCK, 1)
+    scale, absmax = scale_parts(scales_ptr, absmax_ptr, block, there, NESTED)
     column = begin + step[None, :]
     dy = tl.load(dy_ptr + column, mask=column < end, other=0.0)
-    acc = tl.zeros((ROWS, COLUMNS) if LEFT else (COLUMNS, ROWS), tl.float32)
+    acc = tl.zeros((COLUMNS, ROWS), tl.float32)
     for start in range(begin, end, FEATURES):
         w = decode(q, scale, absmax, offset, scale_table_ptr, table, table_ptr, dtype, NESTED, ASM)
-        w = in_order(w)
-        d = dy
-        feature = tl.minimum(start + FEATURES + step, n - 1)[:, None]  # (FEATURES, 1)
-        q = load_codes(words + feature.to(tl.int64)[:, :, None] * row_words, there, RUN)
-        at = feature * (k // BLOCK) + block
-        scale, absmax = scale_parts(scales_ptr, absmax_ptr, at, there, NESTED)
+        right = dy
+        # the next step's loads are under way while this one's product is computed
+        feature = tl.minimum(start + FEATURES + i // 4, n - 1)
+        q = load_codes(words + (feature.to(tl.int64) * row_words)[:, None], there, RUN)
+        block = tl.max_contiguous(feature * (k // BLOCK) + run // BLOCK, 1)
+        scale, absmax = scale_parts(scales_ptr, absmax_ptr, block, there, NESTED)
         column = start + FEATURES + step[None, :]
         dy = tl.load(dy_ptr + column, mask=column < end, other=0.0)
-        acc = dot16(d, w, acc) if LEFT else dot16(w.trans(), d.trans(), acc)
-    if LEFT:
-        acc = acc.trans()
+        acc = dot16(in_order(w).trans(), right.trans(), acc)
     to = (split * m + row).to(tl.int64)[None, :] * k
     column = first + tl.arange(0, COLUMNS)[:, None]
     kept = (column < k) & (row[None, :] < m)
@@ -185,7 +204,6 @@ def multiply_dx(dy: Tensor, weight: Weight4, tile: DxTile) -> Tensor:
             ROWS=tile.rows,
             FEATURES=tile.features,
             ASM=uses_assembly(),
-            LEFT=tile.rows >= LEFT,
             num_warps=tile.warps,
             num_stages=1,
             enable_fp_fusion=False,
@@ -208,7 +226,7 @@ def _variant(
     dtype: str, tile: DxTile, nested: bool = True, whole: bool = False, **other: Any
 ) -> Variant:
     constants: dict[str, Any] = {"BLOCK": 64, "RUN": 64, "ROWS": tile.rows}
-    constants |= {"FEATURES": tile.features, "ASM": True, "LEFT": tile.rows >= LEFT} | other
+    constants |= {"FEATURES": tile.features, "ASM": True} | other
     if not nested:
         constants |= dict.fromkeys(("absmax_ptr", "offset_ptr", "scale_table_ptr"))
     signature = {"dy_ptr": f"*{dtype}", "codes_ptr": "*i32"}
