@@ -19,7 +19,8 @@ from lora_kernels.gpu import digits4
 from lora_kernels.gpu.arrange4 import arrange
 from lora_kernels.gpu.digits4 import LOOKUP, prepare
 from lora_kernels.gpu.finish4 import Update
-from lora_kernels.gpu.planes4 import DECODE, Tile, default_tile, multiply, variants
+from lora_kernels.gpu.operands4 import DECODE
+from lora_kernels.gpu.planes4 import Tile, default_tile, multiply, variants
 
 NF4 = torch.tensor(NF4_ENTRIES)
 HALVES = [torch.bfloat16, torch.float16]

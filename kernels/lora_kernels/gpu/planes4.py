@@ -1,6 +1,49 @@
 """`x Wᵀ` for the fewest rows: 4-bit codes as two int8 planes on the integer tensor cores.
 
-(The design note follows.)
+Reading a weight's half byte takes an H200 less time than any known kernel takes to decode it:
+bitsandbytes issues 8.7 instructions a weight at one row of x and more with every row, and the
+memory is busy throughout only below about 3.6. So what this kernel saves is instructions.
+
+**The sum.** With code ~ 256 H + L, a row of x as digits a, b, c in base 256 (digits4.py), and the
+sum over a group of 64 columns, which share a scale,
+
+    sum code x ~ 2^24 H·a + 2^16 (H·b + L·a) + 2^8 (H·c + L·b) + L·c
+
+Each bracket is a column of an int8 product with int32 sums, which are exact: 64 terms stay below
+2^22. H meets the columns a b c 0 and L the columns 0 a b c, so both add into one accumulator of 4
+columns a row of x. It is multiplied by the scale once a group, and at the end by the powers of 256,
+the size of the row and the unit of the table. Of the result's error this leaves some 1e-5, where
+16-bit weights have 1.7e-3; the rounding of the result to 16 bits is nearly all there is.
+
+Decoding and the layout of the operands are in operands4.py. Scales are the only thing that moves
+between lanes: each lane loads and decodes one and they pass through shared memory, where the four
+lanes that need the same one would otherwise each decode it, a fifth of all instructions.
+
+**The loop.** A program has 32 rows of W. Each of its warps has groups of its own, every fourth, so
+a row is read 128 bytes at a time, and warps are added up at the end. Codes and scales of two steps
+are on their way while two are used: 2 KB a warp, 40 KB a multiprocessor with five programs. Rows
+of LoRA's A are further programs, which multiply in float32. Where W has too few rows to fill a GPU,
+K is split, and finish4.py adds the parts in a fixed order. Digits cost a launch of their own.
+
+Instructions a weight in the loop for sm_90, scales included, triton 3.6 and 3.7 alike:
+
+    rows of x                    1, 2    3, 4    5 to 8     registers
+    stored, nested scales        2.4     3.0     4.0        100, 138, 176
+    stored, float32 scales       2.2     2.8     3.8        100, 128, 176
+    arranged, nested scales      2.4     2.9     3.9         98, 128, 174
+
+About 250 more come before and after the loop. Arranging saves 4 loads of 311 instructions; what it
+saves in cache lines a GPU has to tell.
+
+What was tried, in instructions a weight at one row. Selecting among 16 entries with a third permute
+instead of a product: 3.6 to 4.0. Codes carried through the loop as bytes: 5.3, as the compiler
+loses sight of the words. One copy of the tables for all lanes: up to 3.5, as ptxas keeps what lanes
+share in uniform registers and moves it back before each use. Both buffers in one batch of twice the
+size: 2.5, but 168 registers. Four lanes that decode the same scale: 0.3 more. An accumulator that
+starts at 1.5 * 2^23, so that its bits are a float and a subtraction on a less busy unit converts
+it: the same count, at times with moves.
+
+Blocks of 32 take the same way at more than twice the cost, as lanes exchange columns there.
 """
 
 from dataclasses import dataclass
@@ -13,31 +56,16 @@ from torch import Tensor
 
 from lora_kernels.blockwise4 import Weight4
 from lora_kernels.gpu.decode import INTERPRETED, load_scales, narrow
-from lora_kernels.gpu.digits4 import LOOKUP, prepare
+from lora_kernels.gpu.digits4 import prepare
 from lora_kernels.gpu.finish4 import Update, finish
+from lora_kernels.gpu.operands4 import code_pointers, decode, digit_tiles, load_tables, weight_tile
 from lora_kernels.gpu.variant import Variant
 
-__all__ = ["DECODE", "Tile", "default_tile", "multiply", "variants"]
+__all__ = ["Tile", "default_tile", "multiply", "variants"]
 
-PROGRAMS = 240  # that a large GPU should get, about two a multiprocessor
+PROGRAMS = 400  # that a large GPU should get, three a multiprocessor
 DOWN = tl.constexpr(4)  # rows of LoRA's A a program
 ASM = torch.version.hip is None and not INTERPRETED.value
-
-# $0…$7: 8 weights of each of 4 planes; $8: 8 codes; then the 8 words of the tables, of which each
-# comes 4 times, as Triton repeats a scalar for each of the 4 bytes that are decoded at once
-_STEPS = ["xor.b32 far, $8, 0x88888888", "shr.b32 upper, $8, 16", "shr.b32 last, far, 16"]
-for _plane, _selectors in enumerate((("$8", "upper"), ("far", "last")) * 2):
-    for _half, _selector in enumerate(_selectors):
-        _words = f"${9 + 8 * _plane}, ${13 + 8 * _plane}"
-        _STEPS.append(f"prmt.b32 ${2 * _plane + _half}, {_words}, {_selector}")
-DECODE = tl.constexpr("{ .reg .b32 far, upper, last; " + "; ".join(_STEPS) + "; }")
-DECODE_OPERANDS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 33))
-# each lane's own copy of the tables
-TABLES = tl.constexpr(
-    "{ .reg .b32 lane; .reg .b64 at; mov.u32 lane, %laneid; mad.wide.u32 at, lane, 32, $8; "
-    "ld.global.v4.b32 {$0, $1, $2, $3}, [at]; ld.global.v4.b32 {$4, $5, $6, $7}, [at + 16]; }"
-)
-TABLES_OPERANDS = tl.constexpr(",".join(["=r"] * 8 + ["l"]))
 
 
 @dataclass(frozen=True)
@@ -105,11 +133,11 @@ def multiply(
     if m:
         padded = splits * steps * step
         prepared = prepare(x, weight.table, tile.rows, columns, padded)
-        arranged = weight.arranged is not None and columns == 64
+        codes = weight.codes if weight.arranged is None or columns < 64 else weight.arranged
         tiles = triton.cdiv(n, tile.features) + triton.cdiv(extra, DOWN.value)
         _planes_kernel[(tiles, splits, triton.cdiv(m, tile.rows))](
             *prepared,
-            _aligned(weight.arranged if arranged else weight.codes),
+            _aligned(codes),
             weight.scales,
             weight.scale_absmax,
             weight.scale_offset,
@@ -128,7 +156,7 @@ def multiply(
             ROWS=tile.rows,
             STRIPS=tile.features // 16,
             WARPS=tile.warps,
-            ARRANGED=arranged,
+            ARRANGED=codes is weight.arranged,
             EVEN=k == padded,
             ASM=ASM,
             num_warps=tile.warps,
@@ -190,121 +218,31 @@ def _planes_kernel(
     y_at = y_ptr + i.to(tl.int64)[None, :] * (n + extra)  # (1, ROWS)
     if tl.program_id(0) < tiles:
         first = tl.program_id(0) * (16 * STRIPS)
-        tile = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * steps * WARPS + begin
-        digits_ptr += tile * ((4 * ROWS + 1) * COLUMNS)
-        tables = _tables(tables_ptr, ASM)
-        low, high, warp = _code_pointers(
-            codes_ptr, first, begin, n, k, COLUMNS, STRIPS, WARPS, ARRANGED
-        )
-        scale_row, scale_warp = _scale_rows(first, n, k // BLOCK, STRIPS, WARPS)
+        part = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * steps * WARPS + begin
+        digits_ptr += part * ((4 * ROWS + 1) * COLUMNS)
+        NEXT: tl.constexpr = WARPS * (4 * ROWS + 1) * COLUMNS  # digits of a step
+        tables = load_tables(tables_ptr, ASM)
+        codes = code_pointers(codes_ptr, first, begin, n, k, COLUMNS, STRIPS, WARPS, ARRANGED)
+        # one scale a lane, and the warp that needs it
+        i_scale = tl.arange(0, WARPS * STRIPS * 16)
+        scale_row = tl.minimum(first + i_scale % (16 * STRIPS), n - 1) * (k // BLOCK)
+        at = (scale_row, i_scale // (16 * STRIPS), begin, k // COLUMNS)
+        scales = (scales_ptr, absmax_ptr, offset_ptr, scale_table_ptr)
         total = tl.zeros((STRIPS * WARPS, 16, 4 * ROWS), tl.float32)
-        # two steps are on their way: each buffer is filled again as soon as it has been used
-        low0, high0, s0 = _fetch(
-            low,
-            high,
-            warp,
-            scale_row,
-            scale_warp,
-            scales_ptr,
-            absmax_ptr,
-            offset_ptr,
-            scale_table_ptr,
-            begin,
-            0,
-            k // COLUMNS,
-            BLOCK // COLUMNS,
-            COLUMNS,
-            ARRANGED,
-            EVEN,
-        )
-        low1, high1, s1 = _fetch(
-            low,
-            high,
-            warp,
-            scale_row,
-            scale_warp,
-            scales_ptr,
-            absmax_ptr,
-            offset_ptr,
-            scale_table_ptr,
-            begin,
-            WARPS,
-            k // COLUMNS,
-            BLOCK // COLUMNS,
-            COLUMNS,
-            ARRANGED,
-            EVEN,
-        )
+        # two steps are on their way: a buffer is filled again as soon as it has been used
+        low0, high0, s0 = _fetch(codes, scales, at, 0, BLOCK, ARRANGED, EVEN)
+        low1, high1, s1 = _fetch(codes, scales, at, WARPS, BLOCK, ARRANGED, EVEN)
         for step in range(0, steps, 2):
             ahead = tl.minimum(step + 2, steps - 2) * WARPS  # the last ones come again
-            total = _accumulate(
-                total,
-                low0,
-                high0,
-                s0,
-                digits_ptr,
-                tables_ptr,
-                tables,
-                COLUMNS,
-                ROWS,
-                STRIPS,
-                WARPS,
-                ARRANGED,
-                ASM,
-            )
-            low0, high0, s0 = _fetch(
-                low,
-                high,
-                warp,
-                scale_row,
-                scale_warp,
-                scales_ptr,
-                absmax_ptr,
-                offset_ptr,
-                scale_table_ptr,
-                begin,
-                ahead,
-                k // COLUMNS,
-                BLOCK // COLUMNS,
-                COLUMNS,
-                ARRANGED,
-                EVEN,
-            )
-            digits_ptr += WARPS * (4 * ROWS + 1) * COLUMNS
-            total = _accumulate(
-                total,
-                low1,
-                high1,
-                s1,
-                digits_ptr,
-                tables_ptr,
-                tables,
-                COLUMNS,
-                ROWS,
-                STRIPS,
-                WARPS,
-                ARRANGED,
-                ASM,
-            )
-            low1, high1, s1 = _fetch(
-                low,
-                high,
-                warp,
-                scale_row,
-                scale_warp,
-                scales_ptr,
-                absmax_ptr,
-                offset_ptr,
-                scale_table_ptr,
-                begin,
-                ahead + WARPS,
-                k // COLUMNS,
-                BLOCK // COLUMNS,
-                COLUMNS,
-                ARRANGED,
-                EVEN,
-            )
-            digits_ptr += WARPS * (4 * ROWS + 1) * COLUMNS
+            x, z = digit_tiles(digits_ptr, COLUMNS, ROWS, STRIPS, WARPS)
+            d = _multiply(low0, high0, x, z, tables, COLUMNS, ARRANGED, ASM)
+            total = _add(total, d, s0, STRIPS, WARPS)
+            low0, high0, s0 = _fetch(codes, scales, at, ahead, BLOCK, ARRANGED, EVEN)
+            x, z = digit_tiles(digits_ptr + NEXT, COLUMNS, ROWS, STRIPS, WARPS)
+            d = _multiply(low1, high1, x, z, tables, COLUMNS, ARRANGED, ASM)
+            total = _add(total, d, s1, STRIPS, WARPS)
+            low1, high1, s1 = _fetch(codes, scales, at, ahead + WARPS, BLOCK, ARRANGED, EVEN)
+            digits_ptr += 2 * NEXT
         y = _combine(total, STRIPS, WARPS, ROWS)  # (16 STRIPS, ROWS)
         y *= tl.load(largest_ptr + tl.num_programs(2) * ROWS)
         y *= tl.load(largest_ptr + i)[None, :]
@@ -323,210 +261,61 @@ def _planes_kernel(
 
 
 @triton.jit
-def _tables(tables_ptr, ASM: tl.constexpr):
-    """The 8 words of the tables, in registers of each lane."""
-    if ASM:
-        words = tl.inline_asm_elementwise(
-            TABLES,
-            TABLES_OPERANDS,
-            [tables_ptr.to(tl.int64)],
-            dtype=(tl.int32,) * 8,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        words = (0, 0, 0, 0, 0, 0, 0, 0)
-    return words
-
-
-@triton.jit
-def _code_pointers(
-    codes_ptr,
-    first,
-    begin,
-    n,
-    k,
-    COLUMNS: tl.constexpr,
-    STRIPS: tl.constexpr,
-    WARPS: tl.constexpr,
-    ARRANGED: tl.constexpr,
-):
-    """Where the codes of the first step are, and the warp of each line.
-
-    Arranged, a line is the 4 words of a lane, which hold two rows. As stored it is a group of
-    COLUMNS codes in one row, a quarter for each of 4 lanes, and rows g and g + 8 are two pointers.
-    Both come out as 8 lines or 32 a warp, so that a warp has all lanes in groups of its own.
-    """
-    words = codes_ptr.to(tl.pointer_type(tl.int32))
-    if ARRANGED:
-        line = tl.arange(0, STRIPS * WARPS * 32)
-        warp = line // 32 % WARPS
-        strip = tl.minimum(first // 16 + line // (32 * WARPS), n // 16 - 1).to(tl.int64)
-        words += (strip * (k // 64) + begin)[:, None] * 128
-        low = words + (warp * 128 + line % 32 * 4)[:, None] + tl.arange(0, 4)[None, :]
-        return low, low, warp
-    else:
-        line = tl.arange(0, STRIPS * WARPS * 8)
-        warp = line // 8 % WARPS
-        row = first + line // (8 * WARPS) * 16 + line % 8
-        inner = warp[:, None] * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
-        quarter: tl.constexpr = COLUMNS // 32  # words of a lane, one load
-        inner = tl.max_contiguous(tl.multiple_of(inner, (1, quarter)), (1, quarter))
-        words += begin.to(tl.int64) * (COLUMNS // 8)
-        low = words + (tl.minimum(row, n - 1).to(tl.int64) * (k // 8))[:, None] + inner
-        high = words + (tl.minimum(row + 8, n - 1).to(tl.int64) * (k // 8))[:, None] + inner
-        return low, high, warp
-
-
-@triton.jit
-def _scale_rows(first, n, stride, STRIPS: tl.constexpr, WARPS: tl.constexpr):
-    """Start of a row's scales, and the warp that needs them: one scale a lane, not one in four."""
-    i = tl.arange(0, WARPS * STRIPS * 16)
-    return tl.minimum(first + i % (16 * STRIPS), n - 1) * stride, i // (16 * STRIPS)
-
-
-@triton.jit
 def _fetch(
-    low,
-    high,
-    warp,
-    scale_row,
-    scale_warp,
-    scales_ptr,
-    absmax_ptr,
-    offset_ptr,
-    scale_table_ptr,
-    begin,
-    ahead,
-    groups,
-    RATIO: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ARRANGED: tl.constexpr,
-    EVEN: tl.constexpr,
+    codes, scales, at, ahead, BLOCK: tl.constexpr, ARRANGED: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Codes of rows g and g + 8, and scales, `ahead` groups from `begin`.
+    """Codes of rows g and g + 8, and scales, `ahead` groups from the first.
 
     Groups from the end of K on have digits of 0, so that their codes may be anything.
     """
-    inside = EVEN | (begin + ahead + warp < groups)[:, None]
+    low, high, warp = codes
+    scale_row, scale_warp, begin, groups = at
+    COLUMNS: tl.constexpr = min(BLOCK, 64)
     jump: tl.constexpr = 128 if ARRANGED else COLUMNS // 8
+    inside = EVEN | (begin + ahead + warp < groups)[:, None]
     low_words = tl.load(low + ahead * jump, mask=inside, other=0)
     high_words = low_words if ARRANGED else tl.load(high + ahead * jump, mask=inside, other=0)
     group = begin + ahead + scale_warp
     s = load_scales(
-        scales_ptr,
-        absmax_ptr,
-        offset_ptr,
-        scale_table_ptr,
-        scale_row + group // RATIO,
+        scales[0],
+        scales[1],
+        scales[2],
+        scales[3],
+        scale_row + group // (BLOCK // COLUMNS),
         EVEN | (group < groups),
-        scales_ptr.dtype.element_ty == tl.uint8,
+        scales[0].dtype.element_ty == tl.uint8,
     )
     return low_words, high_words, s
 
 
 @triton.jit
-def _accumulate(
-    total,
+def _multiply(
     low_words,
     high_words,
-    s,
-    digits_ptr,
-    tables_ptr,
+    x,
+    z,
     tables,
     COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    STRIPS: tl.constexpr,
-    WARPS: tl.constexpr,
     ARRANGED: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """total + scale * (H . [a b c 0] + L . [0 a b c]), for a group of columns a warp."""
-    BATCH: tl.constexpr = STRIPS * WARPS
-    x = _digit_tile(digits_ptr + COLUMNS, COLUMNS, ROWS, STRIPS, WARPS)  # a b c 0
-    z = _digit_tile(digits_ptr, COLUMNS, ROWS, STRIPS, WARPS)  # 0 a b c
-    low = _decode(low_words, tables_ptr, tables, ASM)
-    high = low if ARRANGED else _decode(high_words, tables_ptr, tables, ASM)
-    d = tl.dot(_operand(low[0], high[0], BATCH, COLUMNS, ARRANGED), x, out_dtype=tl.int32)
-    d = tl.dot(_operand(low[1], high[1], BATCH, COLUMNS, ARRANGED), z, d, out_dtype=tl.int32)
+    """H [a b c 0] + L [0 a b c], a group of columns a warp: int32 (STRIPS * WARPS, 16, 4 ROWS)."""
+    B: tl.constexpr = x.shape[0]
+    low = decode(low_words, tables, ASM)
+    high = low if ARRANGED else decode(high_words, tables, ASM)
+    d = tl.dot(weight_tile(low[0], high[0], B, COLUMNS, ARRANGED), x, out_dtype=tl.int32)
+    d = tl.dot(weight_tile(low[1], high[1], B, COLUMNS, ARRANGED), z, d, out_dtype=tl.int32)
     if ASM:
-        d = tl.dot(_operand(low[2], high[2], BATCH, COLUMNS, ARRANGED), x, d, out_dtype=tl.int32)
-        d = tl.dot(_operand(low[3], high[3], BATCH, COLUMNS, ARRANGED), z, d, out_dtype=tl.int32)
-    s = s.reshape(WARPS, STRIPS, 16).permute(1, 0, 2).reshape(BATCH, 16)
-    s = tl.broadcast_to(s[:, :, None], (BATCH, 16, 4 * ROWS))
-    return tl.fma(d.to(tl.float32), s, total)
+        d = tl.dot(weight_tile(low[2], high[2], B, COLUMNS, ARRANGED), x, d, out_dtype=tl.int32)
+        d = tl.dot(weight_tile(low[3], high[3], B, COLUMNS, ARRANGED), z, d, out_dtype=tl.int32)
+    return d
 
 
 @triton.jit
-def _decode(words, tables_ptr, tables, ASM: tl.constexpr):
-    """Codes (I, J) to planes of int8 weights (I, J, 2, 2, 2): H, L and, by permutes, H, L again.
-
-    Of the permutes' planes the first two hold what the lower 8 table entries say and the other two
-    the upper 8; both are added.
-    """
-    # a word's bytes in their order; the compiler sees that nothing moves
-    even = tl.join(words.to(tl.uint8), (words >> 16).to(tl.uint8))
-    odd = tl.join((words >> 8).to(tl.uint8), (words >> 24).to(tl.uint8))
-    codes = tl.join(even, odd)
-    if ASM:
-        h, i, l, k = tl.inline_asm_elementwise(
-            DECODE,
-            DECODE_OPERANDS,
-            [
-                codes,
-                tables[0],
-                tables[1],
-                tables[2],
-                tables[3],
-                tables[4],
-                tables[5],
-                tables[6],
-                tables[7],
-            ],
-            dtype=(tl.int16,) * 4,
-            is_pure=True,
-            pack=4,
-        )
-        return _pair(h), _pair(l), _pair(i), _pair(k)
-    else:
-        at = tables_ptr + LOOKUP + tl.join(codes & 15, codes >> 4).to(tl.int32)
-        return tl.load(at), tl.load(at + 16)
-
-
-@triton.jit
-def _pair(both):
-    """The two int8 of an int16, low one first, along a new last axis."""
-    return tl.join((both & 255).to(tl.int8), (both >> 8).to(tl.int8))
-
-
-@triton.jit
-def _operand(low, high, BATCH: tl.constexpr, COLUMNS: tl.constexpr, ARRANGED: tl.constexpr):
-    """Weights as the left operand (BATCH, 16, COLUMNS): a renaming, no register moves.
-
-    Lane 4 g + j has columns j COLUMNS / 4 on, of rows g and g + 8. `mma` wants 4 consecutive
-    columns at 4 j and 4 at 16 + 4 j, so column (j, q, p, i) is called (p, j, q, i).
-    """
-    if ARRANGED:
-        w = low.reshape(BATCH, 8, 4, 2, COLUMNS // 32, 2, 4)  # g j half q p i
-        w = w.permute(0, 3, 1, 5, 2, 4, 6)
-    else:
-        w = tl.join(low, high).reshape(BATCH, 8, 4, COLUMNS // 32, 2, 4, 2)  # g j q p i half
-        w = w.permute(0, 6, 1, 4, 2, 3, 5)
-    return w.reshape(BATCH, 16, COLUMNS)
-
-
-@triton.jit
-def _digit_tile(
-    digits_ptr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STRIPS: tl.constexpr, WARPS: tl.constexpr
-):
-    """Digits as the right operand (STRIPS * WARPS, COLUMNS, 4 ROWS), renamed like the weights."""
-    i = tl.arange(0, ROWS // 2 * WARPS * 8)  # eight of lines, warp, line
-    at = (i // 8 % WARPS * (4 * ROWS + 1) + i // (8 * WARPS) * 8 + i % 8) * COLUMNS
-    x = tl.load(digits_ptr + at[:, None] + tl.arange(0, COLUMNS)[None, :])
-    x = x.reshape(ROWS // 2, WARPS, 8, 4, COLUMNS // 32, 2, 4)  # eight, warp, line, j q p i
-    x = x.permute(1, 5, 3, 4, 6, 0, 2).reshape(1, WARPS, COLUMNS, 4 * ROWS)
-    x = tl.broadcast_to(x, (STRIPS, WARPS, COLUMNS, 4 * ROWS))
-    return x.reshape(STRIPS * WARPS, COLUMNS, 4 * ROWS)
+def _add(total, d, s, STRIPS: tl.constexpr, WARPS: tl.constexpr):
+    """total + s * d, the scales handed to the lanes that hold their rows."""
+    s = s.reshape(WARPS, STRIPS, 16).permute(1, 0, 2).reshape(STRIPS * WARPS, 16)
+    return tl.fma(d.to(tl.float32), tl.broadcast_to(s[:, :, None], total.shape), total)
 
 
 @triton.jit
@@ -559,13 +348,13 @@ def variants() -> list[Variant]:
 
     In one launch, and with LoRA as partials; float16 changes only how the result is stored.
     """
-    forms = [_variant("fp16", m, "u8", False, False) for m in (1, 4, 8)]
+    forms = [_variant("fp16", 1, "u8", False, False)]
     for m in (1, 4, 8):
         forms += [
-            _variant("bf16", m, scales, arranged, update)
-            for scales in ("u8", "fp32")
-            for arranged in (False, True)
-            for update in (False, True)
+            _variant("bf16", m, "u8", False, False),
+            _variant("bf16", m, "u8", False, True),
+            _variant("bf16", m, "u8", True, False),
+            _variant("bf16", m, "fp32", False, False),
         ]
     return [*forms, _variant("bf16", 1, "u8", False, False, asm=False)]
 
