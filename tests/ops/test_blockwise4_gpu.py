@@ -144,8 +144,18 @@ def test_every_byte_times_every_kind_of_scale(
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3, 4, 8])
-def test_codes_that_begin_anywhere(both: Callable[..., Any], shift: int) -> None:
-    """A 32-bit load needs an address that is a multiple of 4; other codes are read by bytes."""
+def test_codes_that_begin_anywhere(
+    both: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shift: int
+) -> None:
+    """A 32-bit load needs an address that is a multiple of 4; other codes are read by bytes.
+
+    Processors bear such loads and GPUs do not, so the form chosen is looked at too.
+    """
+    bytewise: list[bool] = []
+    constants = gpu._expand_constants
+    monkeypatch.setattr(
+        gpu, "_expand_constants", lambda *args: bytewise.append(args[-1]) or constants(*args)
+    )
     memory = torch.randint(0, 256, (64 * 64 + shift,), dtype=torch.uint8)
     scales, table = torch.rand(128), CODEBOOKS["nf4"].table()
     codes = memory[shift:]
@@ -154,6 +164,7 @@ def test_codes_that_begin_anywhere(both: Callable[..., Any], shift: int) -> None
     w = Weight4(codes, scales, table, 16, 512, 64)
     wanted, got = both(lambda: expand4_slice(w, 3, 16, 64, 512, torch.bfloat16))
     assert torch.equal(got, wanted)
+    assert bytewise == [shift % 4 != 0] * 2
 
 
 @pytest.mark.usefixtures("poison")
