@@ -131,7 +131,10 @@ class Run:
         self.banned: set[str] = set()  # contenders that ended a worker
         environment = os.environ | {"LORA_KERNELS": "triton"}
         environment["KINETO_LOG_LEVEL"] = "99"
-        environment.pop("PYTHONSAFEPATH", None)  # the workers are modules of this folder
+        # the repository need not be installed: the workers are modules of its root
+        environment.pop("PYTHONSAFEPATH", None)
+        paths = (str(ROOT / "kernels"), environment.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         if args.smoke:
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         else:
@@ -214,6 +217,7 @@ class Run:
 
     def tune_all(self, shapes: Sequence[list[int]], machine: str) -> None:
         """Compile candidates in parallel, time them one by one, and write the table."""
+        sys.path.append(str(ROOT / "kernels"))
         from benchmarks.gpu_tune import best_of, jobs, write_tuned
         from lora_kernels.gpu.tuned import TUNED
 

@@ -29,7 +29,7 @@ def load() -> Iterator[Load]:
 
 def run_script(*options: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "kernels")}
+    environment |= {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--smoke", *options],
         cwd=ROOT,
@@ -557,6 +557,19 @@ def test_a_measured_table_keeps_what_it_held(load: Load, tmp_path: Path) -> None
     table = json.loads(path.read_text())
     assert table["A"]["1x1/float16"]["dx"] == 3
     assert table["B"]["64x64/bfloat16"] == {"planes": 4, "halves": 7, "dx": 64, "tiles": {}}
+
+
+def test_the_workers_find_the_kernels_uninstalled(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "peers")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    for smoke in (True, False):
+        environment = load("gpu").Run(SimpleNamespace(out=None, smoke=smoke)).environment
+        assert environment["PYTHONPATH"] == f"{ROOT / 'kernels'}{os.pathsep}peers"
+        assert "PYTHONSAFEPATH" not in environment
+        assert environment["LORA_KERNELS"] == "triton"
+        assert environment.get("TRITON_INTERPRET") == ("1" if smoke else None)
 
 
 # --- the command line ----------------------------------------------------------------------------
