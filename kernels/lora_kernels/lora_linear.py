@@ -189,7 +189,7 @@ def lora_linear4_reference(
         (..., N) in the dtype of x.
     """
     lora = _Lora(rows, down, up, scaling)
-    y, _ = _forward_plain(x.reshape(_rows(x), -1), weight, bias, lora, matmul4_reference)
+    y, _ = _forward_plain(_flatten(x), weight, bias, lora, matmul4_reference)
     return y.view(*x.shape[:-1], weight.out_features)
 
 
@@ -256,7 +256,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _rows(x: Tensor) -> int:
-    return math.prod(x.shape[:-1])  # reshape(-1, 0) would not know
+    return math.prod(x.shape[:-1])
+
+
+def _flatten(x: Tensor) -> Tensor:
+    return x.reshape(_rows(x), x.shape[-1])  # with -1 for either, 0 elements would not tell
 
 
 # --- Triton --------------------------------------------------------------------------------------
@@ -317,7 +321,7 @@ _WIDTH = _TENSORS + 3  # arguments that are the weight
 def _lora_linear4(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     weight, bias, lora = _weight(args[:_WIDTH]), args[_WIDTH], _Lora(*args[_WIDTH + 1 :])
     _check_values(lora)
-    backend, flat = backend_for(x, BACKENDS), x.reshape(_rows(x), weight.in_features)
+    backend, flat = backend_for(x, BACKENDS), _flatten(x)
     with torch.autocast(x.device.type, enabled=False), device_of(x):
         if backend == "triton":
             y, h = _forward_triton(flat, weight, bias, lora)
@@ -332,7 +336,7 @@ def _lora_linear4_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight, lora = _weight(args[:_WIDTH]), _Lora(*args[_WIDTH:-2])
     wants, backend = (args[-2], args[-1]), backend_for(dy, BACKENDS)
-    flat = (dy.reshape(_rows(dy), weight.out_features), x.reshape(_rows(x), weight.in_features))
+    flat = _flatten(dy), _flatten(x)
     with torch.autocast(dy.device.type, enabled=False), device_of(dy):
         if backend == "triton":
             dx, ddown, dup = _backward_triton(*flat, h, weight, lora, wants)
@@ -392,7 +396,7 @@ def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | 
             dy, x, h, *weight, *lora, wants_dx, wants_update
         )
         if ctx.bias_dtype is not None and wants_bias:
-            total = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=_wide(dy.dtype))
+            total = _flatten(dy).sum(0, dtype=_wide(dy.dtype))
             dbias = total.to(ctx.bias_dtype)
     if dh is not None:  # of a second derivative: h = x A^T was an argument of the gradient
         dx, ddown = _add_through_h(dx, ddown, dh.to(x.dtype), x, lora)
@@ -404,7 +408,7 @@ def _add_through_h(
     dx: Tensor | None, ddown: Tensor | None, dh: Tensor, x: Tensor, lora: _Lora
 ) -> tuple[Tensor, Tensor]:
     more = _times(dh, lora.down.transpose(1, 2), lora.rows).view(x.shape)
-    down = _outer(dh, x.reshape(len(dh), -1), lora.rows, len(lora.down)).to(lora.down.dtype)
+    down = _outer(dh, _flatten(x), lora.rows, len(lora.down)).to(lora.down.dtype)
     dx = more if dx is None or not dx.numel() else dx + more
     return dx, down if ddown is None or not ddown.numel() else ddown + down
 
@@ -444,7 +448,7 @@ def _second_plain(
     gb: Tensor | None,
 ) -> tuple[Tensor, ...]:
     rows, adapters, dtype = lora.rows, len(lora.down), dy.dtype
-    dy, x = dy.reshape(len(h), -1), x.reshape(len(h), -1)
+    dy, x = _flatten(dy), _flatten(x)
     gx = torch.zeros_like(x) if gx is None else gx.reshape(x.shape)
     ga = torch.zeros_like(lora.down) if ga is None else ga
     gb = torch.zeros_like(lora.up) if gb is None else gb

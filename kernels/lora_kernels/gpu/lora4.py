@@ -51,7 +51,7 @@ class _Tile(NamedTuple):
     stages: int
 
 
-SHRINK = _Tile(16, 64, 16, 2, 3)
+SHRINK = _Tile(32, 64, 16, 4, 3)
 ADD = _Tile(64, 64, 16, 4, 1)
 OUTER = _Tile(32, 64, 16, 4, 3)
 WIDEST = 32  # ranks a tile; a wider matrix would not fit the registers
