@@ -167,7 +167,7 @@ def run_jobs(
             if not lane.run(job, min(limit, left), one_at_a_time, cut=left < limit):
                 cut.append(job)
 
-    threads = [threading.Thread(target=work, args=(lane,)) for lane in lanes]
+    threads = [threading.Thread(target=work, args=(lane,), daemon=True) for lane in lanes]
     for thread in threads:
         thread.start()
     for thread in threads:
