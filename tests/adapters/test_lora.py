@@ -4,12 +4,15 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from lora_core.adapters import Adapted, LoRA, LoRALinear, dense_weight
 from lora_core.quant import NF4Linear
@@ -275,3 +278,183 @@ def test_the_update_is_float32_whatever_the_default_dtype() -> None:
         assert layer.delta_weight().dtype is torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+# --- the update inside the base's own product ----------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Names of the project's operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func.namespace == "lora_kernels":
+            self.names.append(func._schema.name.removeprefix("lora_kernels::"))
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of(run: Callable[[], object]) -> list[str]:
+    with Calls() as calls:
+        run()
+    return calls.names
+
+
+FUSED, APART = ["lora_linear4"], ["matmul4"]
+
+
+def nf4(r: int = 4, **options: Any) -> LoRALinear:
+    return filled(LoRALinear(NF4Linear.from_linear(nn.Linear(64, 24)), r=r, **options))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_operator_equals_base_plus_adapter(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_KERNELS", backend)
+    layer = nf4()
+    x, dy = torch.randn(5, 64).to(dtype), torch.randn(5, 24).to(dtype)
+    results: list[list[Tensor]] = []
+    for together in (True, False):
+        if not together:
+            layer.base.register_forward_hook(lambda *_: None)
+        leaf = x.clone().requires_grad_()
+        assert calls_of(lambda: layer(x)) == (FUSED if together else APART)
+        y = layer(leaf)
+        results.append([y, *torch.autograd.grad(y, (leaf, layer.A, layer.B), dy)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        if backend == "reference":
+            assert torch.equal(ours, theirs)
+        else:  # roundings of the terms, whose sum is at most a few times the largest result
+            bound = 16 * torch.finfo(dtype).eps * theirs.abs().max()
+            assert (ours - theirs).abs().max() <= bound
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_in_the_operator_a_new_adapter_changes_nothing(
+    backend: str, same_bits: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_KERNELS", backend)
+    for dtype in FLOATS:
+        base = NF4Linear.from_linear(nn.Linear(64, 24)).to(dtype)
+        layer, x = LoRALinear(base, r=3), torch.randn(4, 64).to(dtype)
+        for mode in (True, False):
+            assert same_bits(layer.train(mode)(x), base(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same_bits(layer(x), base(x))
+
+
+def test_when_base_and_adapter_stay_apart() -> None:
+    x = torch.randn(3, 64)
+    noisy = nf4(dropout=0.5)
+    assert calls_of(lambda: noisy.train()(x)) == APART
+    assert calls_of(lambda: noisy.eval()(x)) == FUSED
+    two = nf4()
+    two.attach("b", LoRA(64, 24, r=2))
+    two.active = ["default", "b"]
+    assert calls_of(lambda: two(x)) == APART
+    two.active = ["b"]
+    assert calls_of(lambda: two(x)) == FUSED
+    two.active = []
+    assert calls_of(lambda: two(x)) == APART
+    off = nf4()
+    off.enabled = False
+    assert calls_of(lambda: off(x)) == APART
+    off.enabled = True
+    off.merge()
+    assert calls_of(lambda: off(x)) == []
+    off.unmerge()
+    assert calls_of(lambda: off(x)) == FUSED
+    assert calls_of(lambda: LoRALinear(off)(x)) == FUSED  # the inner one; the outer adds to it
+
+
+def test_whoever_watches_the_base_or_the_pair_is_called() -> None:
+    x = torch.randn(3, 64)
+    seen: list[str] = []
+    hooks: list[Callable[[LoRALinear], Any]] = [
+        lambda m: m.base.register_forward_hook(lambda *_: seen.append("hook")),
+        lambda m: m.base.register_forward_pre_hook(lambda *_: seen.append("hook")),
+        lambda m: m.base.register_full_backward_hook(lambda *_: seen.append("hook")),
+        lambda m: m.adapters["default"].register_forward_hook(lambda *_: seen.append("hook")),
+        lambda m: nn.modules.module.register_module_forward_hook(
+            lambda module, *_: seen.append("hook") if module is m.base else None
+        ),
+    ]
+    for register in hooks:
+        layer = nf4()
+        handle = register(layer)
+        assert (
+            calls_of(lambda layer=layer: layer(x.clone().requires_grad_()).sum().backward())[0]
+            == "matmul4"
+        )
+        assert seen == ["hook"]
+        handle.remove()
+        assert calls_of(lambda layer=layer: layer(x)) == FUSED
+        assert seen == ["hook"]
+        seen.clear()
+
+
+def test_a_forward_that_was_replaced_is_called() -> None:
+    class Doubling(NF4Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    x = torch.randn(3, 64)
+    layer = LoRALinear(Doubling.from_linear(nn.Linear(64, 24)))
+    assert torch.equal(layer(x), layer.base(x))
+    patched = nf4()
+    patched.B.data.zero_()
+    patched.base.forward = lambda x: x.new_ones(3, 24)
+    assert torch.equal(patched(x), torch.ones(3, 24))
+
+    class Shifted(LoRA):
+        def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+            return super().forward(x, y, base) + 1
+
+    kind = nf4()
+    kind.attach("shifted", Shifted(64, 24))
+    kind.active = ["shifted"]
+    assert torch.equal(kind(x), kind.base(x) + 1)
+
+
+def test_the_scaling_can_be_changed_and_moves_along() -> None:
+    layer = nf4(r=4, alpha=8)
+    x = torch.randn(3, 64)
+    base, y = layer.base(x), layer(x)
+    layer.adapter("default").scaling = 4.0
+    assert torch.allclose(layer(x) - base, 2 * (y - base), rtol=1e-4, atol=1e-5)
+    assert layer.scaling == 4.0
+    with torch.device("meta"):
+        made = LoRA(8, 8)
+    assert made.scale().tolist() == [made.scaling]
+    empty = LoRA(8, 8).to("meta")
+    assert empty.scale().is_meta
+    assert empty.to_empty(device="cpu").scale().tolist() == [2.0]
+    with torch.inference_mode():
+        evaluated = nf4().half()
+        evaluated(x.half())
+    assert not evaluated.adapter("default").scale().is_inference()
+
+
+def test_the_operator_through_checkpointing_and_copies(same_bits: Same) -> None:
+    layer = nf4()
+    x = torch.randn(3, 64, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).sin().sum(), (x, layer.A, layer.B))
+    again = checkpoint(lambda x: layer(x).sin(), x, use_reentrant=False).sum()
+    for a, b in zip(torch.autograd.grad(again, (x, layer.A, layer.B)), plain, strict=True):
+        assert same_bits(a, b)
+    twin = copy.deepcopy(layer)
+    assert calls_of(lambda: twin(x)) == FUSED
+    assert same_bits(twin(x), layer(x))
+
+
+def test_the_property_tests_hold_in_triton_s_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+    base = NF4Linear.from_linear(nn.Linear(64, 6))
+    check_adapter(lambda base: LoRALinear(base, r=3), base, dtypes=[torch.bfloat16], examples=2)
