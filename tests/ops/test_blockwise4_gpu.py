@@ -285,6 +285,7 @@ class Recorder:
     def __call__(self, *args, num_warps, enable_fp_fusion, **constants):
         params, types, _ = self.bind(*args, **constants)
         names = list(params)
+        assert not any(known for type_, known in types if type_ == "i64"), types
         launched.append({n: t[0] for n, t in zip(names, types)} | {"warps": num_warps}
                         | {"fusion": enable_fp_fusion} | {"constants": constants})
 
