@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -92,6 +94,8 @@ TABLES = [
     * (1 - 2 * (torch.arange(16) // 8)),
     torch.arange(16) * 1e-30 - 7e-30,
     torch.zeros(16),
+    # a low digit of 127 whose partner is negative
+    torch.tensor([1, 127 / ENTRY, *[0] * 7, -5 / ENTRY, *[0] * 6]),
 ]
 
 
@@ -110,6 +114,26 @@ def test_tables_hold_the_code_in_16_bits(table: Tensor) -> None:
         near, far = spread[2 * plane].astype(int), spread[2 * plane + 1].astype(int)
         assert (near - (far < 0) == entries[:8]).all()
         assert (far - (near < 0) == entries[8:]).all()
+
+
+@triton.jit
+def _spread_kernel(out_ptr):
+    i = tl.arange(0, 256)[:, None] - 128 + tl.zeros((256, 256), tl.int32)
+    j = tl.arange(0, 256)[None, :] - 128 + tl.zeros((256, 256), tl.int32)
+    at = out_ptr + (i + 128) * 256 + j + 128
+    tl.store(at, digits4._spread(i, j, True))
+    tl.store(at + 65536, digits4._spread(j, i, False))
+
+
+def test_every_pair_of_entries_can_share_a_look_up() -> None:
+    out = torch.empty(2, 256, 256, dtype=torch.int32)
+    _spread_kernel[(1,)](out)
+    near, far = out[:, :255, :255]  # an entry of 127 does not occur
+    entry = torch.arange(-128, 127)
+    assert near.min() >= -128
+    assert max(near.max(), far.max()) <= 127
+    assert torch.equal(near - (far < 0).int(), entry[:, None].expand(255, 255).int())
+    assert torch.equal(far - (near < 0).int(), entry[None, :].expand(255, 255).int())
 
 
 @pytest.mark.parametrize("table", TABLES[:5])
