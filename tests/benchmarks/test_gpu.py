@@ -196,7 +196,7 @@ def other_each_time(y: torch.Tensor) -> torch.Tensor:
 def test_a_wrong_operator_is_refused(
     load: Load, monkeypatch: pytest.MonkeyPatch, family: str, fault: Callable
 ) -> None:
-    contenders, check = load("gpu_contenders"), load("gpu_check")
+    contenders, check = load("gpu.contenders"), load("gpu.check")
     monkeypatch.setenv("LORA_KERNELS", "reference")
     owner = contenders.Route if family.endswith("dense") else contenders.Ours
     method = {"multiply": "forward", "dense": "forward", "mixed": "lora"}
@@ -221,7 +221,7 @@ def test_a_wrong_operator_is_refused(
 def test_one_wrong_bit_is_refused(
     load: Load, monkeypatch: pytest.MonkeyPatch, family: str, nested: bool
 ) -> None:
-    contenders, check = load("gpu_contenders"), load("gpu_check")
+    contenders, check = load("gpu.contenders"), load("gpu.check")
     right = getattr(contenders.Ours, family)
 
     def flipped(self: Any, *args: Any, **options: Any) -> Any:
@@ -252,7 +252,7 @@ def test_one_wrong_bit_is_refused(
 def test_the_last_rows_of_a_large_weight_are_judged(
     load: Load, monkeypatch: pytest.MonkeyPatch, family: str, owner: str, method: str
 ) -> None:
-    contenders, check = load("gpu_contenders"), load("gpu_check")
+    contenders, check = load("gpu.contenders"), load("gpu.check")
     monkeypatch.setenv("LORA_KERNELS", "reference")
     case = {"family": family, "m": 3}
     assert not list(check._beyond_32_bits(case, 160, 128, torch.bfloat16))
@@ -276,7 +276,7 @@ def test_the_definition_passes_the_check_at_the_sizes_of_a_gpu(
     load: Load, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.setenv("LORA_KERNELS", "reference")
-    check, every = load("gpu_check"), load("gpu_cases").cases(False)
+    check, every = load("gpu.check"), load("gpu.cases").cases(False)
     mine = [c for c in every if c["family"] == family and not c.get("large")]
     small = [c for c in mine if c["shape"][0] * c["shape"][1] * c.get("m", 1) < 1 << 23]
     assert len(small) > 3
@@ -293,7 +293,7 @@ def test_a_graph_that_gives_other_bits_is_refused(
     replayed: bool,
     problems: int,
 ) -> None:
-    judge, y = load("gpu_judge"), torch.ones(3)
+    judge, y = load("gpu.judge"), torch.ones(3)
     monkeypatch.setattr(judge, "device", lambda: SimpleNamespace(type="cuda"))
     if replayed:
         monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: y.fill_(1))
@@ -302,7 +302,7 @@ def test_a_graph_that_gives_other_bits_is_refused(
 
 
 def test_a_scale_beside_the_nearest_is_refused(load: Load) -> None:
-    problem, check = load("gpu_problem"), load("gpu_check")
+    problem, check = load("gpu.problem"), load("gpu.check")
     scales = torch.rand(700)
     steps = problem.dynamic_map()
     q, absmax, offset = problem.search_scales(scales, steps)
@@ -318,7 +318,7 @@ def job(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_wrong_answer_is_not_timed(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    timing, contenders = load("gpu_timing"), load("gpu_contenders")
+    timing, contenders = load("gpu.timing"), load("gpu.contenders")
     monkeypatch.setenv("LORA_KERNELS", "reference")
     right = contenders.Ours.forward
     monkeypatch.setattr(contenders.Ours, "forward", lambda *a: wrong_by_a_bit(right(*a)))
@@ -333,7 +333,7 @@ def test_a_wrong_answer_is_not_timed(load: Load, monkeypatch: pytest.MonkeyPatch
 def test_batches_are_as_long_as_the_clock_needs(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timing = load("gpu_timing")
+    timing = load("gpu.timing")
     assert timing._calls(lambda: None, lambda call: 1e-6) == timing.MOST
     assert timing._calls(lambda: None, lambda call: 1.0) == timing.FEWEST
     assert timing._calls(lambda: None, lambda call: timing.BATCH / 10) == 10
@@ -354,13 +354,13 @@ def test_batches_are_as_long_as_the_clock_needs(
     ],
 )
 def test_what_failed_before_is_not_timed(load: Load, changes: dict[str, Any], why: str) -> None:
-    rows = [row for row in load("gpu_timing").measure(job(**changes)) if row["kind"] == "time"]
+    rows = [row for row in load("gpu.timing").measure(job(**changes)) if row["kind"] == "time"]
     assert [row["refused"] for row in rows if row["who"] == "lora-core"] == [why]
     assert any("seconds" in row for row in rows)
 
 
 def test_a_failure_ends_the_command_with_1(load: Load) -> None:
-    gpu, report = load("gpu"), load("gpu_report").Report(None)
+    gpu, report = load("gpu.__main__"), load("gpu.report").Report(None)
     report.add({"kind": "check", "passed": True})
     report.add({"kind": "time", "who": "bitsandbytes", "refused": "no kernel"})
     assert not gpu.failed(report)
@@ -370,7 +370,7 @@ def test_a_failure_ends_the_command_with_1(load: Load) -> None:
         {"kind": "time", "who": "lora-core planes", "refused": "wrong"},
         {"kind": "time", "failure": "exit code -11"},
     ):
-        bad = load("gpu_report").Report(None)
+        bad = load("gpu.report").Report(None)
         bad.add(row)
         assert gpu.failed(bad)
 
@@ -378,7 +378,7 @@ def test_a_failure_ends_the_command_with_1(load: Load) -> None:
 def test_what_is_refused_failed_or_was_not_reached(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = load("gpu")
+    gpu = load("gpu.__main__")
     args = SimpleNamespace(out=None, smoke=True, minutes=8, only=None, lanes=1, dtype="bfloat16")
     run = gpu.Run(args)
 
@@ -407,7 +407,7 @@ def test_what_is_refused_failed_or_was_not_reached(
 def test_only_checks_what_it_needs(
     load: Load, monkeypatch: pytest.MonkeyPatch, only: str, families: set[str]
 ) -> None:
-    gpu, seen = load("gpu"), set()
+    gpu, seen = load("gpu.__main__"), set()
     args = SimpleNamespace(out=None, smoke=True, minutes=8, only=only, lanes=1, dtype="bfloat16")
     run = gpu.Run(args)
     monkeypatch.setattr(run, "do", lambda jobs, *_: seen.update(job["family"] for job in jobs))
@@ -417,7 +417,7 @@ def test_only_checks_what_it_needs(
 
 
 def test_every_contender_needs_a_check_that_exists(load: Load) -> None:
-    contenders, cases = load("gpu_contenders"), load("gpu_cases")
+    contenders, cases = load("gpu.contenders"), load("gpu.cases")
     families = {case["family"] for case in cases.cases(False)}
     for task in contenders.TASKS:
         assert cases.NEEDS[task] == {contenders.Ours.families[task]} <= families
@@ -441,7 +441,7 @@ for line in sys.stdin:
 
 
 def test_a_worker_that_dies_or_hangs_costs_one_job(load: Load) -> None:
-    lanes = load("gpu_lanes")
+    lanes = load("gpu.lanes")
     lane = lanes.Lane(os.environ, (sys.executable, "-c", STUB))
     rows: list[dict[str, Any]] = []
     left = lanes.run_jobs([lane], [{"n": n} for n in range(4)], 60.0, 1.5, rows.append)
@@ -457,7 +457,7 @@ def test_a_worker_that_dies_or_hangs_costs_one_job(load: Load) -> None:
 
 
 def test_a_job_that_the_end_of_the_run_cuts_is_no_failure(load: Load) -> None:
-    lanes = load("gpu_lanes")
+    lanes = load("gpu.lanes")
     lane, rows = lanes.Lane(os.environ, (sys.executable, "-c", STUB)), []
     assert not lane.run({"n": 2}, 1.0, rows.append, cut=True)
     assert lane.run({"n": 1}, 9.0, rows.append, cut=True)
@@ -466,7 +466,7 @@ def test_a_job_that_the_end_of_the_run_cuts_is_no_failure(load: Load) -> None:
 
 
 def test_jobs_for_which_no_time_is_left_are_returned_in_order(load: Load) -> None:
-    lanes = load("gpu_lanes")
+    lanes = load("gpu.lanes")
     lane = lanes.Lane(os.environ, (sys.executable, "-c", STUB))
     jobs = [{"n": 0}, {"n": 3}]
     began = time.monotonic()
@@ -476,7 +476,7 @@ def test_jobs_for_which_no_time_is_left_are_returned_in_order(load: Load) -> Non
 
 
 def test_whoever_was_tried_when_a_worker_died_is_not_tried_again(load: Load) -> None:
-    gpu = load("gpu")
+    gpu = load("gpu.__main__")
     run = gpu.Run(SimpleNamespace(out=None, smoke=True, minutes=8, only=None))
     died = {"failure": "the process died: exit code -6; it said nothing", "who": "lora-core planes"}
     run.on_row(job() | died)
@@ -487,7 +487,7 @@ def test_whoever_was_tried_when_a_worker_died_is_not_tried_again(load: Load) -> 
 
 
 def test_a_run_that_is_cut_leaves_every_row(load: Load, tmp_path: Path) -> None:
-    report = load("gpu_report").Report(tmp_path / "new" / "gpu.json")
+    report = load("gpu.report").Report(tmp_path / "new" / "gpu.json")
     for n in range(3):
         report.add({"kind": "row", "n": n})
         assert [row["n"] for row in json.loads(report.path.read_text())] == list(range(n + 1))
@@ -504,7 +504,7 @@ def timed(task: str, m: int, who: str, seconds: float, **more: Any) -> dict[str,
 
 
 def test_targets_take_the_worst_and_say_what_was_not_measured(load: Load) -> None:
-    report = load("gpu_report")
+    report = load("gpu.report")
     rows = [
         timed("forward", 1, "lora-core", 1.0),
         timed("forward", 1, "bitsandbytes", 1.6),
@@ -531,7 +531,7 @@ def test_targets_take_the_worst_and_say_what_was_not_measured(load: Load) -> Non
 
 
 def test_crossovers_stop_where_another_route_is_faster(load: Load) -> None:
-    tune = load("gpu_tune")
+    tune = load("gpu.tune")
     rows = [
         {"kind": "tile", "way": way, "shape": [64, 64], "m": m, "dtype": "bfloat16",
          "fields": fields, "seconds": [seconds] * 3}
@@ -553,7 +553,7 @@ def test_crossovers_stop_where_another_route_is_faster(load: Load) -> None:
 def test_a_measured_table_keeps_what_it_held(load: Load, tmp_path: Path) -> None:
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({"A": {"1x1/float16": {"planes": 1, "halves": 2, "dx": 3}}}))
-    load("gpu_tune").write_tuned(path, "B", {"64x64/bfloat16": {"halves": 7, "tiles": {}}})
+    load("gpu.tune").write_tuned(path, "B", {"64x64/bfloat16": {"halves": 7, "tiles": {}}})
     table = json.loads(path.read_text())
     assert table["A"]["1x1/float16"]["dx"] == 3
     assert table["B"]["64x64/bfloat16"] == {"planes": 4, "halves": 7, "dx": 64, "tiles": {}}
@@ -565,7 +565,7 @@ def test_the_workers_find_the_kernels_uninstalled(
     monkeypatch.setenv("PYTHONPATH", "peers")
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     for smoke in (True, False):
-        environment = load("gpu").Run(SimpleNamespace(out=None, smoke=smoke)).environment
+        environment = load("gpu.__main__").Run(SimpleNamespace(out=None, smoke=smoke)).environment
         assert environment["PYTHONPATH"] == f"{ROOT / 'kernels'}{os.pathsep}peers"
         assert "PYTHONSAFEPATH" not in environment
         assert environment["LORA_KERNELS"] == "triton"
@@ -579,22 +579,22 @@ def test_shapes_of_a_model(load: Load, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     llama = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
     config.write_text(json.dumps(llama | {"intermediate_size": 14336}))
-    assert load("gpu").model_shapes(config) == [
+    assert load("gpu.__main__").model_shapes(config) == [
         [4096, 4096], [1024, 4096], [14336, 4096], [4096, 14336],
     ]  # fmt: skip
     config.write_text(json.dumps(llama))
     with pytest.raises(SystemExit, match="has no 'intermediate_size'; give the shapes"):
-        load("gpu").model_shapes(config)
+        load("gpu.__main__").model_shapes(config)
 
 
 @pytest.mark.parametrize("text", ["4096", "x4", "0x4096", "4096x-1"])
 def test_a_bad_shape_is_refused(load: Load, text: str) -> None:
     with pytest.raises(Exception, match="a shape is NxK"):
-        load("gpu").shape(text)
+        load("gpu.__main__").shape(text)
 
 
 def test_every_shape_and_count_is_planned_the_targets_first(load: Load) -> None:
-    gpu = load("gpu")
+    gpu = load("gpu.__main__")
     jobs = gpu.timing_jobs(gpu.LLAMA, "bfloat16", False, {})
     for task in ("forward", "dx"):
         planned = {(tuple(j["shape"]), j["m"]) for j in jobs if j["task"] == task}

@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_lanes import ROOT, Job, Lane, run_jobs
-from benchmarks.gpu_report import OURS, Report, label, slug, summary
+from benchmarks.gpu.lanes import ROOT, Job, Lane, run_jobs
+from benchmarks.gpu.report import OURS, Report, label, slug, summary
 
 LLAMA = ([4096, 4096], [1024, 4096], [14336, 4096], [4096, 14336])
 TOY = ([32, 128],)
@@ -203,7 +203,7 @@ class Run:
         Returns:
             The families, in the dtype that is timed, of which a case did not pass or none was run.
         """
-        from benchmarks.gpu_cases import NEEDS, ROUTES_NEED, cases
+        from benchmarks.gpu.cases import NEEDS, ROUTES_NEED, cases
 
         families = {family for job in timing for family in NEEDS[job["task"]]}
         for job in timing:
@@ -218,7 +218,7 @@ class Run:
     def tune_all(self, shapes: Sequence[list[int]], machine: str) -> None:
         """Compile candidates in parallel, time them one by one, and write the table."""
         sys.path.append(str(ROOT / "kernels"))
-        from benchmarks.gpu_tune import best_of, jobs, write_tuned
+        from benchmarks.gpu.tune import best_of, jobs, write_tuned
         from lora_kernels.gpu.tuned import TUNED
 
         every = [job for job in jobs(shapes, self.args.dtype, self.args.smoke) if self.wanted(job)]

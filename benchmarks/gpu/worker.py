@@ -1,4 +1,4 @@
-"""The process in which GPU jobs run: lines of JSON in, lines of JSON out. See `gpu_lanes`."""
+"""The process in which GPU jobs run: lines of JSON in, lines of JSON out. See `lanes`."""
 
 import json
 import math
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.gpu_check import check
-from benchmarks.gpu_contenders import peers
-from benchmarks.gpu_problem import device, normal
-from benchmarks.gpu_timing import alive, described, measure
-from benchmarks.gpu_tune import tune
+from benchmarks.gpu.check import check
+from benchmarks.gpu.contenders import peers
+from benchmarks.gpu.problem import device, normal
+from benchmarks.gpu.timing import alive, described, measure
+from benchmarks.gpu.tune import tune
 
 Row = dict[str, Any]
 

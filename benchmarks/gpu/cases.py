@@ -1,4 +1,4 @@
-"""Which cases the correctness check runs; `gpu_check` runs them.
+"""Which cases the correctness check runs; `check` runs them.
 
 Sizes are small, so that a case is mostly compiling: what only real sizes show (the error over
 thousands of terms) is judged where those are timed. The last cases have more than 2^31 weights.

@@ -1,7 +1,7 @@
 """Is it right on this device? Every operator against float64, before anything is timed.
 
 Inputs are random and carry what breaks kernels: a block of zeros, an outlier, rows of very
-different size, sizes that no tile divides, strided rows, a row of NaN. `gpu_judge` says what
+different size, sizes that no tile divides, strided rows, a row of NaN. `judge` says what
 passes. Each case belongs to a family; a contender is not timed unless all cases of the family that
 it depends on have passed.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_contenders import ROUTES, Dense, Ours
-from benchmarks.gpu_judge import captured, compared, poisoned, reference, repeated, same_bits
-from benchmarks.gpu_problem import DTYPES, Lora, decoded, device, normal, random_lora, random_weight
-from benchmarks.gpu_timing import Tensors, perform
+from benchmarks.gpu.contenders import ROUTES, Dense, Ours
+from benchmarks.gpu.judge import captured, compared, poisoned, reference, repeated, same_bits
+from benchmarks.gpu.problem import DTYPES, Lora, decoded, device, normal, random_lora, random_weight
+from benchmarks.gpu.timing import Tensors, perform
 from lora_core.quant.codebook import codebook
 from lora_core.quant.double_quant import dynamic_map
 from lora_kernels import Weight4, dequantize4, quantize4

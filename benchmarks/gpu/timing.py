@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.gpu_contenders import NESTED, Contender, contenders
-from benchmarks.gpu_problem import (
+from benchmarks.gpu.contenders import NESTED, Contender, contenders
+from benchmarks.gpu.problem import (
     DTYPES,
     RANK,
     Lora,

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.gpu_contenders import Contender, Route
-from benchmarks.gpu_problem import DTYPES
-from benchmarks.gpu_timing import Row, admitted, answer, bench, inputs_of, timed
+from benchmarks.gpu.contenders import Contender, Route
+from benchmarks.gpu.problem import DTYPES
+from benchmarks.gpu.timing import Row, admitted, answer, bench, inputs_of, timed
 
 # rows at which each way is tried; a route that has lost at one count is not tried far beyond
 ROWS = {

@@ -2,7 +2,7 @@
 
 A kernel that reads where it may not breaks the device's context for its whole process, and one that
 never ends blocks it. Neither may cost the rest of a run, so every job runs in a worker process
-(`gpu_worker`) that takes jobs as lines of JSON and answers in lines of JSON. One that dies or takes
+(`worker`) that takes jobs as lines of JSON and answers in lines of JSON. One that dies or takes
 too long is replaced, the job is recorded as failed, and the next one goes on. Checks, which mostly
 compile, run in several lanes at once; what is timed runs in one lane alone.
 """
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).parents[1]
-WORKER = (sys.executable, "-m", "benchmarks.gpu_worker")
+ROOT = Path(__file__).parents[2]
+WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
 GRACE = 5.0  # seconds that a worker has to end by itself
 Job = dict[str, Any]
 OnRow = Callable[[dict[str, Any]], None]

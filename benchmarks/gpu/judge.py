@@ -15,7 +15,7 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
-from benchmarks.gpu_problem import device
+from benchmarks.gpu.problem import device
 
 MORE = 1.25  # root mean square error, of the dense product's
 ENOUGH = 256  # results; of fewer the root mean square says little

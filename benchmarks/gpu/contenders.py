@@ -5,7 +5,7 @@ them as a state of its own with double quantization; "dense" is the weight round
 which no 4-bit product can beat when there are many rows. LoRA beside a peer is written as PEFT
 writes it: float32 matrices cast to the dtype of x at each call, two products and a sum.
 
-A contender has a method for each task that it can do. What is timed here is what `gpu_check` has
+A contender has a method for each task that it can do. What is timed here is what `check` has
 checked: both call `Ours` and `Route`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_problem import Lora, decoded
+from benchmarks.gpu.problem import Lora, decoded
 from lora_core.quant.double_quant import dynamic_map
 from lora_kernels.blockwise4 import Weight4
 
