@@ -78,6 +78,12 @@ def rms(ours: Tensor, truth: Tensor) -> float:
     return float((ours.double() - truth).square().mean().sqrt())
 
 
+def nearly_rounded_once(ours: Tensor, truth: Tensor, terms: Tensor) -> bool:
+    """Whether `ours` is `truth` rounded, after sums in float32 of `terms` (count by magnitude)."""
+    half = torch.finfo(ours.dtype).eps / 2 * truth.abs() + torch.finfo(ours.dtype).tiny
+    return bool(((ours.double() - truth).abs() <= half * 1.01 + 2.0**-23 * terms).all())
+
+
 # ------------------------------------------------------------------------------------ x Wᵀ
 
 
@@ -128,6 +134,12 @@ def test_it_is_as_accurate_as_a_dense_product(
         if update.rows is not None:
             assert not h[update.rows < 0].any()
     as_accurate_as(y, theirs, truth, magnitude)
+    # with W and A rounded as they are to be, what is left is float32 sums and one rounding
+    truth = x.double() @ w.to(dtype).double().T + (0 if rounded is None else rounded.double())
+    if update is not None:
+        narrow = update._replace(down=update.down.to(dtype))
+        truth = truth + low_rank(x, narrow, torch.float64)[0]
+    assert nearly_rounded_once(y, truth, (k + 16) * magnitude)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +256,18 @@ def test_dx_is_as_accurate_as_a_dense_product(
     dx = multiply_dx(dy, weight, replace(tile, splits=splits))
     magnitude = dy.double().abs() @ w.double().abs()
     as_accurate_as(dx, dy @ w.to(dtype), dy.double() @ w.double(), magnitude)
+    truth = dy.double() @ w.to(dtype).double()
+    assert nearly_rounded_once(dx, truth, (n + 16) * magnitude)
+
+
+def test_operands_start_at_multiples_of_16_bytes() -> None:
+    wide = torch.randn(9, 408).bfloat16()
+    assert halves4.aligned(wide[:, 8:200]).data_ptr() == wide[:, 8:].data_ptr()
+    for x in (wide[:, 3:195], wide.view(-1)[: 9 * 404].view(9, 404), wide.view(-1)[1:193][None]):
+        ours = halves4.aligned(x)
+        assert torch.equal(ours, x)
+        assert ours.data_ptr() % 16 == 0
+        assert ours.stride(0) % 8 == 0
 
 
 @pytest.mark.parametrize(

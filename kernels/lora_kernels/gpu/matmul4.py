@@ -22,9 +22,9 @@ weights go through shared memory.
   hide the rest.
 * **Splits.** A product with few rows has few tiles, so K is cut; every part writes float32 sums,
   which finish4.py adds in fixed order. One part and no update: the kernel writes y itself.
-* **LoRA.** The rows of A are more rows of the weight, in programs of their own: they read float32 and
-  round to the dtype of x. The tile does not depend on whether there is an update, so B = 0 changes
-  no bit.
+* **LoRA.** The rows of A are more rows of the weight, in programs of their own: they read float32
+  and round to the dtype of x. The tile does not depend on whether there is an update, so B = 0
+  changes no bit.
 
 Accuracy: W is rounded once, to what expanding gives, and sums are float32; so is the error that of
 a dense product with the weight rounded to 16 bits (ratio 1.00 in bfloat16 and float16).
