@@ -101,8 +101,8 @@ def lora_linear4(
 
     Raises:
         TypeError: x is not floating-point, rows are not integers.
-        ValueError: shapes that do not fit, an index without an adapter, scaling that requires a
-            gradient, or a forced backend that cannot run.
+        ValueError: shapes or devices that do not fit, an index without an adapter, scaling that
+            requires a gradient, or a forced backend that cannot run.
     """
     _check_x(x, weight)
     device = x.device.type
@@ -154,6 +154,8 @@ def _index(rows: Tensor | None, x: Tensor, adapters: int) -> Tensor | None:
         return None
     if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
         raise TypeError(f"rows must be integers; got {rows.dtype}")
+    if rows.device != x.device:
+        raise ValueError(f"rows must be on the device of x, {x.device}; got {rows.device}")
     if rows.shape == lead:
         return rows.reshape(-1).to(torch.int32)
     if len(lead) > 1 and rows.shape == lead[:1]:

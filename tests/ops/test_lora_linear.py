@@ -429,6 +429,8 @@ def test_rows_that_do_not_fit(backend: str) -> None:
         run(torch.zeros(4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"rows must be \(4, 5\), or \(4,\); got \(5,\)"):
         run(torch.zeros(5).long())
+    with pytest.raises(ValueError, match="rows must be on the device of x, cpu; got meta"):
+        run(torch.zeros(4, device="meta").long())
     for wrong in (2, -2):
         with pytest.raises(ValueError, match=rf"-1 \.\.\. 1 for 2 adapters; got {wrong}"):
             run(torch.tensor([0, 1, wrong, 0]))

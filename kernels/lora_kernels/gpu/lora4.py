@@ -51,10 +51,10 @@ class _Tile(NamedTuple):
     stages: int
 
 
-SHRINK = _Tile(32, 64, 16, 4, 3)
-ADD = _Tile(64, 64, 16, 4, 1)
-OUTER = _Tile(32, 64, 16, 4, 3)
-WIDEST = 32  # ranks a tile; a wider matrix would not fit the registers
+# for up to 16 ranks, and for more, 32 at a time; wider matrices would not fit the registers
+SHRINK = (_Tile(16, 64, 16, 4, 3), _Tile(16, 64, 32, 2, 3))
+ADD = (_Tile(64, 64, 16, 4, 1), _Tile(64, 64, 32, 4, 1))
+OUTER = (_Tile(32, 64, 16, 4, 3), _Tile(32, 64, 32, 4, 3))
 SPLIT = 1024  # rows that one program of `outer` sums
 
 
@@ -372,9 +372,8 @@ def outer(
     return out[0] if splits == 1 else out.sum(0)
 
 
-def _fit(tile: _Tile, r: int) -> _Tile:
-    """The tile with as many ranks as there are, 16 or 32."""
-    return tile._replace(ranks=min(WIDEST, max(tile.ranks, triton.next_power_of_2(r))))
+def _fit(tiles: tuple[_Tile, _Tile], r: int) -> _Tile:
+    return tiles[0] if r <= tiles[0].ranks else tiles[1]
 
 
 def _options(tile: _Tile) -> dict[str, int]:
@@ -399,18 +398,18 @@ def variants() -> list[Variant]:
             ("outer", True, "r"),
         )
         for dtype in ("bf16", "fp16")
-        for rank in (16, WIDEST)
+        for rank in (16, 32)
         for rows in (False, True)
     ]
 
 
 def _variant(operator: str, dtype: str, rank: int, rows: bool, scaled: bool, axis: str) -> Variant:
-    kernel, tile = {
+    kernel, tiles = {
         "shrink": (_shrink_kernel, SHRINK),
         "add": (_add_kernel, ADD),
         "outer": (_outer_kernel, OUTER),
     }[operator]
-    tile = _fit(tile, rank)
+    tile = _fit(tiles, rank)
     types = {"rows_ptr": "*i32"} | dict.fromkeys(("x_ptr", "y_ptr", "v_ptr"), f"*{dtype}")
     types["out_ptr"] = f"*{dtype}" if operator == "add" else "*fp32"
     signature = {
