@@ -61,10 +61,8 @@ class Ours(Contender):
     }
 
     def hold(self, weight: Weight4) -> Weight4:
-        """Codes as stored, with the table words that a layer keeps."""
-        from lora_kernels.gpu.decode import table_words
-
-        return weight._replace(words=table_words(weight.table))
+        """Codes as stored."""
+        return weight
 
     def quantize(self, w: Tensor, double_quant: bool = True) -> Weight4:
         """NF4, by default with double quantization."""
@@ -123,9 +121,7 @@ class Route(Contender):
     def hold(self, weight: Weight4) -> Weight4 | None:
         """Codes as stored, and the copy in tensor-core order if it is to be used."""
         from lora_kernels.gpu.arrange4 import arrange
-        from lora_kernels.gpu.decode import table_words
 
-        weight = weight._replace(words=table_words(weight.table))
         if not self.arranged:
             return weight
         copy = arrange(weight)

@@ -57,8 +57,6 @@ class Weight4(NamedTuple):
         scale_absmax: float32 (ceil(blocks / 256),) with double quantization, else None.
         scale_offset: float32 (), likewise.
         scale_table: float32 (256,), likewise.
-        words: int32 (32,), the table as the multiply kernels read it (`gpu.decode.table_words`), or
-            None, when it is made at the first use.
         arranged: uint8, a copy of the codes in the order in which tensor cores read them, or None.
     """
 
@@ -71,7 +69,6 @@ class Weight4(NamedTuple):
     scale_absmax: Tensor | None = None
     scale_offset: Tensor | None = None
     scale_table: Tensor | None = None
-    words: Tensor | None = None
     arranged: Tensor | None = None
 
     @property

@@ -28,16 +28,16 @@ from torch import Tensor
 from lora_kernels.blockwise4 import Weight4, dequantize4
 from lora_kernels.dispatch import backend_for, device_of
 
-__all__ = ["arrange", "matmul4", "matmul4_reference", "table_words"]
+__all__ = ["arrange", "matmul4", "matmul4_reference"]
 
 BACKENDS = ("reference", "triton")
 
 _WEIGHT = (
     "Tensor codes, Tensor scales, Tensor table, Tensor? scale_absmax, Tensor? scale_offset, "
-    "Tensor? scale_table, Tensor? words, Tensor? arranged, int out_features, int in_features, "
+    "Tensor? scale_table, Tensor? arranged, int out_features, int in_features, "
     "int block_size"
 )
-_TENSORS = 8  # of a weight in the schema, before its three integers
+_TENSORS = 7  # of a weight in the schema, before its three integers
 torch.library.define("lora_kernels::matmul4", f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
 torch.library.define("lora_kernels::matmul4_dx", f"(Tensor dy, {_WEIGHT}) -> Tensor")
 
@@ -69,25 +69,6 @@ def matmul4(x: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return torch.ops.lora_kernels.matmul4(x, *_flat(weight), bias)
-
-
-def table_words(table: Tensor, device: torch.device) -> Tensor | None:
-    """What `Weight4.words` takes: the code table as the kernels of a device read it.
-
-    Made ahead, a product never has to wait for the values of a table that is on the device.
-
-    Args:
-        table: float32 (16,), best on the CPU.
-        device: where the codes are.
-
-    Returns:
-        int32 (32,) on the device, or None where no kernel reads it.
-    """
-    if device.type != "cuda" or backend_for(torch.empty(0, device=device), BACKENDS) != "triton":
-        return None
-    from lora_kernels.gpu.decode import table_words
-
-    return table_words(table).to(device)
 
 
 def arrange(weight: Weight4) -> Tensor | None:
@@ -159,7 +140,7 @@ def _flat(weight: Weight4) -> tuple[Any, ...]:
     """The weight in the order of the operators' schema."""
     w = weight
     tensors = (w.codes, w.scales, w.table, w.scale_absmax, w.scale_offset, w.scale_table)
-    return (*tensors, w.words, w.arranged, w.out_features, w.in_features, w.block_size)
+    return (*tensors, w.arranged, w.out_features, w.in_features, w.block_size)
 
 
 def _weight(args: tuple[Any, ...]) -> Weight4:

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.quant.codebook import Codebook, codebook
-from lora_core.quant.double_quant import dynamic_map
-from lora_core.quant.nf4 import NF4Tensor, quantize_4bit
+from lora_core.quant.double_quant import shared_map
+from lora_core.quant.nf4 import NF4Tensor, quantize_4bit, shared_table
 from lora_kernels import Weight4, matmul4
 from lora_kernels.blockwise4 import SCALE_GROUP, check_block_size
 from lora_kernels.lora_linear import lora_linear4
-from lora_kernels.matmul4 import arrange, table_words
+from lora_kernels.matmul4 import arrange
 
 __all__ = ["NF4Linear"]
 
@@ -212,7 +212,6 @@ class NF4Linear(nn.Module):
             self.scale_absmax,
             self.scale_offset,
             self._scale_table,
-            self._words,
             self._arranged,
         )
 
@@ -280,9 +279,8 @@ class NF4Linear(nn.Module):
     def _place_tables(self) -> None:
         """Make the two tables where the codes are; on the meta device they stay on the CPU."""
         device = torch.device("cpu") if self.codes.is_meta else self.codes.device
-        self._table = self.codebook.table(device)
-        self._scale_table = dynamic_map(device) if self.double_quant else None
-        self._words = table_words(self.codebook.table(), device)
+        self._table = shared_table(self.codebook, device)
+        self._scale_table = shared_map(device) if self.double_quant else None
         self._arranged = None  # of codes that may have changed or moved
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":

@@ -26,7 +26,6 @@ from torch import Tensor
 from lora_kernels.blockwise4 import Weight4, dequantize4
 from lora_kernels.gpu import matmul4, planes4
 from lora_kernels.gpu.blockwise4 import expand4_slice
-from lora_kernels.gpu.decode import table_words
 from lora_kernels.gpu.finish4 import Update
 from lora_kernels.gpu.tuned import crossover, tile_fields
 
@@ -92,7 +91,7 @@ def fused_multiply(
     size = (weight.out_features, weight.in_features, x.dtype)
     tile = module.default_tile(len(x), *size)
     tile = replace(tile, **tile_fields(_name(x.device), *size, way, len(x)))
-    return module.multiply(_rows(x), _ready(weight), bias, update, tile)
+    return module.multiply(_rows(x), weight, bias, update, tile)
 
 
 def multiply_dx(dy: Tensor, weight: Weight4) -> Tensor:
@@ -110,7 +109,7 @@ def multiply_dx(dy: Tensor, weight: Weight4) -> Tensor:
         return dense_dx(dy, weight)
     tile = matmul4.default_dx_tile(len(dy), *size)
     tile = replace(tile, **tile_fields(name, *size, "dx", len(dy)))
-    return matmul4.multiply_dx(_rows(dy), _ready(weight), tile)
+    return matmul4.multiply_dx(_rows(dy), weight, tile)
 
 
 def dense_multiply(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
@@ -191,10 +190,6 @@ def _expand(weight: Weight4, dtype: torch.dtype) -> Tensor:
 def _fusable(weight: Weight4, dtype: torch.dtype) -> bool:
     k = weight.in_features
     return dtype in HALF and k % weight.block_size == 0 and weight.out_features > 0 and k > 0
-
-
-def _ready(weight: Weight4) -> Weight4:
-    return weight if weight.words is not None else weight._replace(words=table_words(weight.table))
 
 
 def _rows(x: Tensor) -> Tensor:
