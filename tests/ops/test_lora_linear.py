@@ -143,9 +143,12 @@ def check_zero_update(dtype: torch.dtype) -> None:
     weight, (down, up, s) = make_weight(), make_lora(24, 128, 3, 2)
     x, bias = torch.randn(5, 128).to(dtype), torch.randn(24)
     x[0] = 0.0
+    x[0, 0] = 6e-8  # in float16 its products with small weights round to zeros of both signs
     rows, zero = torch.randint(-1, 2, (5,)), torch.zeros_like(up)
     for b in (bias, None):
         y = matmul4(x, weight, b)
+        if dtype == torch.float16 and b is None:
+            assert (y[y == 0].signbit()).any()
         for sign in (1, -1):
             mixed = lora_linear4(x, weight, b, down, zero, sign * s, rows)
             alone = lora_linear4(x, weight, b, down[0], zero[0], sign * 2.0)
