@@ -377,6 +377,7 @@ def _variant(
         fp_fusion=False,
         weights=constants["RUN"] * 4 * FEATURES / (32 * WARPS),
         asm=constants["ASM"],
+        plain=not constants["ASM"],
         odd=frozenset(("m",)),
         max_instructions=4.5 if best else None,
     )

@@ -246,6 +246,7 @@ def _variant(
         fp_fusion=False,
         weights=constants["RUN"] * 4 * tile.features / (32 * tile.warps),
         asm=constants["ASM"],
+        plain=not constants["ASM"],
         odd=frozenset(("m",)),
         max_instructions=4.5 if constants["ASM"] and not other else None,
     )

@@ -398,6 +398,7 @@ def _variant(
         fp_fusion=False,
         weights=2 * 32.0 * constants["STRIPS"],  # two steps a trip
         asm=asm,
+        plain=not asm,
         odd=frozenset(("m", "n", "stride", "extra", "steps")),
         max_instructions=4.0 if asm and tile.rows == 2 else None,
     )
