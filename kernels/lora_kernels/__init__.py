@@ -9,6 +9,7 @@ from lora_kernels.blockwise4 import (
     quantize4,
 )
 from lora_kernels.dispatch import backend_for, describe
+from lora_kernels.lora_linear import lora_linear4
 from lora_kernels.matmul4 import matmul4
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "describe",
     "encode_scales",
     "expand4_slice",
+    "lora_linear4",
     "matmul4",
     "quantize4",
 ]
