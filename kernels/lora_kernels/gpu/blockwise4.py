@@ -7,7 +7,10 @@ eight to a word, and looked up with `tl.gather` in a flat tensor: the compiler k
 in shared memory, where no two of them lie in one bank, and it takes 7.3. Loads of codes and stores
 of weights move 16 bytes a thread. A scale is decoded once, not by every thread that uses it.
 
-A program expands a tile of some rows by some blocks of each; a whole weight is one long row, and a
+Blocks of more than 64 are handled in runs of 64; whole, they took 9.4, as several lanes then decode
+the same scale.
+
+A program expands a tile of some rows by some runs of each; a whole weight is one long row, and a
 slice of columns takes the same kernel. Where a tile begins is counted in 64 bits, what lies inside
 it in 32, which saves two instructions a weight in a slice.
 
@@ -50,27 +53,28 @@ def _expand_kernel(
     scale_table_ptr,
     table_ptr,
     out_ptr,
-    first: tl.int64,  # block of the weight that out begins with
+    first: tl.int64,  # run of the weight that out begins with
     height: tl.int64,  # rows of out
-    width: tl.int64,  # blocks in a row of out
-    stride: tl.int64,  # blocks from one row of the weight to the next
+    width: tl.int64,  # runs in a row of out
+    stride: tl.int64,  # runs from one row of the weight to the next
     numel: tl.int64,  # of the whole weight
-    BLOCK: tl.constexpr,
+    RUN: tl.constexpr,  # weights that are handled together, all with one scale
+    RATIO: tl.constexpr,  # runs in a block
     ROWS: tl.constexpr,  # rows a program
-    COLUMNS: tl.constexpr,  # blocks a program takes of each row
+    COLUMNS: tl.constexpr,  # runs a program takes of each row
     NESTED: tl.constexpr,
     BYTEWISE: tl.constexpr,
 ):
     # where the program begins, in 64 bits; from there on 32 are enough
     row = tl.program_id(1).to(tl.int64) * ROWS
     column = tl.program_id(0).to(tl.int64) * COLUMNS
-    source = first + row * stride + column  # block of the weight
-    target = row * width + column  # block of out
+    source = first + row * stride + column  # run of the weight
+    target = row * width + column  # run of out
     each = tl.arange(0, ROWS * COLUMNS)
     i, j = each // COLUMNS, each % COLUMNS
     rows_left = tl.minimum(height - row, ROWS).to(tl.int32)
     columns_left = tl.minimum(width - column, COLUMNS).to(tl.int32)
-    live = (i < rows_left) & (j < columns_left)  # (blocks,)
+    live = (i < rows_left) & (j < columns_left)  # (runs,)
     from_source = i * stride.to(tl.int32) + j
     from_target = i * width.to(tl.int32) + j
     hidden_zero = (numel >> 62).to(tl.int32)
@@ -79,18 +83,18 @@ def _expand_kernel(
         absmax_ptr,
         offset_ptr,
         scale_table_ptr,
-        source + from_source,
+        (source + from_source) // RATIO,
         live,
         NESTED,
         hidden_zero,
-    )  # (blocks,)
+    )  # (runs,)
 
     # bits 8k+4 ... 8k+7 of a word hold element 2k, bits 8k ... 8k+3 element 2k+1
-    codes_ptr += source * (BLOCK // 2)
-    words = from_source[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
+    codes_ptr += source * (RUN // 2)
+    words = from_source[:, None] * (RUN // 8) + tl.arange(0, RUN // 8)[None, :]
     if BYTEWISE:
-        left = (numel + 1) // 2 - source * (BLOCK // 2)  # bytes that exist from here on
-        word = tl.zeros((ROWS * COLUMNS, BLOCK // 8), tl.uint32)
+        left = (numel + 1) // 2 - source * (RUN // 2)  # bytes that exist from here on
+        word = tl.zeros((ROWS * COLUMNS, RUN // 8), tl.uint32)
         for k in tl.static_range(4):
             byte = words * 4 + k
             mask = live[:, None] & (byte < left)
@@ -99,15 +103,15 @@ def _expand_kernel(
         words_ptr = codes_ptr.to(tl.pointer_type(tl.uint32))
         word = tl.load(words_ptr + words, mask=live[:, None], other=0)
     shift = ((tl.arange(0, 8) ^ 1) * 4).to(tl.uint32)
-    code = ((word[:, :, None] >> shift[None, None, :]) & 15).to(tl.int32)  # (blocks, BLOCK / 8, 8)
+    code = ((word[:, :, None] >> shift[None, None, :]) & 15).to(tl.int32)  # (runs, RUN / 8, 8)
     table = tl.load(table_ptr + tl.arange(0, 16))
-    value = tl.gather(table, code.reshape(ROWS * COLUMNS * BLOCK), 0)
-    value = value.reshape(ROWS * COLUMNS, BLOCK) * scale[:, None]
-    element = from_target[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    value = tl.gather(table, code.reshape(ROWS * COLUMNS * RUN), 0)
+    value = value.reshape(ROWS * COLUMNS, RUN) * scale[:, None]
+    element = from_target[:, None] * RUN + tl.arange(0, RUN)[None, :]
     mask = live[:, None]
     if BYTEWISE:
-        mask &= element < numel - target * BLOCK
-    out_ptr += target * BLOCK
+        mask &= element < numel - target * RUN
+    out_ptr += target * RUN
     tl.store(out_ptr + element, narrow(value, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -129,8 +133,8 @@ def expand(
         block_size: elements that share a scale.
         out: contiguous bfloat16, float16 or float32, written.
     """
-    blocks = triton.cdiv(out.numel(), block_size)
-    part = _Slice(0, 1, blocks, blocks)
+    runs = triton.cdiv(out.numel(), _run(block_size))
+    part = _Slice(0, 1, runs, runs)
     _expand(codes, scales, nested, table, block_size, part, out.numel(), out)
 
 
@@ -159,26 +163,31 @@ def expand4_slice(
     """
     if out is None:
         out = torch.empty((row1 - row0, col1 - col0), dtype=dtype, device=weight.codes.device)
-    block = weight.block_size
-    across = weight.in_features // block
-    part = _Slice(row0 * across + col0 // block, row1 - row0, (col1 - col0) // block, across)
+    block, run = weight.block_size, _run(weight.block_size)
+    across = weight.in_features // run
+    part = _Slice(row0 * across + col0 // run, row1 - row0, (col1 - col0) // run, across)
     numel = weight.out_features * weight.in_features
     codes = weight.codes.view(-1)
     _expand(codes, weight.scales, weight.nested, weight.table, block, part, numel, out)
     return out
 
 
+def _run(block_size: int) -> int:
+    """Weights that are handled together; more than 64 would have several lanes decode a scale."""
+    return min(block_size, 64)
+
+
 class _Slice(NamedTuple):
-    """Blocks of a weight, row by row."""
+    """Part of a weight, row by row, counted in runs: blocks, or pieces of 64 weights of a block."""
 
     first: int
-    """block of the weight that it begins with"""
+    """run of the weight that it begins with"""
     height: int
     """rows"""
     width: int
-    """blocks a row"""
+    """runs a row"""
     stride: int
-    """blocks from one row of the weight to the next"""
+    """runs from one row of the weight to the next"""
 
 
 def _expand(
@@ -211,7 +220,7 @@ def _expand(
                 offset,
                 scale_table,
                 table,
-                out.view(-1)[top * part.width * block_size :],
+                out.view(-1)[top * part.width * constants["RUN"] :],
                 part.first + top * part.stride,
                 height,
                 part.width,
@@ -228,14 +237,14 @@ def _expand_constants(
     block_size: int, part: _Slice, nested: bool, bytewise: bool
 ) -> dict[str, Any]:
     """The tile that a program expands: the widest that leaves at most an eighth of it empty."""
-    blocks = TILE // block_size
-    columns = blocks
+    run = _run(block_size)
+    columns = runs = TILE // run
     while part.height > 1 and 8 * triton.cdiv(part.width, columns) * columns > 9 * part.width:
         columns //= 2
-    rows = blocks // columns
-    while rows > 1 and rows * part.stride * block_size >= 2**31:  # 32 bits inside a tile
+    rows = runs // columns
+    while rows > 1 and rows * part.stride * run >= 2**31:  # 32 bits inside a tile
         rows //= 2
-    constants = {"BLOCK": block_size, "ROWS": rows, "COLUMNS": columns}
+    constants = {"RUN": run, "RATIO": block_size // run, "ROWS": rows, "COLUMNS": columns}
     return constants | {"NESTED": nested, "BYTEWISE": bytewise}
 
 
@@ -248,7 +257,8 @@ def variants() -> list[Variant]:
             limit = 9.0 if dtype == "bf16" and nested else None
             found.append(_expand_variant(dtype, 64, flat, nested, limit=limit))
     found.append(_expand_variant("bf16", 64, columns, True, limit=9.0))
-    found += [_expand_variant("bf16", block, flat, True) for block in (32, 128, 4096)]
+    for block in (32, 128, 4096):
+        found.append(_expand_variant("bf16", block, flat, True, limit=9.0))
     found.append(_expand_variant("bf16", 64, flat, True, bytewise=True))
     return found
 
