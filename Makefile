@@ -40,6 +40,7 @@ lint: $(VENV)/.test ## style and types
 
 bench: $(VENV)/.test ## the benchmarks' smoke runs; figures want a quiet machine
 	$(BIN)/python -m benchmarks.quantization --smoke
+	$(BIN)/python -m benchmarks.gpu --smoke
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,11 +24,12 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.lanes import ROOT, Job, Lane, run_jobs
-from benchmarks.gpu.report import OURS, Report, label, slug, summary
+from benchmarks.gpu.report import BNB, DENSE, OURS, Report, label, slug, summary
 
 LLAMA = ([4096, 4096], [1024, 4096], [14336, 4096], [4096, 14336])
 TOY = ([32, 128],)
@@ -63,7 +64,8 @@ TOY_PASSES: tuple[tuple[str, bool, tuple[int, ...]], ...] = (
     ("mixed", False, (3,)),
     ("quantize", False, (0,)),
 )
-JOB_SECONDS = 60.0  # one job, compiling included
+JOB_SECONDS = 60.0  # one timed job
+CHECK_SECONDS = 120.0  # one job beside others: a process starts and compiles in it
 RESERVE = 10.0  # of the time, for what is under way when it is up, and the report
 CHECK_SHARE = 0.45  # of the time, for the checks
 LANES = 12  # processes that check at once; each takes a core and half a gigabyte of the GPU
@@ -81,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything [8]")
     parser.add_argument("--only", help="regular expression: what is timed, e.g. 'forward .*m=1$'")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--anyway", action="store_true", help="time also what failed its check")
     parser.add_argument("--lanes", type=int, help=f"processes that check at once [to {LANES}]")
     return parser.parse_args()
 
@@ -128,9 +131,10 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.report = args, Report(args.out)
         self.began = time.monotonic()
-        self.banned: set[str] = set()  # contenders that ended a worker
+        self.banned: set[tuple[str, str]] = set()  # task and contender that ended a worker
         environment = os.environ | {"LORA_KERNELS": "triton"}
         environment["KINETO_LOG_LEVEL"] = "99"
+        environment.setdefault("OMP_NUM_THREADS", "2")  # lanes share the cores
         # the repository need not be installed: the workers are modules of its root
         environment.pop("PYTHONSAFEPATH", None)
         paths = (str(ROOT / "kernels"), environment.get("PYTHONPATH", ""))
@@ -154,7 +158,7 @@ class Run:
             if self.report.path is None and row["device"] == "cuda":
                 self.report.path = self.file(row["machine"])
         if "process died" in row.get("failure", "") and row.get("who"):
-            self.banned.add(row["who"])
+            self.banned.add((task_of(row), row["who"]))
         self.report.add(row)
         print(f"{time.monotonic() - self.began:6.1f} s  {line(row)}", flush=True)
 
@@ -168,20 +172,22 @@ class Run:
         """Whether `--only` asks for a job."""
         return self.args.only is None or bool(re.search(self.args.only, label(job)))
 
-    def do(self, jobs: Sequence[Job], lanes: Sequence[Lane], seconds: float) -> None:
+    def do(
+        self, jobs: Sequence[Job], lanes: Sequence[Lane], seconds: float, limit: float = JOB_SECONDS
+    ) -> None:
         """Run jobs; what does not fit is listed."""
-        for job in run_jobs(lanes, jobs, seconds, JOB_SECONDS, self.on_row, self.prepare):
+        for job in run_jobs(lanes, jobs, seconds, limit, self.on_row, self.prepare):
             self.report.add({"kind": "skipped", "of": job["kind"], "label": label(job)})
 
     def prepare(self, job: Job) -> Job:
         """What is known only when a job begins."""
-        return job | {"banned": sorted(self.banned)}
+        return job | {"banned": sorted(who for task, who in self.banned if task == task_of(job))}
 
     def facts(self) -> dict[str, Any]:
         """Ask the machine and measure its ceilings."""
         seconds = max(self.left(), 1.0)
         job = {"kind": "facts", "smoke": self.args.smoke}
-        run_jobs([self.lane], [job], seconds, 2 * JOB_SECONDS, self.on_row)
+        run_jobs([self.lane], [job], seconds, CHECK_SECONDS, self.on_row)
         found = self.report.of("facts")
         if not found or "device" not in found[0]:
             raise SystemExit("the worker process cannot start; see the line above")
@@ -193,9 +199,9 @@ class Run:
         """Run jobs in several processes, this run's own among them."""
         count = self.args.lanes or (1 if self.args.smoke else min(LANES, os.cpu_count() or 1))
         more = [Lane(self.environment) for _ in range(count - 1)]
-        self.do(jobs, [self.lane, *more], seconds)
-        for lane in more:
-            lane.close()
+        self.do(jobs, [self.lane, *more], seconds, CHECK_SECONDS)
+        with ThreadPoolExecutor(count) as pool:  # to let go of a GPU takes a process a second
+            list(pool.map(Lane.close, more))
 
     def check_for(self, timing: Sequence[Job]) -> list[str]:
         """Check every operator, or with `--only` those that what is timed depends on.
@@ -231,6 +237,11 @@ class Run:
             print(f"wrote {len(entries)} shapes to {path}")
 
 
+def task_of(job: dict[str, Any]) -> str:
+    """The task that is timed or the way that is tuned."""
+    return str(job.get("task") or job.get("way") or "")
+
+
 def line(row: dict[str, Any]) -> str:
     """A row as it is printed while the run goes on."""
     if row["kind"] in ("facts", "ceilings"):
@@ -252,7 +263,8 @@ def failed(report: Report) -> bool:
     checks = any(not row.get("passed") for row in report.of("check"))
     lost = ("time", "tune", "facts", "ceilings")
     ours = any(
-        "failure" in row or ("refused" in row and row["who"].startswith(OURS))
+        ("failure" in row and row.get("who") not in (BNB, DENSE))
+        or ("refused" in row and row["who"].startswith(OURS))
         for kind in lost
         for row in report.of(kind)
     )
@@ -276,6 +288,7 @@ def main() -> None:
             every = timing_jobs(shapes, args.dtype, args.smoke, shared)
             jobs = [job for job in every if run.wanted(job)]
             refused = run.check_for(jobs)
+            refused = [] if args.anyway else refused
             run.do([job | {"refused": refused} for job in jobs], [run.lane], run.left())
     finally:
         run.lane.close()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.problem import Lora, decoded
-from lora_core.quant.double_quant import dynamic_map
 from lora_kernels.blockwise4 import Weight4
 
 NESTED = 0.5 + 1 / 64 + 4 / 16384  # bytes a weight: codes, 8-bit scales, scales of scales
@@ -34,6 +33,8 @@ class Contender:
     """its size"""
     families: dict[str, str] = {}  # noqa: RUF012
     """task to the check that it must have passed, for this project's own"""
+    uncapturable: dict[str, str] = {}  # noqa: RUF012
+    """task to why no CUDA graph can hold it; to try would end the process"""
 
     def hold(self, weight: Weight4) -> Any:
         """A weight in the form that is kept, or None if its shape does not allow it."""
@@ -65,12 +66,16 @@ class Ours(Contender):
         return weight
 
     def quantize(self, w: Tensor, double_quant: bool = True) -> Weight4:
-        """NF4, by default with double quantization."""
-        from lora_core.quant import quantize_nf4
+        """NF4, by default with double quantization; as a model is loaded, without a wait."""
+        from lora_core.quant import quantize_4bit
+        from lora_core.quant.double_quant import shared_map
+        from lora_core.quant.nf4 import shared_table
 
-        q = quantize_nf4(w, double_quant=double_quant)
-        nested = (q.scale_absmax, q.scale_offset, dynamic_map(w.device) if double_quant else None)
-        return Weight4(q.packed, q.scales, q.code.table(w.device), *w.shape, 64, *nested)
+        flag = torch.zeros(1, dtype=torch.int32, device=w.device)
+        q = quantize_4bit(w, double_quant=double_quant, flag=flag)
+        nested = (q.scale_absmax, q.scale_offset, shared_map(w.device) if double_quant else None)
+        table = shared_table(q.code, w.device)
+        return Weight4(q.packed, q.scales, table, *w.shape, 64, *nested)
 
     def expand(self, weight: Weight4, out: Tensor) -> Tensor:
         """W in the dtype of `out`."""
@@ -188,6 +193,7 @@ class Bitsandbytes(Contender):
     """bitsandbytes' functions, as its layers call them."""
 
     name, form = "bitsandbytes", "bitsandbytes"
+    uncapturable = {"quantize": "it launches on the default stream"}  # noqa: RUF012
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -12,7 +12,8 @@ A contender that failed its check, or whose result here is off by more than `WRO
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from benchmarks import harness
 from benchmarks.gpu.contenders import NESTED, Contender, contenders
 from benchmarks.gpu.problem import (
+    ADAPTERS,
     DTYPES,
     RANK,
     Lora,
@@ -75,7 +77,7 @@ class Bench:
         return [normal(self.n, self.k, seed=9, dtype=self.dtype) for _ in range(count)]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def bench(n: int, k: int, dtype: torch.dtype) -> Bench:
     """The weight of a shape, kept for the next number of rows."""
     return Bench(n, k, dtype)
@@ -161,7 +163,8 @@ def floor(task: str, n: int, k: int, m: int) -> tuple[float, float]:
     if task in ("expand", "quantize"):
         return weight + 2.0 * n * k, 0.0
     backward = 2 if "step" in task else 1
-    low_rank = 4.0 * RANK * (n + k) if "lora" in task or task == "mixed" else 0.0
+    adapters = {"lora": 1, "lora step": 1, "mixed": min(m, ADAPTERS)}.get(task, 0)
+    low_rank = 4.0 * RANK * adapters * (n + k)
     # forward and dx each read the weight
     return backward * (weight + rows + low_rank), backward * products
 
@@ -190,8 +193,10 @@ def measure(job: Row) -> Iterator[Row]:
     named = ("kind", "task", "routes", "shape", "m", "dtype")
     facts = {name: job[name] for name in named}
     runs: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {}
-    errors: dict[str, float] = {}
-    for one in contenders(task, dtype, job["routes"], job["peers"]):
+    errors: dict[str, float | None] = {}
+    everyone = contenders(task, dtype, job["routes"], job["peers"])
+    uncapturable = {one.name: why for one in everyone if (why := one.uncapturable.get(task))}
+    for one in everyone:
         yield {"kind": "trying", "who": one.name}  # whom to blame if nothing comes after it
         held = held_forms(task, one, it)
         if not held:
@@ -209,17 +214,22 @@ def measure(job: Row) -> Iterator[Row]:
     del truth
     ideal = floor_seconds(work := floor(task, n, k, m), job["ceilings"])
     for mode in ("graph", "eager"):
-        for name, timing in timed(runs, mode, job["smoke"]):
-            row = facts | {"who": name, "mode": mode, "error": errors[name]}
-            if isinstance(timing, str):
-                yield row | {"refused": timing}
-                continue
-            share = None if ideal is None else ideal / timing.median
-            yield row | {
-                "seconds": [timing.median, timing.low, timing.high],
-                "share_of_floor": share,
-                "tflops": work[1] / timing.median / 1e12,
-            }
+        for name, timing in timed(runs, mode, job["smoke"], uncapturable):
+            if timing is None:
+                yield {"kind": "trying", "who": name}
+            else:
+                row = facts | {"who": name, "mode": mode, "error": errors[name or ""]}
+                yield row | _figures(timing, ideal, work[1])
+
+
+def _figures(timing: harness.Timing | str, ideal: float | None, operations: float) -> Row:
+    if isinstance(timing, str):
+        return {"refused": timing}
+    return {
+        "seconds": [timing.median, timing.low, timing.high],
+        "share_of_floor": None if ideal is None else ideal / timing.median,
+        "tflops": operations / timing.median / 1e12,
+    }
 
 
 def held_forms(task: str, one: Contender, it: Bench) -> list[Any]:
@@ -274,20 +284,37 @@ def _calls(call: Callable[[], Any], stopwatch: harness.Stopwatch, fewest: int = 
 
 
 def timed(
-    runs: dict[str, tuple[Callable[[Any], Any], list[Any]]], mode: str, smoke: bool
-) -> Iterator[tuple[str, harness.Timing | str]]:
-    """Time everybody in turns in one mode; a string says why not."""
+    runs: dict[str, tuple[Callable[[Any], Any], list[Any]]],
+    mode: str,
+    smoke: bool,
+    uncapturable: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[tuple[str | None, harness.Timing | str | None]]:
+    """Time everybody in turns in one mode.
+
+    Args:
+        runs: name to function and what it rotates through.
+        mode: "eager" or "graph".
+        smoke: whether one call is enough.
+        uncapturable: name to why no graph can hold it.
+
+    Yields:
+        A name and its timing, or a string that says why there is none, or None before it is tried.
+    """
     stopwatch = harness.device_seconds if device().type == "cuda" else harness.host_seconds
     batches: dict[str, Callable[[Any], Any]] = {}
     calls: dict[str, int] = {}
     for name, (run, held) in runs.items():
+        yield name, None
         wanted = 1 if smoke else _calls(functools.partial(run, held[-1]), stopwatch)
         if mode == "eager":
             batches[name], calls[name] = harness.in_a_row(run, held, wanted), wanted
             continue
+        if name in uncapturable and device().type == "cuda":
+            yield name, f"no graph: {uncapturable[name]}"
+            continue
         try:
             graph = harness.captured(run, held, wanted)
-        except RuntimeError as problem:
+        except Exception as problem:  # noqa: BLE001  the others go on
             alive()
             yield name, f"no graph: {described(problem)}"
             continue
@@ -295,6 +322,7 @@ def timed(
         replays = 1 if smoke else _calls(functools.partial(graph, None), stopwatch, fewest=1)
         batches[name] = harness.in_a_row(graph, (None,), replays)
         calls[name] = replays * -(-wanted // len(held)) * len(held)
+    yield None, None
     repeats, limit = (1, None) if smoke else (REPEATS, LIMIT * len(batches))
     none = dict.fromkeys(batches, (None,))
     timings = harness.time_in_turns(batches, none, repeats, stopwatch, limit)

@@ -1,9 +1,9 @@
 """Which tile is fastest for a route, a shape and a number of rows, and from where on which route.
 
-The candidates are a route's default tile and all that differ from it in one field by a factor of
-two. A candidate that does not compile, does not fit the device or gives a wrong answer drops out;
-the others are timed in turns as CUDA graphs. `compile_only` stops before the clock: several
-processes can fill Triton's cache on disk with what one process then times.
+The candidates are a route's default tile and those that differ from it in the size of a program's
+tile and its warps, or in the splits. One that does not compile, does not fit the device or gives a
+wrong answer drops out; the others are timed in turns as CUDA graphs. `compile_only` stops before
+the clock: several processes can fill Triton's cache on disk with what one process then times.
 """
 
 import dataclasses
@@ -26,6 +26,24 @@ ROWS = {
     "dx": (1, 4, 16, 32, 64, 128, 192, 256, 384, 512),
 }
 BETTER = 0.98  # of the default's time: less is noise
+# sizes and warps that the kernels have
+TILES: dict[str, tuple[dict[str, int], ...]] = {
+    "planes": ({"features": 16}, {"features": 64}, {"warps": 2}, {"warps": 8}),
+    "halves": (
+        {"features": 32, "warps": 2},
+        {"features": 64, "warps": 2},
+        {"features": 128, "warps": 4},
+        {"features": 128, "warps": 8},
+    ),
+    "dx": (
+        {"features": 16, "warps": 4},
+        {"features": 32, "warps": 4},
+        {"features": 32, "warps": 8},
+        {"features": 64, "warps": 4},
+        {"features": 64, "warps": 8},
+    ),
+}
+FEWEST_ROWS = {"planes": 2, "halves": 16, "dx": 16}  # of a tile
 
 
 def candidates(way: str, n: int, k: int, m: int, dtype: Any) -> list[dict[str, int]]:
@@ -37,12 +55,14 @@ def candidates(way: str, n: int, k: int, m: int, dtype: Any) -> list[dict[str, i
         "halves": matmul4.default_tile,
         "dx": matmul4_dx.default_dx_tile,
     }[way](m, n, k, dtype)
-    found: list[dict[str, int]] = [{}]
-    for field in dataclasses.fields(default):
-        value = getattr(default, field.name)
-        if type(value) is int:
-            found += [{field.name: v} for v in (value * 2, value // 2) if v and v != value]
-    return found
+    found: list[dict[str, int]] = [{}, *TILES[way]]
+    found += [{"splits": s} for s in (default.splits * 2, default.splits // 2, 1) if s]
+    rows = default.rows // 2
+    while rows >= FEWEST_ROWS[way]:  # more rows than the default's would stay empty
+        found.append({"rows": rows})
+        rows //= 2
+    tiles = [dataclasses.replace(default, **fields) for fields in found]
+    return [fields for i, fields in enumerate(found) if tiles[i] not in tiles[:i]]
 
 
 class Tile(Contender):
@@ -97,6 +117,9 @@ def tune(job: Row) -> Iterator[Row]:
     product = expand.dx if way == "dx" else expand.forward
     runs["dense"], kept["dense"] = (lambda held: product(held, *inputs), it.forms(expand)), None
     for name, timing in timed(runs, "graph", job["smoke"]):
+        if name is None or timing is None:
+            yield {"kind": "trying", "who": name}
+            continue
         row = facts | {"fields": kept[name]}
         if isinstance(timing, harness.Timing):
             yield row | {"seconds": [timing.median, timing.low, timing.high]}

@@ -1,5 +1,6 @@
 """The GPU script without a GPU: all of it at toy sizes, and what must not get past it."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -216,6 +217,22 @@ def test_a_wrong_operator_is_refused(
     assert row["problems"]
 
 
+def test_bits_may_depend_on_the_layout_of_x(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vendor's library may choose another kernel for rows with a gap between them."""
+    contenders, check = load("gpu.contenders"), load("gpu.check")
+    monkeypatch.setenv("LORA_KERNELS", "reference")
+    right = contenders.Route.forward
+
+    def other_when_strided(self: Any, held: Any, x: torch.Tensor, *more: Any) -> torch.Tensor:
+        y = right(self, held, x, *more)
+        return y if x.is_contiguous() else torch.nextafter(y, torch.zeros_like(y))
+
+    monkeypatch.setattr(contenders.Route, "forward", other_when_strided)
+    case = {"dtype": "bfloat16", "nested": True, "family": "dense", "shape": [80, 192], "m": 3}
+    (row,) = check.check(case | {"runs": 2})
+    assert row["passed"], row
+
+
 @pytest.mark.parametrize("family", ["quantize", "expand"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_one_wrong_bit_is_refused(
@@ -363,12 +380,14 @@ def test_a_failure_ends_the_command_with_1(load: Load) -> None:
     gpu, report = load("gpu.__main__"), load("gpu.report").Report(None)
     report.add({"kind": "check", "passed": True})
     report.add({"kind": "time", "who": "bitsandbytes", "refused": "no kernel"})
+    report.add({"kind": "time", "who": "bitsandbytes", "failure": "exit code 1"})
     assert not gpu.failed(report)
     for row in (
         {"kind": "check", "passed": False},
         {"kind": "check", "failure": "exit code -11"},
         {"kind": "time", "who": "lora-core planes", "refused": "wrong"},
         {"kind": "time", "failure": "exit code -11"},
+        {"kind": "time", "failure": "exit code -11", "who": "lora-core"},
     ):
         bad = load("gpu.report").Report(None)
         bad.add(row)
@@ -481,6 +500,51 @@ def test_whoever_was_tried_when_a_worker_died_is_not_tried_again(load: Load) -> 
     died = {"failure": "the process died: exit code -6; it said nothing", "who": "lora-core planes"}
     run.on_row(job() | died)
     assert run.prepare(job())["banned"] == ["lora-core planes"]
+    assert run.prepare(job(task="dx"))["banned"] == []  # at that task
+
+
+def test_who_ends_the_process_while_it_is_timed_is_known(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_KERNELS", "reference")
+    rows = list(load("gpu.timing").measure(job(shape=[48, 128])))
+    tried = [row["who"] for row in rows if row["kind"] == "trying"]
+    each = ["lora-core", "dense", None]
+    assert tried == each * 3  # judged, in a graph, eager
+
+
+def test_what_no_graph_can_hold_is_not_captured(
+    load: Load, monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]
+) -> None:
+    timing = load("gpu.timing")
+    monkeypatch.setattr(timing, "device", lambda: SimpleNamespace(type="cuda"))
+    runs = {name: (lambda _, n=name: fake_cuda.append(f"run {n}"), [0]) for name in "ab"}
+    found = dict(timing.timed(runs, "graph", True, {"a": "it cannot"}))
+    assert found["a"] == "no graph: it cannot"
+    assert found["b"].median > 0
+    assert "run b" in fake_cuda
+    assert "run a" not in fake_cuda
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_quantizing_waits_for_nothing_and_copies_no_table(
+    load: Load, monkeypatch: pytest.MonkeyPatch, nested: bool
+) -> None:
+    """A CUDA graph can hold neither."""
+    contenders = load("gpu.contenders")
+    w = torch.randn(8, 64)
+    first = contenders.Ours().quantize(w, nested)
+    flags: list[Any] = []
+    quant = importlib.import_module("lora_core.quant.nf4")
+    right = quant.quantize4
+    monkeypatch.setattr(
+        quant, "quantize4", lambda *a, **k: flags.append(k["flag"]) or right(*a, **k)
+    )
+    again = contenders.Ours().quantize(w, nested)
+    assert flags[0] is not None
+    assert again.table is first.table
+    assert again.scale_table is first.scale_table
+    assert torch.equal(again.codes, first.codes)
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -548,6 +612,45 @@ def test_crossovers_stop_where_another_route_is_faster(load: Load) -> None:
     assert (entry["planes"], entry["halves"], entry["dx"]) == (1, 4, 0)
     assert entry["tiles"]["planes"] == {"1": {"warps": 8}, "4": {}}
     assert entry["tiles"]["halves"]["4"] == {}  # half a percent is noise
+
+
+@pytest.mark.parametrize("way", ["planes", "halves", "dx"])
+def test_every_candidate_is_a_tile_that_its_kernel_has(load: Load, way: str) -> None:
+    from lora_kernels.gpu import matmul4, matmul4_dx, planes4
+
+    gpu, tune = load("gpu.__main__"), load("gpu.tune")
+    default = {
+        "planes": planes4.default_tile,
+        "halves": matmul4.default_tile,
+        "dx": matmul4_dx.default_dx_tile,
+    }[way]
+    for n, k in gpu.LLAMA:
+        for m in tune.ROWS[way]:
+            found = tune.candidates(way, n, k, m, torch.bfloat16)
+            assert found[0] == {}
+            tiles = [dataclasses.replace(default(m, n, k, torch.bfloat16), **f) for f in found]
+            assert len(set(tiles)) == len(tiles) > 4
+            for tile in tiles:  # the others refuse what they do not have when they are made
+                assert tile.rows in ((2, 4, 8) if way == "planes" else (16, 32, 64))
+                assert way != "planes" or planes4._check(tile) is None
+
+
+def test_the_routes_read_what_tuning_writes(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_kernels.gpu import tuned
+
+    path, bf16 = tmp_path / "tuned.json", torch.bfloat16
+    tiles = {"planes": {"1": {"splits": 2}, "4": {}}, "dx": {"64": {"features": 64, "warps": 4}}}
+    entry = {"planes": 2, "halves": 96, "dx": 0, "tiles": tiles}
+    load("gpu.tune").write_tuned(path, "NVIDIA H200", {"64x128/bfloat16": entry})
+    table = tuned.read_tuned(path)
+    monkeypatch.setattr(tuned, "read_tuned", lambda: table)
+    crossover, fields = tuned.crossover.__wrapped__, tuned.tile_fields.__wrapped__
+    assert crossover("NVIDIA H200", 64, 128, bf16) == (2, 96, 0)
+    assert fields("NVIDIA H200", 64, 128, bf16, "planes", 1) == {"splits": 2}
+    assert fields("NVIDIA H200", 64, 128, bf16, "planes", 3) == {}
+    assert fields("NVIDIA H200", 64, 128, bf16, "dx", 33) == {"features": 64, "warps": 4}
 
 
 def test_a_measured_table_keeps_what_it_held(load: Load, tmp_path: Path) -> None:

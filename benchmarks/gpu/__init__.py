@@ -1,0 +1,1 @@
+"""The GPU script: `python -m benchmarks.gpu`."""
