@@ -178,10 +178,31 @@ def captured(
         for value in inputs[:2]:
             run(value)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        in_a_row(run, inputs, calls)(None)
+    graph, _ = capture(functools.partial(in_a_row(run, inputs, calls), None))
     return lambda _: graph.replay()
+
+
+class CaptureError(RuntimeError):
+    """A CUDA graph could not be made; the process can hardly make another."""
+
+
+def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Make a CUDA graph of a call, and keep what the call returned.
+
+    Raises:
+        CaptureError: with the reason. PyTorch then leaves its stream and its allocator as they are
+            within a capture, so that the process had better end.
+    """
+    outside, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = run()
+    except Exception as problem:
+        torch.cuda.set_stream(outside)
+        first = problem.__context__ or problem  # what broke it, not that it is broken
+        said = (str(first).strip().splitlines() or [""])[0]
+        raise CaptureError(f"{type(first).__name__}: {said[:200]}") from problem
+    return graph, result
 
 
 def past_the_cache(nbytes: int, device: torch.device) -> int:

@@ -132,6 +132,7 @@ class Run:
         self.args, self.report = args, Report(args.out)
         self.began = time.monotonic()
         self.banned: set[tuple[str, str]] = set()  # task and contender that ended a worker
+        self.no_graph: set[tuple[str, str]] = set()  # and those of which no graph could be made
         environment = os.environ | {"LORA_KERNELS": "triton"}
         environment["KINETO_LOG_LEVEL"] = "99"
         environment.setdefault("OMP_NUM_THREADS", "2")  # lanes share the cores
@@ -159,6 +160,8 @@ class Run:
                 self.report.path = self.file(row["machine"])
         if "process died" in row.get("failure", "") and row.get("who"):
             self.banned.add((task_of(row), row["who"]))
+        if str(row.get("refused", "")).startswith("no graph: ") and row.get("who"):
+            self.no_graph.add((task_of(row), row["who"]))
         self.report.add(row)
         print(f"{time.monotonic() - self.began:6.1f} s  {line(row)}", flush=True)
 
@@ -181,7 +184,11 @@ class Run:
 
     def prepare(self, job: Job) -> Job:
         """What is known only when a job begins."""
-        return job | {"banned": sorted(who for task, who in self.banned if task == task_of(job))}
+        task = task_of(job)
+        found = {"banned": self.banned, "no_graph": self.no_graph}
+        return job | {
+            name: sorted(w for t, w in every if t == task) for name, every in found.items()
+        }
 
     def facts(self) -> dict[str, Any]:
         """Ask the machine and measure its ceilings."""

@@ -15,6 +15,7 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
+from benchmarks import harness
 from benchmarks.gpu.problem import device
 
 MORE = 1.25  # root mean square error, of the dense product's
@@ -73,9 +74,7 @@ def captured(run: Callable[[], Tensors], label: str) -> Iterator[str]:
     if device().type != "cuda":
         return
     exact = run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
+    graph, found = harness.capture(run)
     for t in found:
         t.fill_(0)
     graph.replay()

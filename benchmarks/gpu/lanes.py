@@ -32,6 +32,7 @@ class Lane:
         self.environment, self.command = dict(environment), command
         self.process: subprocess.Popen[str] | None = None
         self.errors: IO[str] | None = None  # what the process says on stderr
+        self.spent = False  # whether the process asks to be replaced
         self.trying: str | None = None  # whom a job was about to run, to be blamed if it dies
 
     def run(self, job: Job, limit: float, on_row: OnRow, cut: bool = False) -> bool:
@@ -67,6 +68,8 @@ class Lane:
             if cut and late.is_set():
                 return False
             on_row(job | {"failure": why} | ({"who": self.trying} if self.trying else {}))
+        elif self.spent:
+            self.close()
         return True
 
     def close(self) -> None:
@@ -111,7 +114,8 @@ class Lane:
             return
         for line in process.stdout:
             row = json.loads(line)
-            if row == {"kind": "done"}:
+            if row["kind"] == "done":
+                self.spent = row.get("ends", False)
                 yield None
                 return
             if row["kind"] == "trying":

@@ -44,6 +44,8 @@ BATCH = 0.003  # seconds of calls between two readings of the clock
 FEWEST, MOST = 2, 64  # calls in a batch
 REPEATS = 15
 LIMIT = 0.05  # seconds a contender and mode, three turns excepted
+NO_GRAPH = "no graph: "
+spoilt: list[str] = []  # whose capture failed in this process, which should end
 Row = dict[str, Any]
 Tensors = tuple[Tensor, ...]
 
@@ -182,7 +184,7 @@ def measure(job: Row) -> Iterator[Row]:
     Args:
         job: `task`, `shape`, `m`, `dtype`, `routes` (whether each route takes part by itself),
             `peers`, `refused` (families that failed their check), `banned` (contenders that ended
-            a process), `ceilings`, `smoke`.
+            a process), `no_graph` (those that could not be captured), `ceilings`, `smoke`.
 
     Yields:
         One row for each contender and mode, or one that says why there is none.
@@ -196,6 +198,7 @@ def measure(job: Row) -> Iterator[Row]:
     errors: dict[str, float | None] = {}
     everyone = contenders(task, dtype, job["routes"], job["peers"])
     uncapturable = {one.name: why for one in everyone if (why := one.uncapturable.get(task))}
+    uncapturable |= dict.fromkeys(job["no_graph"], "it failed before")
     for one in everyone:
         yield {"kind": "trying", "who": one.name}  # whom to blame if nothing comes after it
         held = held_forms(task, one, it)
@@ -310,13 +313,17 @@ def timed(
             batches[name], calls[name] = harness.in_a_row(run, held, wanted), wanted
             continue
         if name in uncapturable and device().type == "cuda":
-            yield name, f"no graph: {uncapturable[name]}"
+            yield name, f"{NO_GRAPH}{uncapturable[name]}"
+            continue
+        if spoilt:  # says nothing about this one, which the next process will capture
+            yield name, f"not captured after the failure of {spoilt[0]}"
             continue
         try:
             graph = harness.captured(run, held, wanted)
-        except Exception as problem:  # noqa: BLE001  the others go on
+        except harness.CaptureError as problem:
             alive()
-            yield name, f"no graph: {described(problem)}"
+            spoilt.append(name)
+            yield name, f"{NO_GRAPH}{problem}"
             continue
         # one launch of a graph takes as long as a few small kernels: many follow each other
         replays = 1 if smoke else _calls(functools.partial(graph, None), stopwatch, fewest=1)

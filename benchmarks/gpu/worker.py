@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.gpu import timing
 from benchmarks.gpu.check import check
 from benchmarks.gpu.contenders import peers
 from benchmarks.gpu.problem import device, normal
@@ -90,7 +91,9 @@ def main() -> None:
         except Exception as problem:  # noqa: BLE001  whatever it is, the next job must run
             out.write(json.dumps(job | {"failure": described(problem)}) + "\n")
             alive()
-        out.write('{"kind": "done"}\n')
+            if isinstance(problem, harness.CaptureError):
+                timing.spoilt.append(job["kind"])
+        out.write(json.dumps({"kind": "done", "ends": bool(timing.spoilt)}) + "\n")
 
 
 if __name__ == "__main__":

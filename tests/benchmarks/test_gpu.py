@@ -331,7 +331,7 @@ def test_a_scale_beside_the_nearest_is_refused(load: Load) -> None:
 def job(**changes: Any) -> dict[str, Any]:
     base = {"kind": "time", "task": "forward", "routes": False, "shape": [80, 192], "m": 3}
     base |= {"dtype": "bfloat16", "smoke": True, "peers": [], "refused": [], "banned": []}
-    return base | {"ceilings": {}} | changes
+    return base | {"no_graph": [], "ceilings": {}} | changes
 
 
 def test_a_wrong_answer_is_not_timed(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +455,7 @@ for line in sys.stdin:
     print(json.dumps({"kind": "trying", "who": "a" if job["n"] == 1 else None}), flush=True)
     if job["n"] == 1: sys.exit("out of luck")
     if job["n"] == 2: time.sleep(60)
-    print('{"kind": "done"}', flush=True)
+    print(json.dumps({"kind": "done", "ends": job["n"] == 5}), flush=True)
 """
 
 
@@ -473,6 +473,52 @@ def test_a_worker_that_dies_or_hangs_costs_one_job(load: Load) -> None:
     assert "took more than" in hung["failure"]
     assert "who" not in hung
     assert lane.process is None
+
+
+def test_a_worker_that_asks_for_it_is_replaced(load: Load) -> None:
+    lane = load("gpu.lanes").Lane(os.environ, (sys.executable, "-c", STUB))
+    rows: list[dict[str, Any]] = []
+    assert lane.run({"n": 0}, 9.0, rows.append)
+    assert lane.process is not None
+    assert lane.run({"n": 5}, 9.0, rows.append)
+    assert lane.process is None
+    assert lane.run({"n": 0}, 9.0, rows.append)
+    lane.close()
+    assert not [row for row in rows if "failure" in row]
+
+
+def test_a_failed_capture_is_told_and_the_stream_put_back(
+    load: Load, monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]
+) -> None:
+    gpu, harness, timing = load("gpu.__main__"), load("harness"), load("gpu.timing")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: fake_cuda.append("put back"))
+    monkeypatch.setattr(timing, "spoilt", [])
+    monkeypatch.setattr(timing, "device", lambda: SimpleNamespace(type="cuda"))
+
+    class Broken:
+        def __init__(self, graph: Any) -> None: ...
+
+        def __enter__(self) -> None:
+            monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("the capture is invalid")
+
+    def waits(_: Any) -> None:
+        raise ValueError("it waits for the device")
+
+    monkeypatch.setattr(torch.cuda, "graph", Broken)
+    with pytest.raises(harness.CaptureError, match="ValueError: it waits for the device"):
+        harness.capture(lambda: waits(None))
+    assert fake_cuda[-1] == "put back"
+    found = dict(timing.timed(dict.fromkeys("ab", (lambda _: None, [0])), "graph", True))
+    assert found["a"] == "no graph: RuntimeError: the capture is invalid"
+    assert timing.spoilt == ["a"]
+    run = gpu.Run(SimpleNamespace(out=None, smoke=True, minutes=8, only=None))
+    for name in "ab":
+        run.on_row(job(who=name, refused=found[name]))
+    assert run.prepare(job())["no_graph"] == ["a"]
+    assert run.prepare(job(task="dx"))["no_graph"] == []
 
 
 def test_a_job_that_the_end_of_the_run_cuts_is_no_failure(load: Load) -> None:
