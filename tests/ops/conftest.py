@@ -1,6 +1,7 @@
 """What the operators' tests share: accuracy against PyTorch's, and memory of live tensors."""
 
 import functools
+import importlib
 import re
 import weakref
 from collections.abc import Callable
@@ -73,6 +74,60 @@ class LiveBytes(TorchDispatchMode):
 @pytest.fixture
 def live_bytes() -> LiveBytes:
     return LiveBytes()
+
+
+class _Bounds:
+    """Where the tensors of a kernel lie, and whether what it reads and writes lies in them."""
+
+    def __init__(self) -> None:
+        self.starts = self.ends = np.empty(0, np.int64)
+
+    def enter(self, arguments: tuple[object, ...]) -> None:
+        """Note the tensors that a kernel is launched with."""
+        spans = []
+        for t in arguments:
+            if isinstance(t, Tensor) and t.numel():
+                last = sum((size - 1) * by for size, by in zip(t.shape, t.stride(), strict=True))
+                spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()))
+        self.starts, self.ends = np.array(sorted(spans), np.int64).reshape(-1, 2).T
+
+    def check(self, what: str, pointers: Any, mask: Any) -> None:
+        """Each address that a mask lets through must be in the tensor of the first of them."""
+        let = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
+        at = pointers.data[let].astype(np.int64)
+        if not at.size:
+            return
+        low, high = int(at.min()), int(at.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+        inside = (self.starts <= low) & (high <= self.ends)
+        assert inside.any(), f"{what} of bytes {low} to {high} is outside {self.starts, self.ends}"
+
+
+@pytest.fixture(autouse=True)
+def _within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel in the interpreter may touch nothing but the tensors it was given.
+
+    What lies beside a tensor can be read without harm here, and ends a process on a GPU.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    bounds, builder = _Bounds(), interpreter.InterpreterBuilder
+    launch = interpreter.GridExecutor.__call__
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        bounds.enter((*args, *kwargs.values()))
+        launch(self, *args, **kwargs)
+
+    def loaded(self: Any, pointers: Any, mask: Any, *more: Any) -> Any:
+        bounds.check("a load", pointers, mask)
+        return load(self, pointers, mask, *more)
+
+    def stored(self: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
+        bounds.check("a store", pointers, mask)
+        return store(self, pointers, value, mask, *more)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    monkeypatch.setattr(builder, "create_masked_load", loaded)
+    monkeypatch.setattr(builder, "create_masked_store", stored)
 
 
 def _run_ptx(assembly: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:

@@ -210,6 +210,15 @@ def test_offsets_beyond_32_bits(both: Callable[..., Any], shape: tuple[int, int]
     assert got.abs().sum() > 0
 
 
+@pytest.mark.parametrize("stride", [1 << 10, 1 << 20, 1 << 24, 1 << 26])
+def test_a_tile_spans_less_than_32_bits_count(stride: int) -> None:
+    """Offsets inside a tile are 32 bits wide, however long the rows are that it is cut from."""
+    part = gpu._Slice(0, 4096, 1, stride)
+    rows = gpu._expand_constants(32, part, True, False)["ROWS"]
+    assert rows == 1 or rows * stride * 32 < 1 << 31
+    assert rows > 1 or stride >= 1 << 24
+
+
 class Reads(TorchDispatchMode):
     """Counts what makes the host wait: values read, and results whose size depends on values."""
 

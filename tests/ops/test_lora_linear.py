@@ -191,6 +191,9 @@ def test_rows_of_a_sequence_and_leading_shapes(backend: str) -> None:
         assert torch.equal(lora_linear4(x, weight, None, down, up, s, rows), y)
     flat = lora_linear4(x.view(10, 128), weight, None, down, up, s, full.reshape(-1))
     assert torch.equal(flat.view_as(y), y)
+    flat = full.to(torch.int32).repeat_interleave(2).view(10, 2)[:, 0]  # with gaps, not to be cast
+    again = lora_linear4(x.view(10, 128), weight, None, down, up, s, flat)
+    assert torch.equal(again.view_as(y), y)
     one = lora_linear4(x[0, 0], weight, None, down, up, s, torch.tensor(2))
     assert one.shape == (24,)
     assert lora_linear4(x[:0], weight, None, down, up, s, each[:0]).shape == (0, 5, 24)
@@ -283,10 +286,10 @@ def test_second_derivatives_of_a_part(backend: str) -> None:
 
 def test_only_what_is_asked_gets_a_gradient(backend: str) -> None:
     weight, (down, up, s) = make_weight(), make_lora(24, 128, 3, 1)
-    x, bias = torch.randn(7, 128, dtype=torch.float16), torch.zeros(24, requires_grad=True)
+    x, bias = torch.randn(257, 128, dtype=torch.bfloat16), torch.zeros(24, requires_grad=True)
     assert not lora_linear4(x, weight, None, down, up, s).requires_grad
     lora_linear4(x, weight, bias, down, up, s).sum().backward()
-    assert (bias.grad == 7).all()
+    assert (bias.grad == 257).all()  # summed in float32: the dtype of x has no 257
     leaf = up.clone().requires_grad_()
     lora_linear4(x, weight, None, down, leaf, s).sum().backward()
     assert leaf.grad.any()
@@ -415,6 +418,12 @@ def test_inputs_that_do_not_fit() -> None:
         lora_linear4(x, weight, None, down, up, s[:1], rows)
     with pytest.raises(ValueError, match="scaling takes no gradient; multiply up by it"):
         lora_linear4(x, weight, None, down, up, s.clone().requires_grad_(), rows)
+
+
+def test_a_bias_that_does_not_fit(backend: str) -> None:
+    weight, (down, up, s) = make_weight(), make_lora(24, 128, 3, 1)
+    with pytest.raises(ValueError, match=r"bias must be \(24,\); got \(1,\)"):
+        lora_linear4(torch.ones(2, 128), weight, torch.ones(1), down, up, s)
 
 
 def test_rows_that_do_not_fit(backend: str) -> None:

@@ -139,9 +139,10 @@ def test_a_gradient_that_is_expanded() -> None:
 
 def test_only_what_is_asked_gets_a_gradient() -> None:
     weight, _ = make()
-    x, bias = torch.randn(7, 128), torch.randn(24, requires_grad=True)
+    x, bias = torch.randn(257, 128).bfloat16(), torch.randn(24, requires_grad=True)
     matmul4(x, weight, bias).sum().backward()
-    assert torch.equal(bias.grad, torch.full((24,), 7.0))
+    # summed in float32: the dtype of x has no 257
+    assert torch.equal(bias.grad, torch.full((24,), 257.0))
     assert not matmul4(x, weight).requires_grad
 
 
@@ -298,6 +299,9 @@ def test_inputs_that_do_not_fit() -> None:
     weight, _ = make()
     with pytest.raises(ValueError, match=r"end in in_features = 128; got shape \(3, 64\)"):
         matmul4(torch.ones(3, 64), weight)
+    for size in (1, 23, 25):  # kernels would read past its end
+        with pytest.raises(ValueError, match=rf"bias must be \(24,\); got \({size},\)"):
+            matmul4(torch.ones(3, 128), weight, torch.ones(size))
     with pytest.raises(ValueError, match=r"got shape \(\)"):
         matmul4(torch.tensor(1.0), weight)
     with pytest.raises(TypeError, match=r"x must be floating-point; got torch\.int64"):

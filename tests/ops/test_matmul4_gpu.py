@@ -171,6 +171,21 @@ def test_the_weights_are_the_expanded_ones_bit_for_bit(
     assert torch.equal(multiply_dx(torch.eye(n, dtype=dtype), weight, DX_TILES[2]), w.to(dtype))
 
 
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize(
+    ("tile", "pairs"),
+    [(Tile(64, 64, 4, 1), 2), (Tile(64, 32, 2, 1), 1), (Tile(64, 128, 8, 1), 2)],
+)
+def test_other_orders_of_rows_and_columns_agree(
+    tile: Tile, pairs: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other GPUs (PAIRS 2) and of other numbers of warps."""
+    monkeypatch.setattr(matmul4, "pairs", lambda device: pairs)
+    weight, w = make(140, 320, block)
+    x = torch.eye(320).half()[5::6]  # of every run, word, pair and element
+    assert torch.equal(multiply(x, weight, None, None, tile)[0].T, w.half()[:, 5::6])
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("m", [1, 17, 40])
@@ -200,6 +215,8 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 def test_rows_may_lie_apart_and_anywhere() -> None:
     weight, w = make(66, 192)
     wide = torch.randn(9, 400).bfloat16()
+    wide[:, 392:] = torch.nan  # beside each of them, and nobody's
+    wide[:, 195:200] = torch.nan
     for x in (wide[:, :192], wide[::2, 200:392], wide[:, 3:195]):
         y, _ = multiply(x, weight, None, None, TILES[0])
         assert torch.equal(y, multiply(x.contiguous(), weight, None, None, TILES[0])[0])
@@ -213,9 +230,12 @@ def test_rows_may_lie_apart_and_anywhere() -> None:
 def test_codes_may_start_anywhere() -> None:
     weight, _ = make(24, 128)
     x = torch.randn(3, 128).half()
-    moved = torch.cat((torch.zeros(5, 1, dtype=torch.uint8), weight.codes))[5:]
-    ours = multiply(x, weight._replace(codes=moved), None, None, TILES[0])[0]
-    assert torch.equal(ours, multiply(x, weight, None, None, TILES[0])[0])
+    expected = multiply(x, weight, None, None, TILES[0])[0]
+    for shift in (4, 5, 8):
+        moved = torch.cat((torch.zeros(shift, 1, dtype=torch.uint8), weight.codes))[shift:]
+        other = weight._replace(codes=moved)
+        assert torch.equal(multiply(x, other, None, None, TILES[0])[0], expected)
+        assert halves4.code_words(other).data_ptr() % 16 == 0  # a load of a GPU
 
 
 @pytest.mark.parametrize("update", [False, True])

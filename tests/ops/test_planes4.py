@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_core.quant.codebook import NF4 as NF4_ENTRIES
 from lora_core.quant.double_quant import dynamic_map
 from lora_kernels import Weight4, decode_scales, dequantize4
-from lora_kernels.gpu import digits4
+from lora_kernels.gpu import digits4, planes4
 from lora_kernels.gpu.arrange4 import arrange
 from lora_kernels.gpu.digits4 import LOOKUP, prepare
 from lora_kernels.gpu.finish4 import Update
@@ -195,6 +195,16 @@ def test_digits_are_x_to_half_a_unit(
     assert (v[top > 0].abs().amax(1) == ROW).all()
 
 
+def test_the_largest_of_a_long_row_may_be_its_last() -> None:
+    x = torch.randn(2, 4128).clamp(-3, 3).bfloat16()
+    x[0, 4100], x[1, 4096] = 50.0, -50.0
+    digits, largest, _ = prepare(x, NF4, 2, 32, 4352)
+    assert (largest[:2] == 50).all()
+    v = numbers(digits, 2, 2, 4128)
+    assert (v[0, 4100], v[1, 4096]) == (ROW, -ROW)
+    assert ((v - x.double() / 50 * ROW).abs() <= 1.01).all()
+
+
 @pytest.mark.parametrize(
     ("value", "dtype"),
     [
@@ -229,6 +239,18 @@ def test_a_row_that_is_not_finite_gives_nan_and_spoils_no_other(bad: float) -> N
     y = multiply(x, weight, None, None, Tile(4, 16, 4, 1))[0]
     assert y[1].isnan().all()
     assert torch.equal(y[[0, 2]], whole[[0, 2]])
+    assert prepare(x, NF4, 4, 64, 256)[1][:3].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of infinity times zero
+@pytest.mark.parametrize("k", [64, 320])
+def test_a_scale_that_is_not_finite_spoils_no_other_row(k: int) -> None:
+    """Columns that fill up the last step have no scale, and must not take that of the next row."""
+    weight, _ = make(20, k, nested=False)
+    weight.scales[k // 64 : 2 * k // 64] = torch.inf
+    x = torch.ones(1, k, dtype=torch.bfloat16)
+    y = multiply(x, weight, None, None, Tile(2, 16, 4, 1))[0]
+    assert y[0].isfinite().tolist() == [i != 1 for i in range(20)]
 
 
 # ----------------------------------------------------------------------------------- the product
@@ -305,13 +327,18 @@ def test_its_error_before_rounding_is_far_below_16_bits(kind: str) -> None:
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("adapters", "rows"), [(1, False), (1, True), (3, True)])
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("splits", "block"), [(1, 64), (3, 64), (4, 32)])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_lora_comes_with_it(
-    adapters: int, rows: bool, splits: int, dtype: torch.dtype, as_accurate_as: Callable[..., None]
+    adapters: int,
+    rows: bool,
+    splits: int,
+    block: int,
+    dtype: torch.dtype,
+    as_accurate_as: Callable[..., None],
 ) -> None:
     n, k, m = 20, 832, 3
-    weight, dense = make(n, k)
+    weight, dense = make(n, k, block)
     x, bias = torch.randn(m, k).to(dtype), torch.randn(n)
     update = lora(n, k, m, adapters, 5, rows=rows)
     if rows:
@@ -364,8 +391,49 @@ def test_rows_of_x_may_lie_apart() -> None:
     wide = torch.randn(6, 400).to(torch.bfloat16)
     x = wide[::2, 100:356]
     tile = default_tile(3, 24, 256, x.dtype)
-    expected = multiply(x.contiguous(), weight, None, None, tile)[0]
-    assert torch.equal(multiply(x, weight, None, None, tile)[0], expected)
+    for update in (None, lora(24, 256, 3, 1, 5, rows=False)):
+        expected = multiply(x.contiguous(), weight, None, update, tile)
+        for ours, theirs in zip(multiply(x, weight, None, update, tile), expected, strict=True):
+            assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "tile", [Tile(2, 64, 4, 1), Tile(4, 32, 2, 2), Tile(2, 16, 8, 1), Tile(8, 64, 1, 3)]
+)
+@pytest.mark.parametrize("arranged", [False, True])
+def test_tiles_of_other_sizes(tile: Tile, arranged: bool) -> None:
+    """Not by default, but where they were measured to be faster."""
+    weight, dense = make(80, 832)
+    x = torch.randn(3, 832).half()
+    if arranged:  # what is read then, so that the stored codes may be anything
+        weight = weight._replace(arranged=arrange(weight), codes=weight.codes.flip(0))
+    y = multiply(x, weight, None, None, tile)[0]
+    truth = x.double() @ dense.t()
+    bound = 2.0**-11 * truth.abs() + 1e-5 * x.double().abs() @ dense.abs().t()
+    assert ((y.double() - truth).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4, 8])
+@pytest.mark.parametrize("arranged", [False, True])
+def test_codes_start_at_multiples_of_16_bytes(
+    shift: int, arranged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processors bear other loads and GPUs do not, so what the kernel is given is looked at."""
+    weight, _ = make(32, 256)
+    codes = weight.codes.view(-1)
+    memory = torch.empty(len(codes) + shift, dtype=torch.uint8)
+    moved = memory[shift:].copy_(arrange(weight) if arranged else codes)
+    weight = weight._replace(**{"arranged" if arranged else "codes": moved})
+    given: list[Tensor] = []
+
+    class Spy:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **options: given.append(args[3])
+
+    monkeypatch.setattr(planes4, "_planes_kernel", Spy())
+    multiply(torch.ones(1, 256).half(), weight, None, None, Tile(2, 16, 4, 1))
+    assert given[0].data_ptr() % 16 == 0
+    assert torch.equal(given[0].view(-1), moved)
 
 
 @pytest.mark.parametrize("update", [False, True])

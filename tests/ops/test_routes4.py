@@ -137,6 +137,86 @@ def test_both_ways_back_give_dx(
     as_accurate_as(dx, dy @ w.bfloat16(), dy.double() @ w.double())
 
 
+@pytest.mark.parametrize(
+    ("way", "module", "name"),
+    [
+        ("planes", routes4.planes4, "multiply"),
+        ("halves", routes4.matmul4, "multiply"),
+        ("dx", routes4.matmul4, "multiply_dx"),
+    ],
+)
+def test_a_measured_tile_reaches_the_kernel(
+    way: str, module: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    tiles: list[Any] = []
+    run = getattr(module, name)
+    monkeypatch.setattr(routes4, "tile_fields", lambda *args: asked.append(args) or {"splits": 2})
+    monkeypatch.setattr(module, name, lambda *args: tiles.append(args[-1]) or run(*args))
+    weight, w = make(64, 1024)
+    if way == "dx":
+        dy = torch.randn(3, 64).half()
+        ours, theirs = routes4.multiply_dx(dy, weight), dy.double() @ w.double()
+    else:
+        x = torch.randn(3, 1024).half()
+        ours, theirs = (
+            routes4.fused_multiply(way, x, weight, None, None)[0],
+            x.double() @ w.T.double(),
+        )
+    assert [tile.splits for tile in tiles] == [2]
+    assert asked == [(None, 64, 1024, torch.float16, way, 3)]
+    assert (ours - theirs).abs().max() < 0.01 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(("rows", "fused"), [(1, True), (64, True), (65, False)])
+def test_many_rows_of_dy_expand(rows: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[str] = []
+    for place, name in ((routes4, "dense_dx"), (routes4.matmul4, "multiply_dx")):
+        monkeypatch.setattr(place, name, lambda *args, name=name: ways.append(name) or args[0])
+    weight, _ = make(8, 64)
+    routes4.multiply_dx(torch.ones(rows, 8).bfloat16(), weight)
+    routes4.multiply_dx(torch.ones(rows, 8), weight)  # float32 always
+    assert ways == ["multiply_dx" if fused else "dense_dx", "dense_dx"]
+
+
+def test_the_gpu_is_named_for_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+    assert routes4._name(torch.device("cuda:7")) == "GPU of cuda:7"
+    assert routes4._name(CPU) is None
+    routes4._name.cache_clear()
+
+
+@pytest.mark.parametrize("way", ["planes", "halves", "dense", "dx"])
+def test_columns_of_x_may_lie_apart(way: str) -> None:
+    weight, _ = make(64, 128)
+    x = torch.randn(3, 64 if way == "dx" else 128).half()
+    apart = x.t().contiguous().t()
+
+    def run(x: Tensor) -> Tensor:
+        if way == "dx":
+            return routes4.multiply_dx(x, weight)
+        if way == "dense":
+            return routes4.dense_multiply(x, weight, None)
+        return routes4.fused_multiply(way, x, weight, None, None)[0]
+
+    assert (run(apart) - run(x)).abs().max() <= 2.0**-9 * run(x).abs().max()
+
+
+@pytest.mark.parametrize("way", ["planes", "halves", "dense"])
+def test_tensors_with_gaps(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes4, "route", lambda *_: way)
+    weight, _ = make(40, 128)
+    x, bias = torch.randn(3, 128).bfloat16(), torch.randn(40)
+    apart = {
+        name: torch.stack((t, t), -1)[..., 0]
+        for name, t in weight._asdict().items()
+        if isinstance(t, Tensor)
+    }
+    y = matmul4(x, weight, bias)
+    assert torch.equal(matmul4(x, weight, torch.stack((bias, bias), 1)[:, 0]), y)
+    assert torch.equal(matmul4(x, weight._replace(**apart), bias), y)
+
+
 # --- slices --------------------------------------------------------------------------------------
 
 
@@ -164,6 +244,15 @@ def test_slices_of_columns_add_up_to_dx(
     dy = torch.randn(5, 40).half()
     monkeypatch.setattr(routes4, "SLICE_BYTES", columns_a_slice * 40 * 2)
     as_accurate_as(routes4.dense_dx(dy, weight), dy @ w.half(), dy.double() @ w.double())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_is_allocated_twice(backward: bool, live_bytes: Any) -> None:
+    weight, _ = make(40, 64)
+    x = torch.randn(1000, 40 if backward else 64).half()
+    with live_bytes:
+        y = routes4.dense_dx(x, weight) if backward else routes4.dense_multiply(x, weight, None)
+    assert live_bytes.peak < 1.2 * y.nbytes  # of one slice the product is the result
 
 
 def test_a_slice_is_no_larger_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
