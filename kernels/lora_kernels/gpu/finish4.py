@@ -24,6 +24,10 @@ first slice and not from zero, the bias is added before, and 0 - update is +0 fo
 either zero, which leaves a -0 of the sum as it is. A multiply that finishes by itself when S = 1
 and there is no update has to do the same: sum, then bias in y's dtype, then one rounding, without
 contraction of a scaling before it and the bias (enable_fp_fusion=False).
+
+Nor may the product here be contracted. Lanes add up h B^T in pairs, each its own term and its
+partner's: with a fused multiply-add each would round only the other's, the two would differ in the
+last bit, and which of them is stored would be a race.
 """
 
 from typing import Any, NamedTuple
@@ -214,6 +218,7 @@ def finish(
         COLUMNS=tile.columns,
         RANKS=RANKS,
         num_warps=tile.warps,
+        enable_fp_fusion=False,
     )
     return y, h
 
@@ -249,5 +254,6 @@ def _variant(tile: _Tile, dtype: str, bias: bool, update: str) -> Variant:
         signature,
         constants,
         warps=tile.warps,
+        fp_fusion=False,
         odd=frozenset(("slices", "m", "adapters")),
     )
