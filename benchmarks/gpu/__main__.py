@@ -154,7 +154,9 @@ class Run:
     def on_row(self, row: dict[str, Any]) -> None:
         """Keep a row, and learn from it."""
         if row["kind"] == "facts":
-            row |= {"smoke": self.args.smoke, "command": " ".join(sys.argv[1:]) or "(no options)"}
+            # of a path the name: the results are published, the machine's folders are not
+            options = " ".join(os.path.basename(option) for option in sys.argv[1:])
+            row |= {"smoke": self.args.smoke, "command": options or "(no options)"}
             row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             if self.report.path is None and row["device"] == "cuda":
                 self.report.path = self.file(row["machine"])

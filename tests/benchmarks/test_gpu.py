@@ -148,6 +148,7 @@ def test_the_report_has_the_machine_the_targets_and_says_what_it_is(smoke: Simpl
     assert facts["kind"] == "facts"
     assert facts["torch"] == torch.__version__
     assert facts["peers"] == ["bitsandbytes"]
+    assert facts["command"] == "--smoke --out toy.json"
     assert smoke.rows[1]["kind"] == "ceilings"
     for text in (
         "smoke run", "## Targets", "expand: share of copy bandwidth", "M = 4 … 64", "error: times",
