@@ -118,7 +118,7 @@ def _why_absent(backend: str, device: torch.device) -> str | None:
     if not _has_triton():
         return "the package triton is not installed"
     if device.type == "cuda":
-        return _too_old(device)
+        return _too_old(device) or _does_not_start()
     if device.type != "cpu":
         return f"no Triton kernels run on {device.type}"
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -143,6 +143,20 @@ def _too_old(device: torch.device) -> str | None:
         return None
     have, need = (".".join(map(str, pair)) for pair in (capability, OLDEST_GPU))
     return f"{torch.cuda.get_device_name(device)} has compute capability {have}, below {need}"
+
+
+@functools.cache
+def _does_not_start() -> str | None:
+    """Triton compiles a stub of C at its first start: without a compiler, no kernel runs."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # noqa: BLE001 - of a compiler, a linker, Triton itself
+        return f"Triton does not start: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 def _triton_runs_on(device: torch.device) -> str:

@@ -37,6 +37,7 @@ from lora_kernels.dispatch import backend_for, device_of
 from lora_kernels.matmul4 import (
     _TENSORS,
     _WEIGHT,
+    _check,
     _dx_reference,
     _flat,
     _weight,
@@ -104,7 +105,7 @@ def lora_linear4(
         ValueError: shapes or devices that do not fit, an index without an adapter, scaling that
             requires a gradient, or a forced backend that cannot run.
     """
-    _check_x(x, weight)
+    _check(x, weight, bias)
     device = x.device.type
     # asked first, as a device without autocast (meta) may not be asked the second question
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -120,15 +121,6 @@ def lora_linear4(
     return torch.ops.lora_kernels.lora_linear4(
         x, *_flat(weight), bias, index, down, up, scaling.reshape(-1)
     )[0]
-
-
-def _check_x(x: Tensor, weight: Weight4) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating-point; got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != weight.in_features:
-        raise ValueError(
-            f"x must end in in_features = {weight.in_features}; got shape {tuple(x.shape)}"
-        )
 
 
 def _check_lora(weight: Weight4, down: Tensor, up: Tensor, scaling: Tensor) -> None:
@@ -311,7 +303,8 @@ def _backward_triton(
 def _float32(lora: _Lora) -> _Lora:
     """What the kernels read; parameters are float32 and contiguous, so nothing is copied."""
     down, up, scaling = (t.float().contiguous() for t in lora[1:])
-    return _Lora(lora.rows, down, up, scaling)
+    rows = None if lora.rows is None else lora.rows.contiguous()
+    return _Lora(rows, down, up, scaling)
 
 
 # --- the operators -------------------------------------------------------------------------------

@@ -55,20 +55,27 @@ def matmul4(x: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         TypeError: x is not floating-point.
-        ValueError: the last dimension of x is not K, or a forced backend cannot run.
+        ValueError: the last dimension of x is not K, the bias is not (N,), or a forced backend
+            cannot run.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating-point; got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != weight.in_features:
-        raise ValueError(
-            f"x must end in in_features = {weight.in_features}; got shape {tuple(x.shape)}"
-        )
+    _check(x, weight, bias)
     device = x.device.type
     # asked first, as a device without autocast (meta) may not be asked the second question
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     return torch.ops.lora_kernels.matmul4(x, *_flat(weight), bias)
+
+
+def _check(x: Tensor, weight: Weight4, bias: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating-point; got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"x must end in in_features = {weight.in_features}; got shape {tuple(x.shape)}"
+        )
+    if bias is not None and bias.shape != (weight.out_features,):
+        raise ValueError(f"bias must be ({weight.out_features},); got {tuple(bias.shape)}")
 
 
 def arrange(weight: Weight4) -> Tensor | None:
@@ -144,8 +151,9 @@ def _flat(weight: Weight4) -> tuple[Any, ...]:
 
 
 def _weight(args: tuple[Any, ...]) -> Weight4:
-    """`_flat` undone."""
-    codes, scales, table, *more = args[:_TENSORS]
+    """`_flat` undone; kernels count on tensors without gaps."""
+    tensors: list[Any] = [t if t is None else t.contiguous() for t in args[:_TENSORS]]
+    codes, scales, table, *more = tensors
     return Weight4(codes, scales, table, *args[_TENSORS:], *more)
 
 

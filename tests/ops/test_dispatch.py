@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
 
 from lora_kernels import backend_for, dequantize4, describe, dispatch, matmul4, quantize4
 from lora_kernels.blockwise4 import Weight4
@@ -72,6 +73,25 @@ def test_every_reason_against_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = dispatch._why_absent("triton", torch.device("cuda", 0))
     assert reason == "NVIDIA T4 has compute capability 7.5, below 8.0"
     dispatch._too_old.cache_clear()
+
+
+@pytest.mark.parametrize("no_compiler", [True, False])
+def test_triton_that_does_not_start(no_compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        def get_current_target(self) -> None:
+            if no_compiler:
+                raise RuntimeError("Failed to find C compiler. Please …\nand more")
+
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    reason = dispatch._why_absent("triton", torch.device("cuda", 0))
+    if no_compiler:
+        assert reason == "Triton does not start: Failed to find C compiler. Please …"
+    else:
+        assert reason is None
+    for cached in (dispatch._too_old, dispatch._does_not_start):
+        cached.cache_clear()
 
 
 def test_backward_obeys_the_choice_too(monkeypatch: pytest.MonkeyPatch) -> None:

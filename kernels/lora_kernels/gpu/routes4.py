@@ -91,6 +91,7 @@ def fused_multiply(
     size = (weight.out_features, weight.in_features, x.dtype)
     tile = module.default_tile(len(x), *size)
     tile = replace(tile, **tile_fields(_name(x.device), *size, way, len(x)))
+    bias = None if bias is None else bias.contiguous()
     return module.multiply(_rows(x), weight, bias, update, tile)
 
 
@@ -125,10 +126,11 @@ def dense_multiply(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
     """
     n, k = weight.out_features, weight.in_features
     bias = None if bias is None else bias.to(x.dtype)
-    y = x.new_empty(len(x), n)
+    y = x
     for start, stop, w in _slices(weight, n, k, x, along=0):
         if (start, stop) == (0, n):
             return torch.nn.functional.linear(x, w, bias)
+        y = x.new_empty(len(x), n) if start == 0 else y
         if bias is None:
             torch.mm(x, w.t(), out=y[:, start:stop])
         else:
@@ -147,10 +149,11 @@ def dense_dx(dy: Tensor, weight: Weight4) -> Tensor:
         (M, K) in the dtype of dy.
     """
     n, k = weight.out_features, weight.in_features
-    dx = dy.new_empty(len(dy), k)
+    dx = dy
     for start, stop, w in _slices(weight, k, n, dy, along=1):
         if (start, stop) == (0, k):
             return dy @ w
+        dx = dy.new_empty(len(dy), k) if start == 0 else dx
         torch.mm(dy, w, out=dx[:, start:stop])
     return dx
 
