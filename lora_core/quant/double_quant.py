@@ -31,6 +31,7 @@ _placed: dict[torch.device, Tensor] = {}
 
 
 @functools.cache
+@torch.inference_mode(False)  # or training could not use what evaluation made
 def _dynamic_map() -> Tensor:
     signed = []
     for decade in range(7):
@@ -61,7 +62,8 @@ def shared_map(device: torch.device) -> Tensor:
     """
     found = _placed.get(device)
     if found is None:
-        found = _dynamic_map().to(device)
+        with torch.inference_mode(False):
+            found = _dynamic_map().to(device)
         if type(found) is Tensor:  # not a fake one, while a compiler traces
             _placed[device] = found
     return found

@@ -202,6 +202,8 @@ class NF4Linear(nn.Module):
     @property
     def weight4(self) -> Weight4:
         """The weight as the operators take it."""
+        if self._table.device != self.codes.device:  # moved by hand, as FSDP does: `.data = …`
+            self._place_tables()
         return Weight4(
             self.codes,
             self.scales,

@@ -21,7 +21,7 @@ from lora_core.quant.codebook import Codebook, codebook
 from lora_core.quant.linear import NF4Linear
 from lora_core.quant.nf4 import quantize_4bit
 from lora_core.targets import Targets, output_head_name, select_modules, sites, unwrap
-from lora_kernels.blockwise4 import check_block_size
+from lora_kernels.blockwise4 import FLOATS, check_block_size
 
 __all__ = ["QuantizeReport", "dequantize_model", "quantize_model"]
 
@@ -189,6 +189,8 @@ def _check(weights: dict[str, Tensor], options: dict[str, Any]) -> None:
     for name, weight in weights.items():
         if weight.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values to quantize")
+        if weight.dtype not in FLOATS:
+            quantize_4bit(weight, **options, name=name)  # refuses it
         if weight.numel():
             largest = torch.stack(weight.detach().aminmax()).abs().amax().double()
             scales = -(-weight.numel() // options["block_size"])

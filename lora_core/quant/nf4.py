@@ -204,7 +204,8 @@ def shared_table(code: Codebook, device: torch.device) -> Tensor:
     """The table on a device, copied there once (a copy would wait for it): for reading only."""
     found = _placed.get((code, device))
     if found is None:
-        found = code.table(device)
+        with torch.inference_mode(False):  # or training could not use what evaluation placed
+            found = code.table(device)
         if type(found) is Tensor:  # not a fake one, while a compiler traces
             _placed[code, device] = found
     return found

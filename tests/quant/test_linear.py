@@ -214,6 +214,15 @@ def test_printing_shows_what_it_is() -> None:
     assert "in_features=128, out_features=24, bias=True, code=nf4, block_size=64" in repr(make())
 
 
+def test_tables_follow_codes_that_were_moved_by_hand() -> None:
+    """FSDP moves parameters and buffers by `.data = …`, past every hook of a module."""
+    layer, x = make(128), torch.randn(3, 128)
+    y = layer(x)
+    layer._table = layer._table.to("meta")  # as good as codes that have gone elsewhere
+    assert layer.weight4.table.device == layer.codes.device
+    assert torch.equal(layer(x), y)
+
+
 # --- the kernels' backend ------------------------------------------------------------------------
 
 

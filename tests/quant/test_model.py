@@ -138,6 +138,12 @@ def test_a_bad_weight_leaves_the_model_as_it_was() -> None:
         with pytest.raises(ValueError, match=message):
             quantize_model(model)
         assert set(kinds(model).values()) == {nn.Linear}
+    model = Model()
+    integers = torch.ones(64, 64, dtype=torch.int8)
+    model.blocks[0]["up"].weight = nn.Parameter(integers, requires_grad=False)
+    with pytest.raises(TypeError, match=r"^blocks\.0\.up\.weight must be float16, .* torch\.int8"):
+        quantize_model(model)
+    assert set(kinds(model).values()) == {nn.Linear}
     with pytest.raises(ValueError, match=r"^0\.weight is on the meta device"):
         quantize_model(nn.Sequential(nn.Linear(64, 64, device="meta")))
     with pytest.raises(ValueError, match="code must be one of"):

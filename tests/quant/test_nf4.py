@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from lora_core.quant import NF4Tensor, quantize_4bit, quantize_nf4
+from lora_core.quant import NF4Tensor, double_quant, nf4, quantize_4bit, quantize_nf4
 from lora_core.quant.codebook import CODEBOOKS, codebook
 from lora_core.quant.double_quant import shared_map
 from lora_core.quant.nf4 import shared_table
@@ -160,3 +160,15 @@ def test_one_table_a_device() -> None:
         fake = torch.device("cuda", 3)
         assert shared_table(book, fake) is not shared_table(book, fake)
         assert shared_map(fake) is not shared_map(fake)
+
+
+def test_tables_placed_in_inference_mode_serve_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are shared: one model evaluated first must not spoil another's training."""
+    monkeypatch.setattr(nf4, "_placed", {})
+    monkeypatch.setattr(double_quant, "_placed", {})
+    double_quant._dynamic_map.cache_clear()
+    with torch.inference_mode():
+        quantize_nf4(torch.randn(64, 64)).dequantize()
+    cpu = torch.device("cpu")
+    assert not shared_map(cpu).is_inference()
+    assert not shared_table(codebook("nf4"), cpu).is_inference()
