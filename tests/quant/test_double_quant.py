@@ -59,6 +59,24 @@ def test_each_scale_gets_the_nearest_entry(n: int, spread: float, scale: float, 
     assert bool((chosen <= distance.amin(1) + 1e-15 * absmax.double()[group]).all())
 
 
+def test_nearest_is_meant_exactly() -> None:
+    """Scales a few roundings from halfway between two entries, where float32 would not tell."""
+    table = dynamic_map()
+    entries = table.double()
+    middle = (entries[:-1] + entries[1:]) / 2
+    near = (0.7 * middle).float().repeat(8)
+    near += near * torch.randint(-3, 4, near.shape) * 2.0**-24
+    groups = torch.nn.functional.pad(near, (0, 8)).view(8, 256)
+    groups[:, 0] = 0.7
+    scales = torch.cat((groups, -groups))  # their mean is 0, or next to it
+    q, absmax, offset = encode_scales(scales.view(-1))
+    quotient = (scales - offset).double() / absmax.double()[:, None]
+    assert torch.equal(q.view(16, 256).long(), torch.bucketize(quotient, middle))
+    for coarse in (quotient.float().double(), middle.float().double()):  # either would show
+        pair = (coarse, middle) if coarse.shape == quotient.shape else (quotient, coarse)
+        assert not torch.equal(torch.bucketize(*pair), torch.bucketize(quotient, middle))
+
+
 def test_decoding_multiplies_then_adds_in_float32() -> None:
     scales = torch.rand(700) + 1
     q, absmax, offset = encode_scales(scales)
