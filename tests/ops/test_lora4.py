@@ -161,6 +161,7 @@ def test_rows_without_an_adapter_and_adapters_without_rows() -> None:
     x, mats, _, s = make(40, 33, 4, 3, torch.bfloat16)
     rows = torch.full((40,), -1, dtype=torch.int32)
     rows[5:9], rows[30:35], rows[35:] = 1, 3, 1 << 20  # 0 and 2 are nobody's; the last are unknown
+    rows[38:] = 4  # one beyond
     none = (rows < 0) | (rows > 3)
     h = shrink(x, mats, rows, s)
     assert not h[none].any()
