@@ -169,6 +169,20 @@ def test_a_zero_update_leaves_every_bit_on_every_route(dtype: torch.dtype) -> No
 
 
 @pytest.mark.usefixtures("way")
+def test_transposed_adapters_are_read_as_they_mean() -> None:
+    weight, x, dy = make_weight(), torch.randn(3, 128).bfloat16(), torch.randn(3, 24)
+    down, up, scaling = make_lora(24, 128, 4, 1)
+    apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (down, up)]
+    assert not any(t.is_contiguous() for t in apart)
+
+    def run(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return lora_linear4(x, weight, None, down, up, scaling)
+
+    for a, b in zip(step(run, [x, down, up], dy), step(run, [x, *apart], dy), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("way")
 def test_each_row_gets_its_own_adapter() -> None:
     """A mixed batch gives what every adapter gives its rows alone."""
     weight, (down, up, s) = make_weight(), make_lora(24, 128, 4, 3)
