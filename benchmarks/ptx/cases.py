@@ -20,7 +20,7 @@ from lora_kernels import blockwise4 as definition
 from lora_kernels import blockwise4_reference as reference
 from lora_kernels.blockwise4 import Weight4
 from lora_kernels.gpu import arrange4, blockwise4, lora4, matmul4, matmul4_dx, planes4, quantize4
-from lora_kernels.gpu.finish4 import Update
+from lora_kernels.gpu.finish4 import Update, finish
 
 __all__ = ["CASES", "Case"]
 
@@ -136,6 +136,26 @@ def product(  # noqa: PLR0913 - a case names what it varies
         close(h, single, h64)
 
 
+def finished(m: int, n: int, rank: int, count: int, mixed: bool) -> None:
+    """Partial sums, bias and update in float32, where no rounding hides that lanes disagree."""
+    update = adapters(m, n, 64, rank, count, mixed)
+    assert update is not None
+    partials, bias = torch.randn(3, m, n + count * rank), torch.randn(n)
+    y, h = finish(partials, n, bias, update, FP32)
+    own = torch.zeros(m, dtype=torch.long) if update.rows is None else update.rows.long()
+    chosen = own[:, None] == torch.arange(count)  # (M, L)
+    both = []
+    for kind in (FP32, torch.float64):
+        total = partials.to(kind).sum(0)
+        inner = total[:, n:].reshape(m, count, rank) * chosen[:, :, None]
+        up = update.up.to(kind) * update.scaling.to(kind)[:, None, None]
+        added = torch.einsum("mlr,lnr->mn", inner, up)
+        both.append((total[:, :n] + bias.to(kind) + added, inner.sum(1)))
+    (dense, single), (truth, true_h) = both
+    close(y, dense, truth)
+    close(h, single, true_h)
+
+
 def gradient(
     m: int, n: int, k: int, dtype: torch.dtype = BF16, *, nested: bool = True, **tile: int
 ) -> None:
@@ -238,6 +258,9 @@ def _products() -> list[Case]:
 
 CASES = [
     *_products(),
+    _case("finish4/8 rows/LoRA, fp32", finished, 8, 70, 16, 1, False, quick=True),
+    _case("finish4/1 row/LoRA, fp32", finished, 1, 70, 5, 1, False),
+    _case("finish4/11 rows/mixed, fp32", finished, 11, 70, 20, 3, True),
     _case("lora4/5 rows/mixed", lora, 5, 70, 5, 2, BF16, True, quick=True),
     _case("lora4/17 rows", lora, 17, 130, 8, 1, FP16, False),
     _case("lora4/33 rows/mixed, rank 20", lora, 33, 96, 20, 2, BF16, True),

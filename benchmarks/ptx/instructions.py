@@ -127,7 +127,7 @@ def logic(m: "Machine", i: Instruction) -> None:
 
 @instruction("shl", "shr")
 def shift(m: "Machine", i: Instruction) -> None:
-    """Shift; by the width or more gives 0, or the sign (9.7.8.6)."""
+    """Shift; by the width or more gives 0, or the sign (9.7.8)."""
     value, by = m.read(i.args[1]) & mask(i.bits), m.read(i.args[2]) & mask(32)
     if i.parts[0] == "shr" and i.type.startswith("s"):
         small = np.minimum(by, U(i.bits - 1)).astype(np.int64)
@@ -141,7 +141,7 @@ def shift(m: "Machine", i: Instruction) -> None:
 
 @instruction("bfe")
 def bfe(m: "Machine", i: Instruction) -> None:
-    """Extract a field at a constant place (9.7.1.19)."""
+    """Extract a field at a constant place (9.7.1)."""
     first, length = int(i.args[2], 0), int(i.args[3], 0)
     field = m.read(i.args[1]) >> U(first) & mask(length)
     m.write(i.args[0], unsigned(signed(field, length), i.bits) if i.type[0] == "s" else field)
@@ -149,7 +149,7 @@ def bfe(m: "Machine", i: Instruction) -> None:
 
 @instruction("lop3")
 def lop3(m: "Machine", i: Instruction) -> None:
-    """Any function of three bits, as a table of 8 (9.7.8.7)."""
+    """Any function of three bits, as a table of 8 (9.7.8)."""
     a, b, c = (m.read(name) for name in i.args[1:4])
     table, value = int(i.args[4], 0), np.zeros(m.threads, U)
     for j in range(8):
@@ -160,7 +160,7 @@ def lop3(m: "Machine", i: Instruction) -> None:
 
 @instruction("prmt")
 def permute(m: "Machine", i: Instruction) -> None:
-    """A byte permute (9.7.9.7)."""
+    """A byte permute (9.7.9)."""
     if i.op != "prmt.b32":
         raise i.unknown()
     m.write(i.args[0], prmt(*(m.read(name) for name in i.args[1:])))
@@ -180,14 +180,14 @@ def prmt(low: Array, high: Array, selector: Array) -> Array:
 
 @instruction("selp")
 def selp(m: "Machine", i: Instruction) -> None:
-    """The first if the predicate holds, else the second (9.7.6.4)."""
+    """The first if the predicate holds, else the second (9.7.6)."""
     a, b, p = (m.read(name) for name in i.args[1:])
     m.write(i.args[0], np.where(p, a, b) & mask(i.bits))
 
 
 @instruction("setp")
 def setp(m: "Machine", i: Instruction) -> None:
-    """Compare; of floats with NaN only `ne` of the unordered forms holds (9.7.6.1)."""
+    """Compare; of floats with NaN only `ne` of the unordered forms holds (9.7.6)."""
     if len(i.parts) != 3 or (i.type.startswith("f") and i.type != "f32"):
         raise i.unknown()
     how, floats = i.parts[1], i.type == "f32"
@@ -209,7 +209,7 @@ def _compared(v: Array, kind: str) -> Array:
 
 @instruction("cvt")
 def cvt(m: "Machine", i: Instruction) -> None:
-    """Convert; to 16 bits to nearest, to integers towards zero, pairs high first (9.7.9.22)."""
+    """Convert; to 16 bits to nearest, to integers towards zero, pairs high first (9.7.9)."""
     if set(i.parts[1:-2]) - {"rn", "rzi", "rmi", "ftz"}:
         raise i.unknown()
     into, source = i.parts[-2:]
@@ -240,5 +240,5 @@ def _truncated(f: Array, into: str, i: Instruction) -> Array:
 
 @instruction("ex2")
 def ex2(m: "Machine", i: Instruction) -> None:
-    """2^x (9.7.3.22)."""
+    """2^x (9.7.3)."""
     m.write(i.args[0], from_float32(np.exp2(to_float32(m.read(i.args[1])))))

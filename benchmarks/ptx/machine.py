@@ -9,7 +9,7 @@ Emulated: integer and float32 arithmetic and conversions as they round, `prmt` w
 `f32x2`, shuffles, `redux`, `cp.async` (its bytes may not be read before `wait_group`), `ldmatrix`,
 `stmatrix`, `mma.sync` on int8, bfloat16 and float16, `wgmma` with A in registers and B behind a
 swizzled descriptor. Semantics are those of the PTX ISA, section 9.7, by the subsections that the
-functions name. memory.py says which accesses are refused.
+functions name (as version 9 numbers them). memory.py says which accesses are refused.
 
 Not emulated: time; a thread's own path (a branch must be taken by all threads or by none, which
 Triton's code does); the asynchronous proxy, so a missing `fence.proxy.async` or `wgmma.wait_group`

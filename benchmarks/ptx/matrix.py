@@ -44,7 +44,7 @@ def _count(i: Instruction) -> int:
 
 @instruction("ldmatrix")
 def ldmatrix(m: "Machine", i: Instruction) -> None:
-    """Load 8 x 8 matrices of 16 bits; each lane gets two neighbours of a row (9.7.14.5.15)."""
+    """Load 8 x 8 matrices of 16 bits; each lane gets two neighbours of a row (9.7.14)."""
     m.together(i)
     for q, name in zip(range(_count(i)), names(i.args[0]), strict=True):
         matrix = np.stack(m.shared.load(_rows(m, i.args[1], q)), -1).reshape(m.warps, 8, 8)
@@ -56,7 +56,7 @@ def ldmatrix(m: "Machine", i: Instruction) -> None:
 
 @instruction("stmatrix")
 def stmatrix(m: "Machine", i: Instruction) -> None:
-    """Store 8 x 8 matrices of 16 bits (9.7.14.5.16)."""
+    """Store 8 x 8 matrices of 16 bits (9.7.14)."""
     m.together(i)
     for q, name in zip(range(_count(i)), names(i.args[1]), strict=True):
         v = m.read(name)
@@ -68,7 +68,7 @@ def stmatrix(m: "Machine", i: Instruction) -> None:
 
 @instruction("mma")
 def mma(m: "Machine", i: Instruction) -> None:
-    """D = A B + C, (16, 8) a warp, by the fragments of m16n8k32 and m16n8k16 (9.7.14.5)."""
+    """D = A B + C, (16, 8) a warp, by the fragments of m16n8k32 and m16n8k16 (9.7.14)."""
     m.together(i)
     integers = "s8" in i.parts
     kind = next((p for p in ("s8", "bf16", "f16") if p in i.parts), None)
@@ -103,7 +103,7 @@ def part(v: Array, e: int, kind: str) -> Array:
 
 @instruction("wgmma")
 def wgmma(m: "Machine", i: Instruction) -> None:
-    """D = A B + D, (64, N) by four warps; A in registers, B in shared memory (9.7.15.5)."""
+    """D = A B + D, (64, N) by four warps; A in registers, B in shared memory (9.7.15)."""
     if i.parts[1] in ("fence", "commit_group", "wait_group"):
         return
     m.together(i)
@@ -136,7 +136,7 @@ def _accumulate(m: "Machine", into: list[str], lanes: slice, product: Array, kee
 
 
 def _behind(m: "Machine", descriptors: Array, n: int, warp: int, kind: str) -> Array:
-    """B, (N, 16), K contiguous: start, stride and swizzle as the descriptor says (9.7.15.5.1)."""
+    """B, (N, 16), K contiguous: start, stride and swizzle as the descriptor says (9.7.15)."""
     if (descriptors != descriptors[0]).any():
         raise Fault(f"{m.current}: lanes disagree about the descriptor")
     word = int(descriptors[0])

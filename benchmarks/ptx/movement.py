@@ -32,7 +32,7 @@ def bra(m: "Machine", i: Instruction) -> None:
 
 @instruction("bar")
 def bar(m: "Machine", i: Instruction) -> None:
-    """A barrier of the program, or of a warp, whose threads are in step here (9.7.13.1)."""
+    """A barrier of the program, or of a warp, whose threads are in step here (9.7.13)."""
     if i.op == "bar.sync" and i.args == ("0",):
         m.together(i)
         m.shared.barrier()
@@ -42,12 +42,12 @@ def bar(m: "Machine", i: Instruction) -> None:
 
 @instruction("fence", "membar")
 def fence(m: "Machine", i: Instruction) -> None:
-    """Order of memory; here everything is in order (9.7.13.4)."""
+    """Order of memory; here everything is in order (9.7.13)."""
 
 
 @instruction("ld")
 def ld(m: "Machine", i: Instruction) -> None:
-    """Load, also vectors (9.7.9.8)."""
+    """Load, also vectors (9.7.9)."""
     if i.parts[1] == "param":
         m.write(i.args[0], np.full(m.threads, m.parameters[i.args[1].strip("[]")] % 2**64, U))
         return
@@ -62,14 +62,14 @@ def ld(m: "Machine", i: Instruction) -> None:
 
 @instruction("st")
 def st(m: "Machine", i: Instruction) -> None:
-    """Store, also vectors (9.7.9.11)."""
+    """Store, also vectors (9.7.9)."""
     values = [m.read(name)[m.active] for name in names(i.args[1])]
     m.space(i).store(m.access(i.args[0], i.bits // 8, len(values)), values)
 
 
 @instruction("cp")
 def cp(m: "Machine", i: Instruction) -> None:
-    """Copy 4 to 16 bytes to shared memory, or zeros; they land at the wait (9.7.9.25)."""
+    """Copy 4 to 16 bytes to shared memory, or zeros; they land at the wait (9.7.9)."""
     if i.op == "cp.async.commit_group":
         m.copies.append([])
     elif i.op in ("cp.async.wait_group", "cp.async.wait_all"):
@@ -103,7 +103,7 @@ def _copy(m: "Machine", i: Instruction) -> None:
 
 @instruction("mov")
 def mov(m: "Machine", i: Instruction) -> None:
-    """Copy, and pack or unpack a vector of equal parts (9.7.9.3)."""
+    """Copy, and pack or unpack a vector of equal parts (9.7.9)."""
     into, source = i.args
     if into.startswith("{"):
         parts = names(into)
@@ -126,7 +126,7 @@ def mov(m: "Machine", i: Instruction) -> None:
 
 @instruction("shfl")
 def shfl(m: "Machine", i: Instruction) -> None:
-    """A register of another lane of the warp (9.7.9.6)."""
+    """A register of another lane of the warp (9.7.9)."""
     m.together(i)
     by, lane = m.read(i.args[2]).astype(np.int64), m.lane.astype(np.int64)
     sources = {"bfly": lane ^ by, "idx": by & 31}
@@ -142,7 +142,7 @@ def shfl(m: "Machine", i: Instruction) -> None:
 
 @instruction("redux")
 def redux(m: "Machine", i: Instruction) -> None:
-    """The sum or an extreme over a warp (9.7.13.9)."""
+    """The sum or an extreme over a warp (9.7.13)."""
     m.together(i)
     how = {"max": np.max, "min": np.min, "add": np.sum}.get(i.parts[2])
     if how is None or i.type not in ("s32", "u32"):
@@ -153,7 +153,7 @@ def redux(m: "Machine", i: Instruction) -> None:
 
 @instruction("elect")
 def elect(m: "Machine", i: Instruction) -> None:
-    """One lane of each warp, the first (9.7.13.15)."""
+    """One lane of each warp, the first (9.7.13)."""
     m.together(i)
     m.write(i.args[0].partition("|")[2], m.lane == 0)
 

@@ -80,6 +80,13 @@ with tempfile.TemporaryDirectory() as fresh:
             return changed
         failed = check(parse(["--quick", "--only", only]), planted)
         print("PLANTED", name, any(seen), *failed)
+
+    from benchmarks.ptx.launch import Emulator
+    launch = Emulator.launch
+    def contracted(self, kernel, *args, **options):
+        launch(self, kernel, *args, **options | {"enable_fp_fusion": True})
+    Emulator.launch = contracted
+    print("PLANTED contraction True", *check(parse(["--quick", "--only", "finish4*"])))
 """
 
 
@@ -92,6 +99,7 @@ def test_faults_in_compiled_kernels() -> None:
         "signs": "AssertionError: error",
         "bound": "out of bounds of global memory",
         "mask": "out of bounds of global memory",
+        "contraction": "lanes disagree",
     }.items():
         line = next(x for x in text.splitlines() if x.startswith(f"PLANTED {name} "))
         assert line.startswith(f"PLANTED {name} True "), line  # the fault is there
