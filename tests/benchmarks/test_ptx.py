@@ -172,6 +172,17 @@ def test_warps_exchange_through_shared_memory(execute: Execute) -> None:
     assert execute(SHARE).tolist() == [i ^ 32 for i in range(64)]
 
 
+@pytest.mark.parametrize("pending", [0, 1])
+def test_copies_land_at_the_wait(execute: Execute, pending: int) -> None:
+    copy = "cp.async.ca.shared.global [%r2], [%rd1], 4; cp.async.commit_group;"
+    wait = f"cp.async.wait_group {pending}; ld.shared.b32 %r3, [%r2]; st.global.b32 [%rd3], %r3;"
+    if pending == 0:
+        assert (execute(copy + wait) == 0).all()  # each thread copied word 0
+        return
+    with pytest.raises(importlib.import_module("benchmarks.ptx.memory").Fault, match="nobody"):
+        execute(copy + wait)
+
+
 @pytest.mark.parametrize(
     ("snippet", "said"),
     [
