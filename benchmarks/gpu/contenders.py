@@ -96,9 +96,9 @@ class Ours(Contender):
 
     def dx(self, weight: Weight4, dy: Tensor) -> Tensor:
         """`dy W`, the operator that backward calls."""
-        from lora_kernels.matmul4 import _flat
+        from lora_kernels.operands import flat
 
-        return torch.ops.lora_kernels.matmul4_dx(dy, *_flat(weight))
+        return torch.ops.lora_kernels.matmul4_dx(dy, *flat(weight))
 
     def lora(self, weight: Weight4, x: Tensor, lora: Lora, bias: Tensor | None = None) -> Tensor:
         """`x Wᵀ + s (x Aᵀ) Bᵀ`, differentiable, by one adapter or each row's own."""

@@ -1,16 +1,17 @@
 """Operators with one plain PyTorch definition each and, where they exist, faster backends."""
 
 from lora_kernels.blockwise4 import (
-    Weight4,
     decode_scales,
     dequantize4,
     encode_scales,
+    expand4,
     expand4_slice,
     quantize4,
 )
 from lora_kernels.dispatch import backend_for, describe
 from lora_kernels.lora_linear import lora_linear4
 from lora_kernels.matmul4 import matmul4
+from lora_kernels.operands import Weight4
 
 __all__ = [
     "Weight4",
@@ -19,6 +20,7 @@ __all__ = [
     "dequantize4",
     "describe",
     "encode_scales",
+    "expand4",
     "expand4_slice",
     "lora_linear4",
     "matmul4",

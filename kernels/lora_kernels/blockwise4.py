@@ -21,13 +21,13 @@ Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (equations 1-4).
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels import blockwise4_reference as reference
 from lora_kernels.dispatch import backend_for
+from lora_kernels.operands import Weight4
 from lora_kernels.scales4 import SCALE_GROUP, TINY, check_flag, decode_scales, encode_scales
 
 __all__ = [
@@ -36,47 +36,13 @@ __all__ = [
     "decode_scales",
     "dequantize4",
     "encode_scales",
+    "expand4",
     "expand4_slice",
     "quantize4",
 ]
 
 BACKENDS = ("reference", "triton")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Weight4(NamedTuple):
-    """A 4-bit matrix as the operators take it: tensors and three integers.
-
-    Attributes:
-        codes: uint8, `out_features * in_features / 2` bytes rounded up, any shape.
-        scales: float32 (blocks,), or uint8 indices into `scale_table` (double quantization).
-        table: float32 (16,), the value of each code.
-        out_features: rows, N.
-        in_features: columns, K.
-        block_size: elements that share a scale.
-        scale_absmax: float32 (ceil(blocks / 256),) with double quantization, else None.
-        scale_offset: float32 (), likewise.
-        scale_table: float32 (256,), likewise.
-        arranged: uint8, a copy of the codes in the order in which tensor cores read them, or None.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    table: Tensor
-    out_features: int
-    in_features: int
-    block_size: int
-    scale_absmax: Tensor | None = None
-    scale_offset: Tensor | None = None
-    scale_table: Tensor | None = None
-    arranged: Tensor | None = None
-
-    @property
-    def nested(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What decodes uint8 scales: `scale_absmax`, `scale_offset`, `scale_table`; or None."""
-        if self.scale_absmax is None or self.scale_offset is None or self.scale_table is None:
-            return None
-        return self.scale_absmax, self.scale_offset, self.scale_table
 
 
 def quantize4(
@@ -201,6 +167,21 @@ def _dequantize4_triton(
     gpu.expand(codes, scales, nested, table.to(codes.device), block_size, wide)
     if wide is not out:
         out.copy_(wide)
+
+
+def expand4(weight: Weight4, dtype: torch.dtype) -> Tensor:
+    """Expand a whole matrix.
+
+    Args:
+        weight: codes and scales of W (N, K).
+        dtype: of the result.
+
+    Returns:
+        (N, K) of `dtype`.
+    """
+    n, k = weight.out_features, weight.in_features
+    codes, scales, table, block = weight.codes, weight.scales, weight.table, weight.block_size
+    return dequantize4(codes, scales, table, block, n * k, dtype, nested=weight.nested).view(n, k)
 
 
 def expand4_slice(

@@ -32,18 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.blockwise4 import Weight4
 from lora_kernels.dispatch import backend_for, device_of
-from lora_kernels.matmul4 import (
-    _TENSORS,
-    _WEIGHT,
-    _check,
-    _dx_reference,
-    _flat,
-    _weight,
-    matmul4,
-    matmul4_reference,
-)
+from lora_kernels.matmul4 import dx_reference, matmul4, matmul4_reference
+from lora_kernels.operands import SCHEMA, TENSORS, WIDTH, Weight4, autocast, check, flat, unflat
+from lora_kernels.operands import rows as flatten
 
 __all__ = ["lora_linear4", "lora_linear4_reference"]
 
@@ -54,11 +46,11 @@ FUSED_COLUMNS = 512  # of all adapters; more would be a second matrix beside W, 
 _LORA = "Tensor? rows, Tensor down, Tensor up, Tensor scaling"
 torch.library.define(
     "lora_kernels::lora_linear4",
-    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LORA}) -> (Tensor, Tensor)",
+    f"(Tensor x, {SCHEMA}, Tensor? bias, {_LORA}) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "lora_kernels::lora_linear4_backward",
-    f"(Tensor dy, Tensor x, Tensor h, {_WEIGHT}, {_LORA}, bool wants_dx, bool wants_update)"
+    f"(Tensor dy, Tensor x, Tensor h, {SCHEMA}, {_LORA}, bool wants_dx, bool wants_update)"
     " -> (Tensor, Tensor, Tensor)",
 )
 
@@ -105,12 +97,8 @@ def lora_linear4(
         ValueError: shapes or devices that do not fit, an index without an adapter, scaling that
             requires a gradient, or a forced backend that cannot run.
     """
-    _check(x, weight, bias)
-    device = x.device.type
-    # asked first, as a device without autocast (meta) may not be asked the second question
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    check(x, weight, bias)
+    x = autocast(x)
     if down.dim() == 2 and up.dim() == 2:
         down, up = down[None], up[None]
     if not isinstance(scaling, Tensor):
@@ -119,7 +107,7 @@ def lora_linear4(
     _check_lora(weight, down, up, scaling)
     index = _index(rows, x, len(down))
     return torch.ops.lora_kernels.lora_linear4(
-        x, *_flat(weight), bias, index, down, up, scaling.reshape(-1)
+        x, *flat(weight), bias, index, down, up, scaling.reshape(-1)
     )[0]
 
 
@@ -183,7 +171,7 @@ def lora_linear4_reference(
         (..., N) in the dtype of x.
     """
     lora = _Lora(rows, down, up, scaling)
-    y, _ = _forward_plain(_flatten(x), weight, bias, lora, matmul4_reference)
+    y, _ = _forward_plain(flatten(x), weight, bias, lora, matmul4_reference)
     return y.view(*x.shape[:-1], weight.out_features)
 
 
@@ -249,14 +237,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _rows(x: Tensor) -> int:
-    return math.prod(x.shape[:-1])
-
-
-def _flatten(x: Tensor) -> Tensor:
-    return x.reshape(_rows(x), x.shape[-1])  # with -1 for either, 0 elements would not tell
-
-
 # --- Triton --------------------------------------------------------------------------------------
 
 
@@ -309,19 +289,17 @@ def _float32(lora: _Lora) -> _Lora:
 
 # --- the operators -------------------------------------------------------------------------------
 
-_WIDTH = _TENSORS + 3  # arguments that are the weight
-
 
 @torch.library.impl("lora_kernels::lora_linear4", "default")
 def _lora_linear4(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, bias, lora = _weight(args[:_WIDTH]), args[_WIDTH], _Lora(*args[_WIDTH + 1 :])
+    weight, bias, lora = unflat(args[:WIDTH]), args[WIDTH], _Lora(*args[WIDTH + 1 :])
     _check_values(lora)
-    backend, flat = backend_for(x, BACKENDS), _flatten(x)
+    backend, x_rows = backend_for(x, BACKENDS), flatten(x)
     with torch.autocast(x.device.type, enabled=False), device_of(x):
         if backend == "triton":
-            y, h = _forward_triton(flat, weight, bias, lora)
+            y, h = _forward_triton(x_rows, weight, bias, lora)
         else:
-            y, h = _forward_plain(flat, weight, bias, lora, matmul4_reference)
+            y, h = _forward_plain(x_rows, weight, bias, lora, matmul4_reference)
     return y.view(*x.shape[:-1], weight.out_features), h
 
 
@@ -329,14 +307,14 @@ def _lora_linear4(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _lora_linear4_backward(
     dy: Tensor, x: Tensor, h: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight, lora = _weight(args[:_WIDTH]), _Lora(*args[_WIDTH:-2])
+    weight, lora = unflat(args[:WIDTH]), _Lora(*args[WIDTH:-2])
     wants, backend = (args[-2], args[-1]), backend_for(dy, BACKENDS)
-    flat = _flatten(dy), _flatten(x)
+    both = flatten(dy), flatten(x)
     with torch.autocast(dy.device.type, enabled=False), device_of(dy):
         if backend == "triton":
-            dx, ddown, dup = _backward_triton(*flat, h, weight, lora, wants)
+            dx, ddown, dup = _backward_triton(*both, h, weight, lora, wants)
         else:
-            dx, ddown, dup = _backward_plain(*flat, h, weight, lora, wants, _dx_reference)
+            dx, ddown, dup = _backward_plain(*both, h, weight, lora, wants, dx_reference)
     return dx.view(x.shape) if wants[0] else dx, ddown, dup
 
 
@@ -353,9 +331,9 @@ def _check_values(lora: _Lora) -> None:
 
 
 def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y = x.new_empty((*x.shape[:-1], args[_TENSORS]))
-    down = args[_WIDTH + 2]
-    return y, x.new_empty((_rows(x), down.shape[1]), dtype=_wide(x.dtype))
+    y = x.new_empty((*x.shape[:-1], args[TENSORS]))
+    down = args[WIDTH + 2]
+    return y, x.new_empty((math.prod(x.shape[:-1]), down.shape[1]), dtype=_wide(x.dtype))
 
 
 def _fake_backward(dy: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -373,17 +351,17 @@ def _fake_backward(dy: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep x, h and what exists anyway."""
-    x, weight, bias, lora = inputs[0], inputs[1 : 1 + _WIDTH], inputs[1 + _WIDTH], inputs[-4:]
-    ctx.save_for_backward(x, output[1], *weight[:_TENSORS], *lora)
-    ctx.sizes = weight[_TENSORS:]
+    x, weight, bias, lora = inputs[0], inputs[1 : 1 + WIDTH], inputs[1 + WIDTH], inputs[-4:]
+    ctx.save_for_backward(x, output[1], *weight[:TENSORS], *lora)
+    ctx.sizes = weight[TENSORS:]
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
     x, h, *rest = ctx.saved_tensors
-    weight, lora = (*rest[:_TENSORS], *ctx.sizes), _Lora(*rest[_TENSORS:])
-    wants_dx, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1 + _WIDTH]
+    weight, lora = (*rest[:TENSORS], *ctx.sizes), _Lora(*rest[TENSORS:])
+    wants_dx, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1 + WIDTH]
     wants_update = any(ctx.needs_input_grad[-3:-1])
     dx = dbias = ddown = dup = None
     if dy is not None:
@@ -391,11 +369,11 @@ def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | 
             dy, x, h, *weight, *lora, wants_dx, wants_update
         )
         if ctx.bias_dtype is not None and wants_bias:
-            total = _flatten(dy).sum(0, dtype=_wide(dy.dtype))
+            total = flatten(dy).sum(0, dtype=_wide(dy.dtype))
             dbias = total.to(ctx.bias_dtype)
     if dh is not None:  # of a second derivative: h = x A^T was an argument of the gradient
         dx, ddown = _add_through_h(dx, ddown, dh.to(x.dtype), x, lora)
-    given = (dx if wants_dx else None, *[None] * _WIDTH, dbias, None)
+    given = (dx if wants_dx else None, *[None] * WIDTH, dbias, None)
     return (*given, *((ddown, dup) if wants_update else (None, None)), None)
 
 
@@ -403,16 +381,16 @@ def _add_through_h(
     dx: Tensor | None, ddown: Tensor | None, dh: Tensor, x: Tensor, lora: _Lora
 ) -> tuple[Tensor, Tensor]:
     more = _times(dh, lora.down.transpose(1, 2), lora.rows).view(x.shape)
-    down = _outer(dh, _flatten(x), lora.rows, len(lora.down)).to(lora.down.dtype)
+    down = _outer(dh, flatten(x), lora.rows, len(lora.down)).to(lora.down.dtype)
     dx = more if dx is None or not dx.numel() else dx + more
     return dx, down if ddown is None or not ddown.numel() else ddown + down
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     dy, x, h = inputs[:3]
-    weight, lora = inputs[3 : 3 + _WIDTH], inputs[3 + _WIDTH : -2]
-    ctx.save_for_backward(dy, x, h, *weight[:_TENSORS], *lora)
-    ctx.sizes, ctx.wants = weight[_TENSORS:], inputs[-2:]
+    weight, lora = inputs[3 : 3 + WIDTH], inputs[3 + WIDTH : -2]
+    ctx.save_for_backward(dy, x, h, *weight[:TENSORS], *lora)
+    ctx.sizes, ctx.wants = weight[TENSORS:], inputs[-2:]
     ctx.set_materialize_grads(False)
 
 
@@ -421,13 +399,13 @@ def _second(
 ) -> tuple[Tensor | None, ...]:
     """Gradient of `<gx, dx> + <ga, dA> + <gb, dB>`, every step differentiable again."""
     dy, x, h, *rest = ctx.saved_tensors
-    weight, lora = _weight((*rest[:_TENSORS], *ctx.sizes)), _Lora(*rest[_TENSORS:])
+    weight, lora = unflat((*rest[:TENSORS], *ctx.sizes)), _Lora(*rest[TENSORS:])
     gx = gx if ctx.wants[0] else None
     ga, gb = (ga, gb) if ctx.wants[1] else (None, None)
     with torch.autocast(x.device.type, enabled=False):
         grads = _second_plain(dy, x, h, weight, lora, gx, ga, gb)
     d_dy, d_x, d_h, d_down, d_up = grads
-    return (d_dy.view(dy.shape), d_x.view(x.shape), d_h, *[None] * (_WIDTH + 1), d_down, d_up) + (
+    return (d_dy.view(dy.shape), d_x.view(x.shape), d_h, *[None] * (WIDTH + 1), d_down, d_up) + (
         None,
     ) * 3
 
@@ -443,7 +421,7 @@ def _second_plain(
     gb: Tensor | None,
 ) -> tuple[Tensor, ...]:
     rows, adapters, dtype = lora.rows, len(lora.down), dy.dtype
-    dy, x = _flatten(dy), _flatten(x)
+    dy, x = flatten(dy), flatten(x)
     gx = torch.zeros_like(x) if gx is None else gx.reshape(x.shape)
     ga = torch.zeros_like(lora.down) if ga is None else ga
     gb = torch.zeros_like(lora.up) if gb is None else gb

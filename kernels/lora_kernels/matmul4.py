@@ -19,27 +19,31 @@ Bytes moved by the reference, N x K weight: K N / 2 codes read, 2 K N written an
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equations 5 and 6.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels.blockwise4 import Weight4, dequantize4
+from lora_kernels.blockwise4 import expand4
 from lora_kernels.dispatch import backend_for, device_of
+from lora_kernels.operands import (
+    SCHEMA,
+    TENSORS,
+    WIDTH,
+    Weight4,
+    autocast,
+    check,
+    flat,
+    rows,
+    unflat,
+)
 
-__all__ = ["arrange", "matmul4", "matmul4_reference"]
+__all__ = ["arrange", "dx_reference", "matmul4", "matmul4_reference"]
 
 BACKENDS = ("reference", "triton")
 
-_WEIGHT = (
-    "Tensor codes, Tensor scales, Tensor table, Tensor? scale_absmax, Tensor? scale_offset, "
-    "Tensor? scale_table, Tensor? arranged, int out_features, int in_features, "
-    "int block_size"
-)
-_TENSORS = 7  # of a weight in the schema, before its three integers
-torch.library.define("lora_kernels::matmul4", f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
-torch.library.define("lora_kernels::matmul4_dx", f"(Tensor dy, {_WEIGHT}) -> Tensor")
+torch.library.define("lora_kernels::matmul4", f"(Tensor x, {SCHEMA}, Tensor? bias) -> Tensor")
+torch.library.define("lora_kernels::matmul4_dx", f"(Tensor dy, {SCHEMA}) -> Tensor")
 
 
 def matmul4(x: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
@@ -58,31 +62,15 @@ def matmul4(x: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
         ValueError: the last dimension of x is not K, the bias is not (N,), or a forced backend
             cannot run.
     """
-    _check(x, weight, bias)
-    device = x.device.type
-    # asked first, as a device without autocast (meta) may not be asked the second question
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    return torch.ops.lora_kernels.matmul4(x, *_flat(weight), bias)
-
-
-def _check(x: Tensor, weight: Weight4, bias: Tensor | None) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating-point; got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != weight.in_features:
-        raise ValueError(
-            f"x must end in in_features = {weight.in_features}; got shape {tuple(x.shape)}"
-        )
-    if bias is not None and bias.shape != (weight.out_features,):
-        raise ValueError(f"bias must be ({weight.out_features},); got {tuple(bias.shape)}")
+    check(x, weight, bias)
+    return torch.ops.lora_kernels.matmul4(autocast(x), *flat(weight), bias)
 
 
 def arrange(weight: Weight4) -> Tensor | None:
     """What `Weight4.arranged` takes: a copy of the codes in the order in which tensor cores read.
 
-    The copy saves the kernels for few rows a rearrangement in shared memory. It costs as many bytes
-    again as the codes, and `lora_kernels.gpu.arrange4.restore` gives the codes back from it.
+    The copy saves the kernel for the fewest rows some loads. It costs as many bytes again as the
+    codes, and `lora_kernels.gpu.arrange4.restore` gives the codes back from it.
 
     Args:
         weight: codes and scales of W (N, K).
@@ -109,82 +97,63 @@ def matmul4_reference(x: Tensor, weight: Weight4, bias: Tensor | None = None) ->
         (..., N) in the dtype of x.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, _expand(weight, x.dtype), bias)
+    return torch.nn.functional.linear(x, expand4(weight, x.dtype), bias)
 
 
-def _expand(weight: Weight4, dtype: torch.dtype) -> Tensor:
-    n, k = weight.out_features, weight.in_features
-    codes, scales, table, block = weight.codes, weight.scales, weight.table, weight.block_size
-    flat = dequantize4(codes, scales, table, block, n * k, dtype, nested=weight.nested)
-    return flat.view(n, k)
+def dx_reference(dy: Tensor, weight: Weight4) -> Tensor:
+    """The definition of `dy W`: expand W in the dtype of dy and multiply.
 
+    Args:
+        dy: (..., N), floating-point.
+        weight: codes and scales of W (N, K).
 
-def _dx_reference(dy: Tensor, weight: Weight4) -> Tensor:
-    return dy @ _expand(weight, dy.dtype)
+    Returns:
+        (..., K) in the dtype of dy.
+    """
+    return dy @ expand4(weight, dy.dtype)
 
 
 def _matmul4_triton(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
     from lora_kernels.gpu import routes4
 
-    with device_of(x):
-        y = routes4.multiply(x.reshape(_rows(x), weight.in_features), weight, bias)
-    return y.view(*x.shape[:-1], weight.out_features)
+    return routes4.multiply(rows(x), weight, bias).view(*x.shape[:-1], weight.out_features)
 
 
 def _dx_triton(dy: Tensor, weight: Weight4) -> Tensor:
     from lora_kernels.gpu import routes4
 
-    with device_of(dy):
-        dx = routes4.multiply_dx(dy.reshape(_rows(dy), weight.out_features), weight)
-    return dx.view(*dy.shape[:-1], weight.in_features)
-
-
-def _rows(x: Tensor) -> int:
-    return math.prod(x.shape[:-1])  # reshape(-1, 0) would not know
-
-
-def _flat(weight: Weight4) -> tuple[Any, ...]:
-    """The weight in the order of the operators' schema."""
-    w = weight
-    tensors = (w.codes, w.scales, w.table, w.scale_absmax, w.scale_offset, w.scale_table)
-    return (*tensors, w.arranged, w.out_features, w.in_features, w.block_size)
-
-
-def _weight(args: tuple[Any, ...]) -> Weight4:
-    """`_flat` undone; kernels count on tensors without gaps."""
-    tensors: list[Any] = [t if t is None else t.contiguous() for t in args[:_TENSORS]]
-    codes, scales, table, *more = tensors
-    return Weight4(codes, scales, table, *args[_TENSORS:], *more)
+    return routes4.multiply_dx(rows(dy), weight).view(*dy.shape[:-1], weight.in_features)
 
 
 @torch.library.impl("lora_kernels::matmul4", "default")
 def _matmul4(x: Tensor, *args: Any) -> Tensor:
     run = {"reference": matmul4_reference, "triton": _matmul4_triton}[backend_for(x, BACKENDS)]
-    with torch.autocast(x.device.type, enabled=False):  # the caller's cast is the only one
-        return run(x, _weight(args[:-1]), args[-1])
+    # the caller's cast is the only one
+    with torch.autocast(x.device.type, enabled=False), device_of(x):
+        return run(x, unflat(args[:-1]), args[-1])
 
 
 @torch.library.impl("lora_kernels::matmul4_dx", "default")
 def _matmul4_dx(dy: Tensor, *args: Any) -> Tensor:
-    run = {"reference": _dx_reference, "triton": _dx_triton}[backend_for(dy, BACKENDS)]
-    with torch.autocast(dy.device.type, enabled=False):
-        return run(dy, _weight(args))
+    run = {"reference": dx_reference, "triton": _dx_triton}[backend_for(dy, BACKENDS)]
+    with torch.autocast(dy.device.type, enabled=False), device_of(dy):
+        return run(dy, unflat(args))
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], args[_TENSORS]))
+    return x.new_empty((*x.shape[:-1], args[TENSORS]))
 
 
 def _fake_dx(dy: Tensor, *args: Any) -> Tensor:
-    return dy.new_empty((*dy.shape[:-1], args[_TENSORS + 1]))
+    return dy.new_empty((*dy.shape[:-1], args[TENSORS + 1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the weight as it is stored; x is not needed."""
-    first = 1 + _TENSORS
-    ctx.save_for_backward(*inputs[1:first])
-    ctx.sizes = inputs[first : first + 3]
-    bias = inputs[-1] if len(inputs) > first + 3 else None
+    weight = inputs[1 : 1 + WIDTH]
+    ctx.save_for_backward(*weight[:TENSORS])
+    ctx.sizes = weight[TENSORS:]
+    bias = inputs[-1] if len(inputs) > 1 + WIDTH else None
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -193,17 +162,16 @@ def _matmul4_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = torch.ops.lora_kernels.matmul4_dx(dy, *ctx.saved_tensors, *ctx.sizes)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[-1]:
-        rows = dy.reshape(-1, ctx.sizes[0])
-        total = rows.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        total = rows(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
         dbias = total.to(ctx.bias_dtype)
-    return (dx, *[None] * (_TENSORS + 3), dbias)
+    return (dx, *[None] * WIDTH, dbias)
 
 
 def _matmul4_dx_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     ddy = None
     if ctx.needs_input_grad[0]:
         ddy = torch.ops.lora_kernels.matmul4(ddx, *ctx.saved_tensors, *ctx.sizes, None)
-    return (ddy, *[None] * (_TENSORS + 3))
+    return (ddy, *[None] * WIDTH)
 
 
 torch.library.register_fake("lora_kernels::matmul4", _fake)

@@ -16,7 +16,7 @@ from lora_core.quant.nf4 import quantize_4bit
 from lora_core.testing import check_operator
 from lora_kernels import Weight4, lora_linear, matmul4
 from lora_kernels.lora_linear import lora_linear4, lora_linear4_reference
-from lora_kernels.matmul4 import _flat
+from lora_kernels.operands import flat
 
 BACKENDS = ["reference", "triton"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -258,10 +258,10 @@ def test_operators_meet_torch_s_own_checks(backend: str, adapters: int) -> None:
     down, up = down.requires_grad_(), up.requires_grad_()
     x, bias = torch.randn(5, 128, requires_grad=True), torch.randn(24, requires_grad=True)
     rows = torch.randint(-1, adapters, (5,), dtype=torch.int32) if adapters > 1 else None
-    torch.library.opcheck(OP, (x, *_flat(weight), bias, rows, down, up, s))
+    torch.library.opcheck(OP, (x, *flat(weight), bias, rows, down, up, s))
     dy, h = torch.randn(5, 24, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     for wants in ((True, True), (True, False), (False, True)):
-        arguments = (dy, x, h, *_flat(weight), rows, down, up, s, *wants)
+        arguments = (dy, x, h, *flat(weight), rows, down, up, s, *wants)
         torch.library.opcheck(OP_BACKWARD, arguments)
 
 

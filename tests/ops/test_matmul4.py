@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from lora_core.quant.double_quant import dynamic_map
 from lora_core.quant.nf4 import NF4Tensor, quantize_4bit
 from lora_kernels import Weight4, matmul4
-from lora_kernels.matmul4 import _flat
+from lora_kernels.operands import flat
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 OP, OP_DX = torch.ops.lora_kernels.matmul4, torch.ops.lora_kernels.matmul4_dx
@@ -101,9 +101,9 @@ def test_operators_meet_torch_s_own_checks(dq: bool, has_bias: bool) -> None:
     weight, _ = make(dq=dq)
     x = torch.randn(3, 5, 128, requires_grad=True)
     bias = torch.randn(24, requires_grad=True) if has_bias else None
-    torch.library.opcheck(OP.default, (x, *_flat(weight), bias))
+    torch.library.opcheck(OP.default, (x, *flat(weight), bias))
     dy = torch.randn(3, 5, 24, requires_grad=True)
-    torch.library.opcheck(OP_DX.default, (dy, *_flat(weight)))
+    torch.library.opcheck(OP_DX.default, (dy, *flat(weight)))
 
 
 def test_backward_twice_and_the_second_derivative() -> None:
@@ -159,7 +159,7 @@ def test_autocast_casts_as_linear_does(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ours = matmul4(a, weight, bias)
         theirs = torch.nn.functional.linear(b, w.to(dtype), linear_bias)
-        raw = OP(x, *_flat(weight), bias)  # the bare operator computes in its input's dtype
+        raw = OP(x, *flat(weight), bias)  # the bare operator computes in its input's dtype
     assert ours.dtype == theirs.dtype
     assert torch.equal(ours, theirs)
     assert raw.dtype == dtype

@@ -20,7 +20,7 @@ is a second N K / 2 bytes on the device for whoever asks for it.
 
 from torch import Tensor
 
-from lora_kernels.blockwise4 import Weight4
+from lora_kernels.operands import Weight4
 
 __all__ = ["COLUMNS", "ROWS", "arrange", "restore"]
 

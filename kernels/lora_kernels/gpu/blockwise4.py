@@ -30,10 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.blockwise4 import Weight4
 from lora_kernels.dispatch import device_of
 from lora_kernels.gpu.decode import load_scales, narrow
 from lora_kernels.gpu.variant import Variant
+from lora_kernels.operands import Weight4
 
 __all__ = ["expand", "expand4_slice", "variants"]
 

@@ -35,8 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.blockwise4 import Weight4
 from lora_kernels.gpu.decode import INTERPRETED, narrow
+from lora_kernels.operands import Weight4
 
 __all__ = [
     "aligned",

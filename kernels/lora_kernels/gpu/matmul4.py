@@ -45,7 +45,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.blockwise4 import Weight4
 from lora_kernels.gpu.decode import narrow
 from lora_kernels.gpu.finish4 import Update, finish
 from lora_kernels.gpu.halves4 import (
@@ -67,6 +66,7 @@ from lora_kernels.gpu.halves4 import (
 )
 from lora_kernels.gpu.matmul4_dx import default_dx_tile, multiply_dx
 from lora_kernels.gpu.variant import Variant
+from lora_kernels.operands import Weight4
 
 __all__ = ["Tile", "default_dx_tile", "default_tile", "multiply", "multiply_dx", "variants"]
 

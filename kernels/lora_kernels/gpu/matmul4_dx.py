@@ -32,7 +32,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.blockwise4 import Weight4
 from lora_kernels.gpu.decode import narrow
 from lora_kernels.gpu.finish4 import finish
 from lora_kernels.gpu.halves4 import (
@@ -49,6 +48,7 @@ from lora_kernels.gpu.halves4 import (
     uses_assembly,
 )
 from lora_kernels.gpu.variant import Variant
+from lora_kernels.operands import Weight4
 
 __all__ = ["DxTile", "default_dx_tile", "multiply_dx", "variants"]
 

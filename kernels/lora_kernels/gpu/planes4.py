@@ -54,12 +54,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.blockwise4 import Weight4
 from lora_kernels.gpu.decode import INTERPRETED, load_scales, narrow
 from lora_kernels.gpu.digits4 import prepare
 from lora_kernels.gpu.finish4 import Update, finish
 from lora_kernels.gpu.operands4 import code_pointers, decode, digit_tiles, load_tables, weight_tile
 from lora_kernels.gpu.variant import Variant
+from lora_kernels.operands import Weight4
 
 __all__ = ["Tile", "default_tile", "multiply", "variants"]
 

@@ -23,11 +23,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_kernels.blockwise4 import Weight4, dequantize4
+from lora_kernels.blockwise4 import expand4
 from lora_kernels.gpu import matmul4, planes4
 from lora_kernels.gpu.blockwise4 import expand4_slice
 from lora_kernels.gpu.finish4 import Update
 from lora_kernels.gpu.tuned import crossover, tile_fields
+from lora_kernels.operands import Weight4
 
 __all__ = ["dense_dx", "dense_multiply", "fused_multiply", "multiply", "multiply_dx", "route"]
 
@@ -166,7 +167,7 @@ def _slices(
     unit = weight.block_size if along else 1
     step = max(1, SLICE_BYTES // (across * dtype.itemsize or 1) // unit) * unit
     if step >= length or k % weight.block_size or dtype not in HALF:
-        yield 0, length, _expand(weight, dtype)
+        yield 0, length, expand4(weight, dtype)
         return
     workspace = like.new_empty(step * across)
     for start in range(0, length, step):
@@ -174,20 +175,6 @@ def _slices(
         box = (0, n, start, stop) if along else (start, stop, 0, k)
         out = workspace[: (stop - start) * across].view(box[1] - box[0], box[3] - box[2])
         yield start, stop, expand4_slice(weight, *box, dtype, out=out)
-
-
-def _expand(weight: Weight4, dtype: torch.dtype) -> Tensor:
-    n, k = weight.out_features, weight.in_features
-    flat = dequantize4(
-        weight.codes,
-        weight.scales,
-        weight.table,
-        weight.block_size,
-        n * k,
-        dtype,
-        nested=weight.nested,
-    )
-    return flat.view(n, k)
 
 
 def _fusable(weight: Weight4, dtype: torch.dtype) -> bool:
