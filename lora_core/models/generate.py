@@ -173,6 +173,8 @@ class _Steps:
         self.takes = inspect.signature(model.forward).parameters
         self.cache = KVCache() if "cache" in self.takes else None
         self.past: Any = None  # transformers' own cache
+        # not the cache's length: a soft prompt's virtual tokens are in it too
+        self.seen = 0
         if padded and "attention_mask" not in self.takes:
             raise ValueError(
                 f"{type(model).__name__}.forward takes no attention_mask: give its prompts one by "
@@ -180,19 +182,19 @@ class _Steps:
             )
 
     def __call__(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        seen = 0 if self.cache is None else self.cache.length
         options: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
         if self.cache is not None:
             options["cache"] = self.cache
         elif "past_key_values" in self.takes:
-            seen = 0 if self.past is None else self.past.get_seq_length()
             options |= {"past_key_values": self.past, "use_cache": True}
             if mask is not None:
-                options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, seen:]
+                options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, self.seen :]
         if "logits_to_keep" in self.takes:
             options["logits_to_keep"] = 1
-        output = self.model(ids[:, seen:], **options)
+        output = self.model(ids[:, self.seen :], **options)
         self.past = getattr(output, "past_key_values", None)
+        if self.cache is not None or self.past is not None:
+            self.seen = ids.shape[1]
         return output.logits[:, -1]  # (B, V)
 
 
