@@ -110,6 +110,7 @@ def select_modules(
     targets: Targets,
     *,
     kind: Callable[[nn.Module], bool],
+    linear: Callable[[nn.Module], bool] | None = None,
     exclude: Targets | None = None,
     option: str = "targets",
 ) -> list[str]:
@@ -119,6 +120,7 @@ def select_modules(
         model: the module to look through. The model itself is never selected.
         targets: list of names or suffixes, "all-linear", regular expression, or predicate.
         kind: which modules the option is about, called with the module inside any host.
+        linear: which of them "all-linear" means; None: all.
         exclude: the same forms; what it matches is left out.
         option: what the option is called in messages.
 
@@ -133,6 +135,8 @@ def select_modules(
     candidates = [(name, module) for name, module in every if kind(module)]
     if not candidates:
         raise ValueError(f"{option}: the model has no module of the wanted kind")
+    if targets == "all-linear" and linear is not None:
+        candidates = [(name, module) for name, module in candidates if linear(module)]
     chosen = _matching(model, every, candidates, targets, option)
     if exclude is not None and not (isinstance(exclude, Sequence) and len(exclude) == 0):
         left_out = _matching(model, every, candidates, exclude, f"exclude of {option}")

@@ -39,7 +39,7 @@ lora.quantize_model(model, skip=["4"])  # the last layer stays dense
 x, y = task(1.0)
 print(f"second task, before: loss {nn.functional.mse_loss(model(x), y):.5f}")
 
-print(lora.add_adapter(model, lora.LoRAConfig(r=4, alpha=8)))
+print(lora.add_adapter(model, lora.LoRAConfig(r=4, alpha=8, rank_pattern={"0": 2, "4": 1})))
 print(f"second task, adapted: loss {fit(model, x, y, steps=300, lr=0.02):.5f}")
 with lora.disable_adapters(model):
     print(f"second task, disabled: loss {nn.functional.mse_loss(model(x), y):.5f}")

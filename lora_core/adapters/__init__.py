@@ -2,7 +2,7 @@
 
 from lora_core.adapters.base import Adapted, Adapter, adapted_modules, dense_weight, is_linear
 from lora_core.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
-from lora_core.adapters.config import AdapterConfig, LoRAConfig, register_adapter
+from lora_core.adapters.config import AdapterConfig, register_adapter
 from lora_core.adapters.inject import (
     AdapterReport,
     active_names,
@@ -14,7 +14,9 @@ from lora_core.adapters.inject import (
     parameter_counts,
     set_adapters,
 )
-from lora_core.adapters.lora import LoRA, LoRALinear
+from lora_core.adapters.lora import LoRA
+from lora_core.adapters.lora_config import LoRAConfig
+from lora_core.adapters.lora_linear import LoRALinear
 from lora_core.adapters.merge import (
     LayerMerge,
     MergeReport,

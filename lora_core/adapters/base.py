@@ -18,9 +18,9 @@ changes, so unmerging is bit-exact by construction, disabling works while merged
 `keep_base=False` (merge.py) trades unmerging for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ __all__ = [
     "dense_weight",
     "is_linear",
     "linear_features",
+    "precision_of",
     "spelt",
 ]
 
@@ -54,15 +55,25 @@ class Adapter(nn.Module):
             adapters does not matter.
         keeps_ties: whether it is built to treat all holders of a tied weight alike; any other
             adapter that could be merged is refused on a tied weight.
+        replaces: whether it is called in the base's place (`replace`) instead of after it.
+        alone: whether no other adapter may be active at its module: it is defined on the base.
+        mixes: how rows of one batch may name it (`adapter_rows`): "grouped" for a kind whose rows
+            are computed together, "loop" for one that is run on its own rows, None for neither.
         trained: names of the parameters that are trained (set when it is attached): those that
             required gradients when it was built.
+        trained_on: precision of the base that it was trained on (`precision_of`); set when it is
+            attached, or read from disk.
         config: the configuration that built it; set by `add_adapter`, written by `save_adapter`.
     """
 
     unmergeable: str | None = None
     additive: bool = False
     keeps_ties: bool = False
+    replaces: bool = False
+    alone: bool = False
+    mixes: str | None = "loop"
     trained: tuple[str, ...] = ()
+    trained_on: str | None = None
     config: Any = None
 
     def forward(self, x: Any, y: Any, base: nn.Module) -> Any:
@@ -90,12 +101,45 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no merged(weight, bias)")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved and loaded, by the name it has on disk (default: the parameters).
+    def replace(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the output in the base's place; for a kind that `replaces`.
 
-        Loading copies into these very tensors, so they have to be the live ones.
+        Args:
+            base: the wrapped module.
+            args: all that it was called with.
+            kwargs: likewise.
+
+        Returns:
+            What the base would have returned.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no replace(base, args, kwargs)")
+
+    def merged_module(self, base: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+        """Return a module that does the same, for a kind whose merge is no weight and bias.
+
+        Args:
+            base: the wrapped module, not to be changed.
+            dtype: of the new module's floating-point parameters.
+
+        Returns:
+            The module, or None: `merged` makes its weight.
+        """
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved, by the name it has on disk (default: the parameters)."""
         return dict(self.named_parameters())
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what was saved.
+
+        Args:
+            tensors: by the names of `tensors`, all of them, in their shapes. This copies into the
+                tensors that `tensors` returns; a kind that saves others overrides it.
+        """
+        for key, own in self.tensors().items():
+            own.copy_(tensors[key])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves between devices, not changes of dtype."""
@@ -119,6 +163,9 @@ def check_name(name: str) -> None:
             f"{name!r} cannot name an adapter: it must be text without dots, and none of "
             "nn.ModuleDict's own names ('keys', 'type', 'train', …)"
         )
+
+
+Mixture: TypeAlias = Callable[["Adapted", tuple[Any, ...], dict[str, Any]], Any]
 
 
 @dataclass
@@ -156,6 +203,7 @@ class Adapted(nn.Module):
         active: the names that are applied, in order.
         enabled: False inside `disable_adapters`.
         merged: what is merged, or None.
+        mixture: inside `adapter_rows` what runs the rows of a batch, (host, args, kwargs) -> y.
     """
 
     wraps = "base"
@@ -169,6 +217,7 @@ class Adapted(nn.Module):
         self.active: list[str] = []
         self.enabled = True
         self.merged: Merged | None = None
+        self.mixture: Mixture | None = None
         self.train(base.training)
 
     def attach(self, name: str, adapter: Adapter) -> None:
@@ -191,6 +240,7 @@ class Adapted(nn.Module):
         if tensor is not None:
             adapter.to(tensor.device)
         adapter.trained = tuple(k for k, p in adapter.named_parameters() if p.requires_grad)
+        adapter.trained_on = adapter.trained_on or precision_of(self.base)
         adapter.train(self.training)
         self.adapters[name] = adapter
 
@@ -200,15 +250,43 @@ class Adapted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base (or what it was merged into), then every active adapter in order."""
-        merged = self.merged
         if not self.enabled:
             return self.base(*args, **kwargs)
-        module = self.base if merged is None or merged.module is None else merged.module
-        y = module(*args, **kwargs)
-        for name in self.active:
-            if merged is None or name not in merged.names:
-                x = args[0] if args else next(iter(kwargs.values()))
-                y = self.adapters[name](x, y, self.base)
+        if self.mixture is not None:
+            return self.mixture(self, args, kwargs)
+        merged = self.merged
+        if merged is None:
+            return self.apply_adapters(self.active, args, kwargs)
+        module = merged.module or self.base
+        rest = [name for name in self.active if name not in merged.names]
+        return self._after(module(*args, **kwargs), rest, args, kwargs)
+
+    def apply_adapters(
+        self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the output of the base under some of the adapters.
+
+        Args:
+            names: which, in order; at most one that replaces the base.
+            args: what the base is called with.
+            kwargs: likewise.
+
+        Returns:
+            The output.
+        """
+        instead = [name for name in names if self.adapter(name).replaces]
+        if not instead:
+            return self._after(self.base(*args, **kwargs), names, args, kwargs)
+        y = self.adapter(instead[0]).replace(self.base, args, kwargs)
+        return self._after(y, [name for name in names if name not in instead], args, kwargs)
+
+    def _after(
+        self, y: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run adapters on an output."""
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        for name in names:
+            y = self.adapters[name](x, y, self.base)
         return y
 
     def merge(
@@ -310,6 +388,23 @@ def dense_weight(module: nn.Module) -> Tensor:
             "floating-point .weight"
         )
     return weight.detach().to(torch.promote_types(torch.float32, weight.dtype))
+
+
+def precision_of(module: nn.Module) -> str | None:
+    """In what precision a module holds its weight: what it says itself, else its dtype.
+
+    Args:
+        module: any; NF4Linear says "nf4, block 64, double quantization".
+
+    Returns:
+        Such as "bfloat16", or None for a module without a floating-point parameter.
+    """
+    own = getattr(module, "precision", None)
+    if isinstance(own, str):
+        return own
+    dtypes = (p.dtype for p in module.parameters() if p.is_floating_point())
+    first = next(dtypes, None)
+    return None if first is None else str(first).removeprefix("torch.")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -87,7 +87,11 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
             site or no trainable parameter. The model is then as it was.
     """
     _refuse_name(model, name)
-    return attach_built(model, config, name, build_all(config, model))
+    built = build_all(config, model)
+    check = getattr(config, "check", None)
+    if callable(check):
+        check(built)
+    return attach_built(model, config, name, built)
 
 
 def _refuse_name(model: nn.Module, name: str) -> None:
@@ -130,7 +134,7 @@ def attach_built(
         raise ValueError(f"{type(config).__name__} built adapters without a trainable parameter")
     untied = _tied(model, modules, built, untie=bool(getattr(config, "untie", False)))
     _refuse_bypassed(model, modules, built)
-    hosts = {site: _host(config, modules[site]) for site in built}
+    hosts = {site: _host(config, modules[site], adapter) for site, adapter in built.items()}
 
     for module in untied:
         _untie(model, module)
@@ -149,9 +153,17 @@ def attach_built(
     return adapter_report(model, name)
 
 
-def _host(config: AdapterConfig, module: nn.Module) -> Adapted:
+def _host(config: AdapterConfig, module: nn.Module, adapter: Adapter) -> Adapted:
+    """The host around a module, or around what the adapter brings in its place (LoftQ)."""
+    instead = getattr(adapter, "new_base", ())
     if isinstance(module, Adapted):
+        if instead:
+            raise ValueError(
+                f"{type(config).__name__} quantizes the base, on which the adapters "
+                f"{list(module.adapters)} are already: delete them first"
+            )
         return module
+    module = instead[0] if instead else module
     make = getattr(config, "host", None)
     host = make(module) if callable(make) else Adapted(module)
     if not isinstance(host, Adapted):
@@ -255,6 +267,19 @@ def _activate(model: nn.Module, names: Sequence[str]) -> None:
         host.active = [name for name in names if name in host.adapters]
 
 
+def _refuse_company(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse adapters beside one that is defined on the base alone."""
+    for site, host in adapted_modules(model):
+        here = [name for name in names if name in host.adapters]
+        single = next((name for name in here if host.adapter(name).alone), None)
+        if single is not None and len(here) > 1:
+            kind = type(host.adapter(single)).__name__
+            raise ValueError(
+                f"{here} cannot be active together at {spelt(site)}: {single!r} ({kind}) is "
+                "defined on the base alone"
+            )
+
+
 def set_adapters(
     model: nn.Module, names: str | Sequence[str], trainable: bool | None = None
 ) -> None:
@@ -272,6 +297,7 @@ def set_adapters(
     names = [names] if isinstance(names, str) else list(names)
     _known(model, names)
     _refuse_merged(model, "changing the active adapters")
+    _refuse_company(model, names)
     _activate(model, names)
     if trainable is None:
         return

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank update beside a frozen linear layer.
+"""LoRA: a low-rank update beside a frozen layer.
 
     y = base(x) + s·B A dropout(x)      A (r, K), B (N, r), s = alpha / r  (rsLoRA: alpha / sqrt(r))
 
@@ -9,35 +9,27 @@ A and B are float32 and are cast to the compute dtype at the multiply; s goes on
 first, so 16-bit runs round s·B once. PEFT multiplies the (tokens, N) product by s instead, which
 costs a pass over the largest tensor and one more rounding.
 
-A base that can take the update into its own product does: one with a method
-
-    linear_with_update(x, down, up, scaling) -> y       A, B and s (1,) as they are, float32
-
-as NF4Linear's, which multiplies, adds and rounds in one operator (lora_kernels.lora_linear). It is
-used for exactly one active pair without dropout; several pairs, other kinds, a merged layer, and
-anything that has to see the base's output by itself take the sum written out below.
-
 Ref: Hu et al. 2021 (arXiv 2106.09685), section 4.1; Kalajdzievski 2023 (arXiv 2312.03732), rsLoRA.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
-from lora_core.adapters.base import Adapted, Adapter, compute_dtype, is_linear, linear_features
+from lora_core.adapters.base import Adapter, compute_dtype
+from lora_core.adapters.forms import EmbeddingForm, Form
 
-__all__ = ["LoRA", "LoRALinear"]
+__all__ = ["LoRA", "check_lora"]
 
 INITS = ("kaiming", "gaussian")
 
 
 class LoRA(Adapter):
-    """The low-rank pair at one linear-like module.
+    """The low-rank pair at one layer: linear, embedding or convolution (forms.py).
 
     Args:
         in_features: K.
@@ -45,22 +37,32 @@ class LoRA(Adapter):
         r: rank, at least 1.
         alpha: numerator of the scaling.
         dropout: probability of dropping an input element of the adapter in training, in [0, 1).
-        init: start of A: "kaiming" (uniform in ±1/sqrt(K), PEFT's default) or "gaussian"
-            (normal with deviation 1/r, the paper's). B starts at zero.
+        init: start of A: "kaiming" (uniform in ±1/sqrt(K), PEFT's default), "gaussian" (normal
+            with deviation 1/r, the paper's). B starts at zero. (An embedding's A starts at
+            zero and its B as standard normals, as in PEFT: A's columns are the tokens'.)
         use_rslora: scale by alpha / sqrt(r) instead of alpha / r.
+        form: the layer's kind; None: linear.
+        parts: sizes of the independent parts of a fused layer's output, N in sum: each has r rows
+            of A for itself; None: one part.
+        bias: start of a trained bias (N,), or None: the bias is not trained.
+        up_bias: whether B has a bias of its own, scaled with it (PEFT's `lora_bias`).
 
     Attributes:
-        A: (r, K) float32.
-        B: (N, r) float32.
+        A: (r, K) float32; (p·r, K) with p parts.
+        B: (N, r) float32; (N, r / g) with g groups.
         scaling: s.
+        bias: (N,) float32 or None; stands in the place of the base's.
+        up_bias: (N,) float32 or None.
 
     Raises:
-        ValueError: rank, dropout or init out of range.
+        ValueError: rank, dropout, init or parts out of range.
     """
 
     additive = True
+    mixes = "grouped"
+    new_base: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the settings of one pair
         self,
         in_features: int,
         out_features: int,
@@ -69,17 +71,61 @@ class LoRA(Adapter):
         dropout: float = 0.0,
         init: str = "kaiming",
         use_rslora: bool = False,
+        *,
+        form: Form | None = None,
+        parts: Sequence[int] | None = None,
+        bias: Tensor | None = None,
+        up_bias: bool = False,
     ) -> None:
         super().__init__()
         check_lora(r, alpha, dropout, init)
-        self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.A = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32, device="cpu"))
-        self.B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device="cpu"))
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        else:
-            nn.init.normal_(self.A, std=1 / r)
+        self.form = Form(in_features, out_features) if form is None else form
+        self.parts = _checked_parts(self.form, parts)
+        if r % self.form.groups:
+            raise ValueError(f"r must be a multiple of the {self.form.groups} groups, got {r}")
+        self.r, self.alpha, self.dropout, self.use_rslora = r, alpha, dropout, use_rslora
+        groups, rows = self.form.groups, r * max(1, len(self.parts))
+        self.A = nn.Parameter(_zeros(rows, in_features))
+        self.B = nn.Parameter(_zeros(out_features, r // groups))
+        # rows of A and columns of B that are taken away again, where training starts elsewhere
+        self.register_buffer("A0", None)
+        self.register_buffer("B0", None)
+        self.A0: Tensor | None
+        self.B0: Tensor | None
+        start = None if bias is None else bias.detach().float().cpu()
+        self.bias = None if start is None else nn.Parameter(start.clone())
+        self.register_buffer("bias0", start)
+        self.bias0: Tensor | None
+        self.up_bias = nn.Parameter(_zeros(out_features)) if up_bias else None
+        self._start(init)
         self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
+
+    def _start(self, init: str) -> None:
+        if isinstance(self.form, EmbeddingForm):
+            nn.init.normal_(self.B)
+        elif init == "gaussian":
+            nn.init.normal_(self.A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def start_at(self, down: Tensor, up: Tensor, subtract: bool = True) -> None:
+        """Start training from a pair that is not zero.
+
+        Args:
+            down: A, of its shape.
+            up: B, of its shape.
+            subtract: take s·B A of this start away again, so that the output does not change:
+                y = W x + s (B A - B0 A0) x. PiSSA and its like write W - s·B0 A0 into the base
+                instead, which rounds it and changes it for every other adapter.
+        """
+        self.A.copy_(down)
+        self.B.copy_(up)
+        if subtract:
+            self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
+
+    def begin(self, base: nn.Module) -> None:
+        """Take from the layer what a kind needs of it; called once, when the pair is new."""
 
     @property
     def scaling(self) -> float:
@@ -108,65 +154,156 @@ class LoRA(Adapter):
             self._place_scale()
         return self._scale
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the pair that is applied, differentiable: the update is s times their product.
+
+        Returns:
+            (down (R, K), up (N, R / g)): A and B themselves; with independent parts B block by
+            block, R = p·r; with a start that is subtracted [A; A0] and [B, -B0], R = 2r.
+        """
+        if self.A0 is None or self.B0 is None:
+            return self.A, self._spread(self.B)
+        g, columns = self.form.groups, self.form.in_features
+        pair = (self.A.view(g, -1, columns), self.A0.view(g, -1, columns))
+        down = torch.cat(pair, dim=1).view(-1, columns)  # (2r, K)
+        return down, torch.cat((self._spread(self.B), -self._spread(self.B0)), dim=1)
+
+    def _spread(self, up: Tensor) -> Tensor:
+        """B of a fused layer's parts (N, r) block by block, (N, p·r)."""
+        if not self.parts:
+            return up
+        return torch.block_diag(*torch.split(up, list(self.parts)))  # type: ignore[no-untyped-call]
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the whole update is s·B A, without a bias."""
+        return self.bias is None and self.up_bias is None
+
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Add the update to the output.
 
         Args:
-            x: (…, K) input of the base.
-            y: (…, N) output so far.
-            base: the wrapped module (not needed here).
+            x: input of the base: (…, K), token ids, or (B, C, …).
+            y: output so far.
+            base: the wrapped module.
 
         Returns:
-            (…, N) in y's dtype.
+            The output, in y's shape and dtype.
         """
-        dtype = compute_dtype(x)
+        return y - (0.0 - self.update(x, y, base).to(y.dtype))
+
+    def update(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """Return what is added to the output, in the dtype of the computation.
+
+        Args:
+            x: input of the base.
+            y: its output, whose dtype is computed in where x is token ids.
+            base: the wrapped module.
+
+        Returns:
+            s·B A dropout(x), and the change of the biases, in y's shape.
+        """
+        dtype = compute_dtype(x) if x.is_floating_point() else y.dtype
+        down, up = self.factors()
+        x = self.dropped(x, dtype)
+        update = self.form.apply(x, down.to(dtype), (up * self.scale()).to(dtype), base)
+        bias = self.bias_change()
+        return update if bias is None else update + self.form.along_output(bias.to(dtype))
+
+    def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x in the compute dtype after dropout; token ids as they are."""
+        if not x.is_floating_point():
+            return x
         x = x.to(dtype)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        h = F.linear(x, self.A.to(dtype))  # (…, r)
-        update = F.linear(h, (self.B * self.scaling).to(dtype))  # (…, N)
-        return y - (0.0 - update.to(y.dtype))
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def bias_change(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """Return what the trained biases add to the base's, (N,) in `dtype`, or None."""
+        change = None if self.up_bias is None else self.up_bias.to(dtype) * self.scaling
+        if self.bias is None or self.bias0 is None:
+            return change
+        new = self.bias.to(dtype) - self.bias0.to(dtype)
+        return new if change is None else new + change
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return s·B A, (N, K), computed in `dtype` (never below float32, autocast or not)."""
+        """Return s·B A in the layout of the layer's weight.
+
+        Args:
+            dtype: of the computation and the result, never below float32 (autocast or not).
+
+        Returns:
+            (N, K) for a linear layer.
+        """
         with torch.autocast(self.A.device.type, enabled=False):
-            return (self.B.to(dtype) * self.scaling) @ self.A.to(dtype)
+            down, up = self.factors()
+            return self.form.weight(self.form.delta(down.to(dtype), up.to(dtype) * self.scaling))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return W + s·B A, and the bias as it is."""
+        """Return W + s·B A, and the bias with its change."""
+        change = self.bias_change(weight.dtype)
+        if change is not None:
+            bias = change if bias is None else bias + change
         return weight + self.delta_weight(weight.dtype), bias
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return A and B under PEFT's names."""
-        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+        """Return A and B under PEFT's names, in PEFT's shapes, as they are applied."""
+        names = self.form.names()
+        saved = dict(zip(names, self.form.on_disk(*self.factors()), strict=True))
+        if self.up_bias is not None:
+            saved["lora_B.bias"] = self.up_bias
+        if self.bias is not None:
+            saved["base_layer.bias"] = self.bias
+        return saved
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what was saved; see `tensors`.
+
+        Raises:
+            ValueError: a fused layer's B has numbers outside its blocks.
+        """
+        first, second = self.form.names()
+        groups, columns = self.form.groups, self.form.in_features
+        down = tensors[first].reshape(groups, -1, columns)  # (g, R/g, K)
+        up = tensors[second].reshape(self.form.out_features, -1)  # (N, R/g)
+        halves = 1 if self.A0 is None else 2
+        self._take(down.chunk(halves, dim=1)[0], up.chunk(halves, dim=1)[0], self.A, self.B)
+        if self.A0 is not None and self.B0 is not None:
+            self._take(down.chunk(2, dim=1)[1], -up.chunk(2, dim=1)[1], self.A0, self.B0)
+        for own, key in ((self.up_bias, "lora_B.bias"), (self.bias, "base_layer.bias")):
+            if own is not None:
+                own.copy_(tensors[key])
+
+    def _take(self, down: Tensor, up: Tensor, own_down: Tensor, own_up: Tensor) -> None:
+        own_down.copy_(down.reshape(own_down.shape))
+        if self.parts:
+            blocks = zip(
+                torch.split(up, list(self.parts)), range(0, up.shape[1], self.r), strict=True
+            )
+            own = torch.cat([rows[:, i : i + self.r] for rows, i in blocks])  # (N, r)
+            if not torch.equal(self._spread(own), up):
+                raise ValueError("B of a fused layer has numbers outside the blocks of its parts")
+            up = own
+        own_up.copy_(up)
 
     def extra_repr(self) -> str:
         """Say rank, scaling and dropout."""
         return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-def _takes_updates(base: nn.Module) -> bool:
-    """Whether the base's class has `linear_with_update` and no forward of a later class beside it.
-
-    Asked of the class: a host would pass the question on to its own base, past its adapters.
-    """
-    for kind in type(base).__mro__:
-        if "linear_with_update" in vars(kind):
-            return True
-        if "forward" in vars(kind) or "__call__" in vars(kind):
-            return False
-    return False
+def _zeros(*shape: int) -> Tensor:
+    """Float32 zeros on the CPU, whatever default dtype or device is set."""
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether something would notice that the module is not called."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return any(map(len, hooks)) or "forward" in vars(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+def _checked_parts(form: Form, parts: Sequence[int] | None) -> tuple[int, ...]:
+    sizes = tuple(parts or ())
+    if sizes and (type(form) is not Form or min(sizes) < 1 or sum(sizes) != form.out_features):
+        raise ValueError(
+            f"parts must be positive sizes that add up to the {form.out_features} outputs of a "
+            f"linear layer, got {list(sizes)}"
+        )
+    return sizes
 
 
 def check_lora(r: int, alpha: float, dropout: float, init: str) -> None:
@@ -179,106 +316,3 @@ def check_lora(r: int, alpha: float, dropout: float, init: str) -> None:
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {init!r}")
-
-
-class LoRALinear(Adapted):
-    """Host of a linear-like module, with shortcuts to its LoRA pair.
-
-    `LoRALinear(linear)` is the layer for use by hand: base frozen, one adapter, active.
-    `add_adapter` makes the same host in a whole model.
-
-    Args:
-        base: an nn.Linear, NF4Linear, or any linear-like (base.py); its parameters are frozen.
-        r: rank.
-        alpha: scaling is alpha / r.
-        dropout: on the adapter's input, in training.
-        init: "kaiming" or "gaussian".
-        name: name of the adapter.
-
-    Raises:
-        TypeError: base is not linear-like.
-        ValueError: rank, dropout or init out of range.
-    """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        r: int = 16,
-        alpha: float = 32,
-        dropout: float = 0.0,
-        init: str = "kaiming",
-        name: str = "default",
-    ) -> None:
-        if not is_linear(base):
-            raise TypeError(
-                f"LoRALinear needs a linear-like base (in_features, out_features, dense_weight()), "
-                f"got {type(base).__name__}"
-            )
-        super().__init__(base)
-        base.requires_grad_(False)
-        self.attach(name, LoRA(*linear_features(base), r, alpha, dropout, init))
-        self.active = [name]
-
-    @classmethod
-    def around(cls, base: nn.Module) -> Self:
-        """Make a host with no adapter yet."""
-        host = cls.__new__(cls)
-        Adapted.__init__(host, base)
-        return host
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Multiply with the update in one operator where the base has it, else as any host does."""
-        pair = self._taken_by_base()
-        if pair is None or len(args) != 1 or kwargs:
-            return super().forward(*args, **kwargs)
-        base: Any = self.base
-        return base.linear_with_update(args[0], pair.A, pair.B, pair.scale())
-
-    def _taken_by_base(self) -> LoRA | None:
-        """The only active pair, if the base takes it into its product and nothing looks between.
-
-        A hook on the base or on the pair, one for all modules, and a forward that was replaced or
-        overridden expect to be called, so they get the base and the adapter one after the other.
-        """
-        if not self.enabled or self.merged is not None or len(self.active) != 1:
-            return None
-        pair = self.adapters[self.active[0]]
-        # exactly LoRA: another kind, even one derived from it, has a forward of its own
-        if type(pair) is not LoRA or (pair.dropout and pair.training):
-            return None
-        if not _takes_updates(self.base) or _watched(self.base) or _watched(pair):
-            return None
-        return pair
-
-    @property
-    def A(self) -> nn.Parameter:
-        """(r, K), of the first active LoRA pair (or the first there is)."""
-        return self._lora().A
-
-    @property
-    def B(self) -> nn.Parameter:
-        """(N, r), of the first active LoRA pair (or the first there is)."""
-        return self._lora().B
-
-    @property
-    def scaling(self) -> float:
-        """Factor s of the first active LoRA pair (or the first there is)."""
-        return self._lora().scaling
-
-    def delta_weight(self) -> Tensor:
-        """Return the update of all active pairs, (N, K) float32."""
-        out_features, in_features = self.out_features, self.in_features
-        total = torch.zeros(
-            out_features, in_features, dtype=torch.float32, device=self._lora().A.device
-        )
-        for name in self.active:
-            adapter = self.adapters[name]
-            if isinstance(adapter, LoRA):
-                total = total + adapter.delta_weight()
-        return total
-
-    def _lora(self) -> LoRA:
-        pairs = {n: a for n, a in self.adapters.items() if isinstance(a, LoRA)}
-        if not pairs:
-            raise AttributeError("this layer has no LoRA adapter")
-        return pairs[next((n for n in self.active if n in pairs), next(iter(pairs)))]

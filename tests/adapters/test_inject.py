@@ -75,7 +75,7 @@ def test_the_report_counts_and_prints(mlp: nn.Module) -> None:
 def test_a_4bit_weight_counts_its_elements(make_mlp: Make) -> None:
     dense, four_bit = make_mlp(), make_mlp()
     quantize_model(four_bit)
-    assert add_adapter(four_bit, LoRAConfig()).total == add_adapter(dense, LoRAConfig()).total
+    assert add_adapter(four_bit, LoRAConfig(r=2)).total == add_adapter(dense, LoRAConfig(r=2)).total
     assert parameter_counts(four_bit) == parameter_counts(dense)
 
 
@@ -85,8 +85,8 @@ def test_a_layer_made_by_hand_is_reported_by_its_class() -> None:
 
 
 def test_canonical_names_are_those_of_the_original_model(mlp: nn.Module) -> None:
-    add_adapter(mlp, LoRAConfig(targets=["inp", "0"]), "a")
-    add_adapter(mlp, LoRAConfig(targets=r"mid\.0|head"), "b")
+    add_adapter(mlp, LoRAConfig(r=2, targets=["inp", "0"]), "a")
+    add_adapter(mlp, LoRAConfig(r=2, targets=r"mid\.0|head"), "b")
     hosts = dict(adapted_modules(mlp))
     assert list(hosts) == ["inp", "mid.0", "head"]
     assert list(hosts["mid.0"].adapters) == ["a", "b"]  # one host holds both
@@ -262,27 +262,27 @@ def test_tied_weights_are_refused_or_untied(make_token_model: Callable[[bool], n
     with pytest.raises(
         ValueError, match=r"weight of 'head' is tied to that of 'embed': .* untie=True"
     ):
-        add_adapter(model, LoRAConfig(targets=["head"]))
+        add_adapter(model, LoRAConfig(r=2, targets=["head"]))
     assert model.head.weight is model.embed.weight
     ids = torch.arange(5)
     y = model(ids)
-    add_adapter(model, LoRAConfig(targets=["head"], untie=True))
+    add_adapter(model, LoRAConfig(r=2, targets=["head"], untie=True))
     assert model.head.base.weight is not model.embed.weight
     assert torch.equal(model(ids), y)
     assert model.config.tie_word_embeddings is False
-    add_adapter(make_token_model(True), LoRAConfig())  # the head is left out
+    add_adapter(make_token_model(True), LoRAConfig(r=2))  # the head is left out
 
 
 def test_modules_that_pytorch_bypasses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.raises(ValueError, match=r"'self_attn.out_proj' belongs to nn.MultiheadAttention"):
-        add_adapter(layer, LoRAConfig())
+        add_adapter(layer, LoRAConfig(r=2))
     model = nn.Sequential(layer)
     with pytest.raises(ValueError, match=r"'0.linear1' is in an nn.TransformerEncoderLayer"):
-        add_adapter(model, LoRAConfig(targets=["linear1"]))
+        add_adapter(model, LoRAConfig(r=2, targets=["linear1"]))
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        add_adapter(model, LoRAConfig(targets=["linear1"]))
+        add_adapter(model, LoRAConfig(r=2, targets=["linear1"]))
         model[0].linear1.B.data.normal_()
         model.eval()
         with torch.no_grad():

@@ -388,7 +388,7 @@ def test_requantizing_is_opt_in_and_reported(double_quant: bool, shake: Shake) -
     x = torch.randn(3, 64)
     for scale, low, high in ((1e-4, -1.0, 0.7), (0.5, 0.9, 1.1)):
         model = nn.Sequential(copy.deepcopy(base), nn.Linear(32, 2))
-        add_adapter(model, LoRAConfig(r=4, targets=["0", "1"]))
+        add_adapter(model, LoRAConfig(r=2, targets=["0", "1"]))
         shake(model, scale)
         with pytest.raises(ValueError, match="requantize=True, but none of the layers"):
             merge_adapters(copy.deepcopy(model)[1], requantize=True)

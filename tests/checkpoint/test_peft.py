@@ -259,7 +259,7 @@ def test_targets_are_written_as_names(
     targets: Any, written: list[str], base: Net, tmp_path: Path
 ) -> None:
     model = copy.deepcopy(base)
-    add_adapter(model, LoRAConfig(targets=targets))
+    add_adapter(model, LoRAConfig(r=2, targets=targets))
     save_adapter(model, tmp_path)
     assert read_adapter(tmp_path)[0]["target_modules"] == written
     load_adapter(base, tmp_path)

@@ -284,6 +284,7 @@ def test_one_layer_in_any_shape(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     torch.manual_seed(seed)
+    r = min(r, k, n)
     model = nn.Sequential(nn.Linear(k, n, bias=bias)).to(dtype)
     base = copy.deepcopy(model)
     add_adapter(model, LoRAConfig(r=r, alpha=alpha, use_rslora=rslora, targets=["0"]))

@@ -1,0 +1,158 @@
+"""The host of a linear layer, with shortcuts to its LoRA pair.
+
+A base that can take the update into its own product does: one with a method
+
+    linear_with_update(x, down, up, scaling) -> y       A, B and s (1,) as they are, float32
+
+as NF4Linear's, which multiplies, adds and rounds in one operator (lora_kernels.lora_linear). It is
+used for exactly one active pair without dropout; several pairs, other kinds, a merged layer, and
+anything that has to see the base's output by itself take the sum that `Adapted` writes out.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from lora_core.adapters.base import Adapted, dense_weight, is_linear, linear_features
+from lora_core.adapters.lora import LoRA
+
+__all__ = ["LoRALinear"]
+
+
+def _takes_updates(base: nn.Module) -> bool:
+    """Whether the base's class has `linear_with_update` and no forward of a later class beside it.
+
+    Asked of the class: a host would pass the question on to its own base, past its adapters.
+    """
+    for kind in type(base).__mro__:
+        if "linear_with_update" in vars(kind):
+            return True
+        if "forward" in vars(kind) or "__call__" in vars(kind):
+            return False
+    return False
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something would notice that the module is not called."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return any(map(len, hooks)) or "forward" in vars(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+class LoRALinear(Adapted):
+    """Host of a linear-like module, with shortcuts to its LoRA pair.
+
+    `LoRALinear(linear)` is the layer for use by hand: base frozen, one adapter, active.
+    `add_adapter` makes the same host in a whole model.
+
+    Args:
+        base: an nn.Linear, NF4Linear, or any linear-like (base.py); its parameters are frozen.
+        r: rank.
+        alpha: scaling is alpha / r.
+        dropout: on the adapter's input, in training.
+        init: "kaiming" or "gaussian".
+        name: name of the adapter.
+
+    Raises:
+        TypeError: base is not linear-like.
+        ValueError: rank, dropout or init out of range.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        init: str = "kaiming",
+        name: str = "default",
+    ) -> None:
+        if not is_linear(base):
+            raise TypeError(
+                f"LoRALinear needs a linear-like base (in_features, out_features, dense_weight()), "
+                f"got {type(base).__name__}"
+            )
+        super().__init__(base)
+        base.requires_grad_(False)
+        self.attach(name, LoRA(*linear_features(base), r, alpha, dropout, init))
+        self.active = [name]
+
+    @classmethod
+    def around(cls, base: nn.Module) -> Self:
+        """Make a host with no adapter yet."""
+        host = cls.__new__(cls)
+        Adapted.__init__(host, base)
+        return host
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Multiply with the update in one operator where the base has it, else as any host does."""
+        pair = self._taken_by_base()
+        if pair is None or len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)
+        base: Any = self.base
+        return base.linear_with_update(args[0], *pair.factors(), pair.scale())
+
+    def _taken_by_base(self) -> LoRA | None:
+        """The only active pair, if the base takes it into its product and nothing looks between.
+
+        A hook on the base or on the pair, one for all modules, and a forward that was replaced or
+        overridden expect to be called, so they get the base and the adapter one after the other.
+        """
+        if not self.enabled or self.merged is not None or self.mixture is not None:
+            return None
+        if len(self.active) != 1:
+            return None
+        pair = self.adapters[self.active[0]]
+        # exactly LoRA: another kind, even one derived from it, has a forward of its own
+        if type(pair) is not LoRA or not pair.is_pair or (pair.dropout and pair.training):
+            return None
+        if not _takes_updates(self.base) or _watched(self.base) or _watched(pair):
+            return None
+        return pair
+
+    @property
+    def A(self) -> nn.Parameter:
+        """(r, K), of the first active LoRA pair (or the first there is)."""
+        return self._lora().A
+
+    @property
+    def B(self) -> nn.Parameter:
+        """(N, r), of the first active LoRA pair (or the first there is)."""
+        return self._lora().B
+
+    @property
+    def scaling(self) -> float:
+        """Factor s of the first active LoRA pair (or the first there is)."""
+        return self._lora().scaling
+
+    def delta_weight(self) -> Tensor:
+        """Return the update of all active adapters, (N, K) float32."""
+        active = [self.adapter(name) for name in self.active]
+        pairs = [adapter for adapter in active if type(adapter) is LoRA]
+        if len(pairs) < len(active):  # a kind whose update depends on the weight, such as DoRA
+            old = weight = dense_weight(self.base)
+            for adapter in active:
+                weight, _ = adapter.merged(weight, None)
+            return weight - old
+        device = next(self.adapters.parameters()).device
+        total = torch.zeros(self.out_features, self.in_features, dtype=torch.float32, device=device)
+        for pair in pairs:
+            total = total + pair.delta_weight()
+        return total
+
+    def _lora(self) -> LoRA:
+        """The first active adapter whose update is s·B A (or the first there is)."""
+        pairs = {
+            name: adapter
+            for name, adapter in self.adapters.items()
+            if type(adapter) is LoRA and not adapter.parts and adapter.A0 is None
+        }
+        if not pairs:
+            raise AttributeError("this layer has no plain LoRA pair")
+        return pairs[next((n for n in self.active if n in pairs), next(iter(pairs)))]
