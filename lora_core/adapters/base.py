@@ -20,6 +20,7 @@ changes, so unmerging is bit-exact by construction, disabling works while merged
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeAlias, cast
 
 import torch
@@ -189,6 +190,10 @@ class Merged:
         return "the base was not kept, so call unload_adapters"
 
 
+def _instead(adapter: Adapter, base: Any, *args: Any, **kwargs: Any) -> Any:
+    return adapter.replace(base, args, kwargs)
+
+
 class Adapted(nn.Module):
     """Host: stands where its base stood and applies the active adapters to the base's output.
 
@@ -267,18 +272,22 @@ class Adapted(nn.Module):
         """Return the output of the base under some of the adapters.
 
         Args:
-            names: which, in order; at most one that replaces the base.
+            names: which, in order; of those that replace the base each is called in the place of
+                what was before it.
             args: what the base is called with.
             kwargs: likewise.
 
         Returns:
             The output.
         """
-        instead = [name for name in names if self.adapter(name).replaces]
-        if not instead:
-            return self._after(self.base(*args, **kwargs), names, args, kwargs)
-        y = self.adapter(instead[0]).replace(self.base, args, kwargs)
-        return self._after(y, [name for name in names if name not in instead], args, kwargs)
+        base: Callable[..., Any] = self.base
+        rest: list[str] = []
+        for name in names:
+            if (adapter := self.adapter(name)).replaces:
+                base = partial(_instead, adapter, base)
+            else:
+                rest.append(name)
+        return self._after(base(*args, **kwargs), rest, args, kwargs)
 
     def _after(
         self, y: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -10,6 +10,7 @@ and, where it wants them,
     check(built) -> None                         what a new adapter must fulfil; not a loaded one
     host(module) -> Adapted                      another host than the plain one
     untie: bool                                  give a tied weight its own copy instead of refusing
+    installed(model), removed(model)             told that adapters of theirs came, or went
 
 `add_adapter` needs no more. To be saved and loaded, the configuration is a dataclass of plain
 values under `@register_adapter("KIND")`; `peft_type` on disk is then LORA_CORE_KIND, and the keys

@@ -7,7 +7,7 @@ a child, shared modules included. Nothing is subclassed and no forward is patche
 Every function takes any nn.Module and finds the hosts by type.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,6 +31,7 @@ __all__ = [
     "parameter_counts",
     "replace_modules",
     "set_adapters",
+    "tell",
 ]
 
 
@@ -150,7 +151,21 @@ def attach_built(
         for adapter in built.values():
             adapter.requires_grad_(False)
     _activate(model, [name])
+    tell(model, "installed", [config])
     return adapter_report(model, name)
+
+
+def tell(model: nn.Module, event: str, configs: Iterable[object]) -> None:
+    """Tell configurations that want to know that adapters of theirs came ("installed"), or went.
+
+    Args:
+        model: the model, as it is now.
+        event: "installed" or "removed", the method to call where there is one.
+        configs: the adapters' configurations.
+    """
+    for config in {id(config): config for config in configs}.values():
+        if callable(method := getattr(config, event, None)):
+            method(model)
 
 
 def _host(config: AdapterConfig, module: nn.Module, adapter: Adapter) -> Adapted:
@@ -352,13 +367,16 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     _known(model, [name])
     _refuse_merged(model, "deleting an adapter")
     plain: dict[int, nn.Module] = {}
+    gone: list[object] = []
     for _, host in adapted_modules(model):
         if name in host.adapters:
+            gone.append(host.adapter(name).config)
             del host.adapters[name]
             host.active = [other for other in host.active if other != name]
             if not host.adapters:
                 plain[id(host)] = host.base
     replace_modules(model, plain)
+    tell(model, "removed", gone)
 
 
 def adapter_report(model: nn.Module, name: str = "default") -> AdapterReport:

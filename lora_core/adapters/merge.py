@@ -29,7 +29,7 @@ from lora_core.adapters.base import (
     is_linear,
     spelt,
 )
-from lora_core.adapters.inject import replace_modules
+from lora_core.adapters.inject import replace_modules, tell
 from lora_core.quant import NF4Linear
 from lora_core.targets import nearest
 
@@ -182,7 +182,9 @@ def unload_adapters(model: nn.Module, merge: bool = False) -> None:
         else:
             plain[id(host)] = host.base
     _tie_alike([host.base for _, host in hosts], [plain[id(host)] for _, host in hosts])
+    gone = [adapter.config for _, host in hosts for adapter in host.adapters.values()]
     replace_modules(model, plain)
+    tell(model, "removed", gone)
 
 
 def _chosen(
