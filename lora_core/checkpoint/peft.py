@@ -37,6 +37,14 @@ from lora_core.checkpoint.safetensors_folder import (
     read_json_object,
     write_safetensors,
 )
+from lora_core.checkpoint.soft_prompts import KINDS as SOFT_PROMPTS
+from lora_core.checkpoint.soft_prompts import (
+    SoftPromptConfig,
+    flat_tensors,
+    read_soft_prompt,
+    soft_prompt_record,
+    write_further,
+)
 from lora_core.files import atomic_write, sync
 from lora_core.targets import nearest, sites, unwrap
 
@@ -93,7 +101,10 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
         ValueError: an unknown name.
     """
     found = _at(model, name)
-    prefix = _prefix(next(iter(found.values())).config)
+    config = next(iter(found.values())).config
+    if isinstance(config, SoftPromptConfig):
+        return flat_tensors(found)
+    prefix = _prefix(config)
     return {key: tensor.detach() for key, tensor in _keyed(found, prefix).items()}
 
 
@@ -145,6 +156,7 @@ def save_adapter(
         sync(folder)
 
     atomic_write(folder / WEIGHTS, write_weights)
+    write_further(folder, found)
     atomic_write(folder / CONFIG, text)
     notes = _misread(config)
     for note in notes:
@@ -214,6 +226,9 @@ def load_adapter(
             another shape; whatever `add_adapter` refuses. The model is then as it was.
     """
     raw, tensors = read_adapter(directory)
+    if raw["peft_type"] in SOFT_PROMPTS:
+        soft, built = read_soft_prompt(model, raw, tensors, Path(directory), trainable)
+        return attach_built(model, soft, name, built, trainable=trainable)
     where = str(Path(directory))
     config = _config(model, raw, tensors, where)
     if untie and isinstance(config, LoRAConfig):
@@ -309,6 +324,8 @@ def _record(
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if isinstance(config, LoRAConfig):
         return _lora_record(model, config, at, base_model)
+    if isinstance(config, SoftPromptConfig):
+        return soft_prompt_record(model, config, at, base_model, PEFT_VERSION)
     if config is None:
         raise ValueError(
             "the adapter was put in by hand and has no configuration to write: make it with "
@@ -396,7 +413,10 @@ def _config(model: nn.Module, raw: dict[str, Any], tensors: dict[str, Tensor], w
         if kind == "LORA":
             return _lora_config(model, raw, tensors, where)
         if not kind.startswith(OWN_KIND):
-            raise ValueError(f"peft_type {kind!r} is not supported: LORA and {OWN_KIND}<KIND> are")
+            known = ", ".join(("LORA", *SOFT_PROMPTS))
+            raise ValueError(
+                f"peft_type {kind!r} is not supported: {known} and {OWN_KIND}<KIND> are"
+            )
         cls = registered(kind.removeprefix(OWN_KIND))
         fields = {
             key: value

@@ -293,7 +293,7 @@ def test_the_librarys_decoder_is_a_causal_lm(tmp_path: Path) -> None:
         ({"r": 3}, r"lora_A.weight' has shape \(2, 8\), the model needs \(3, 8\)"),
         ({"r": 0}, "a: r must be a whole number"),
         ({"lora_alpha": "8"}, "a: alpha must be a finite number, got '8'"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported: LORA and LORA_CORE_<KIND> are"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported: LORA, PROMPT_TUNING, "),
         ({"peft_type": "LORA_CORE_NONE"}, "no adapter kind 'NONE' is registered"),
         ({"peft_type": None}, "has no peft_type"),
         ({"target_modules": ["up"]}, r"down.lora_A.weight' is unexpected \(and 3 more\); nearest"),
