@@ -11,7 +11,7 @@ and cannot be trained on as it was. Here encoder and e go to a file of their own
 nothing more than prompt tuning. The encoder runs in float32, outside autocast: what is trained is
 what is saved. PEFT's encoders are the same.
 
-Ref: Liu et al. 2021, arXiv:2103.10385, section 2 (the paper's encoder is the LSTM).
+Ref: Liu et al. 2021, arXiv:2103.10385, section 2.
 """
 
 from dataclasses import dataclass
