@@ -1,5 +1,6 @@
 """Adapters: small trainable modules beside frozen ones, and how they get into a model."""
 
+from lora_core.adapters.adapterhub import AdapterHubConfig
 from lora_core.adapters.base import Adapted, Adapter, adapted_modules, dense_weight, is_linear
 from lora_core.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from lora_core.adapters.config import AdapterConfig, register_adapter
@@ -24,12 +25,16 @@ from lora_core.adapters.merge import (
     unload_adapters,
     unmerge_adapters,
 )
+from lora_core.adapters.prefix import PrefixTuningConfig
+from lora_core.adapters.prompt import PromptTuningConfig
+from lora_core.adapters.ptuning import PTuningConfig
 from lora_core.adapters.tokens import TrainableTokens, grow_vocabulary
 
 __all__ = [
     "Adapted",
     "Adapter",
     "AdapterConfig",
+    "AdapterHubConfig",
     "AdapterReport",
     "BottleneckAdapter",
     "BottleneckConfig",
@@ -38,6 +43,9 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "MergeReport",
+    "PTuningConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
     "TrainableTokens",
     "active_names",
     "adapted_modules",

@@ -45,6 +45,8 @@ __all__ = ["BottleneckAdapter", "BottleneckConfig"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "leaky_relu": F.leaky_relu,
     "relu": F.relu,
     "silu": F.silu,
     "tanh": torch.tanh,
@@ -86,7 +88,7 @@ class BottleneckAdapter(Adapter):
     Args:
         dim: d, the size of the vectors it changes.
         reduction: m = floor(d / reduction) units in the middle.
-        activation: "gelu", "relu", "silu" or "tanh".
+        activation: a key of `ACTIVATIONS`: "gelu", "relu", "silu", "tanh", …
         scaling: s.
 
     Attributes:
@@ -107,7 +109,7 @@ class BottleneckAdapter(Adapter):
     ) -> None:
         super().__init__()
         _check(reduction, activation, scaling)
-        width = int(dim / reduction)
+        width = self.width(dim, reduction)
         if width < 1:
             raise ValueError(f"reduction = {reduction:g} leaves no unit of dim = {dim}; lower it")
         self.activation, self.scaling = activation, scaling
@@ -116,6 +118,11 @@ class BottleneckAdapter(Adapter):
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
+
+    @staticmethod
+    def width(dim: int, reduction: float) -> int:
+        """Return m, the units in the middle."""
+        return int(dim / reduction)
 
     def change(self, x: Tensor) -> Tensor:
         """Return `s up(act(down(x)))`.
@@ -142,14 +149,14 @@ class BottleneckAdapter(Adapter):
         Returns:
             Like x, or like y at a site.
         """
-        return _changed(x if y is None else y, self.change)
+        return changed(x if y is None else y, self.change)
 
     def extra_repr(self) -> str:
         """Say activation and scaling."""
         return f"activation={self.activation}, scaling={self.scaling:g}"
 
 
-class _Wire:
+class Wire:
     """Carries a sub-layer's input from where it enters to where the change is added."""
 
     def __init__(self) -> None:
@@ -170,7 +177,7 @@ class Tap(Adapter):
 
     unmergeable = BottleneckAdapter.unmergeable
 
-    def __init__(self, wire: _Wire) -> None:
+    def __init__(self, wire: Wire) -> None:
         super().__init__()
         self.wire = wire
 
@@ -186,18 +193,18 @@ class ParallelBottleneck(BottleneckAdapter):
     x is the module's own input, or, with a wire, that of the tap at its other end.
     """
 
-    wire: _Wire | None = None
+    wire: Wire | None = None
 
     def forward(self, x: Any, y: Any = None, base: nn.Module | None = None) -> Any:
         """Return `y + change(x)`."""
         source = x if self.wire is None else self.wire.take()
-        return _changed(y, lambda _: self.change(source))
+        return changed(y, lambda _: self.change(source))
 
 
-def _changed(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def changed(y: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Add the change to y, or to the first of a tuple."""
     if isinstance(y, tuple):
-        return (_changed(y[0], change), *y[1:])
+        return (changed(y[0], change), *y[1:])
     # y - (0 - change), not y + change: -0 stays -0, so that a change of 0 leaves every bit
     return y - (0.0 - change(y).to(y.dtype))
 
@@ -229,7 +236,7 @@ class BottleneckConfig:
     reduction: float = 16
     """The adapter's middle has floor(d / reduction) units."""
     activation: str = "gelu"
-    """Non-linearity: "gelu", "relu", "silu" or "tanh"."""
+    """Non-linearity: "gelu" (exact), "gelu_tanh", "relu", "leaky_relu", "silu" or "tanh"."""
     placement: str = "pfeiffer"
     """Where: "houlsby" (two a layer), "pfeiffer" (after the feed-forward), "parallel" (beside)."""
     scaling: float = 1.0
@@ -289,7 +296,7 @@ class BottleneckConfig:
                 continue
             adapter = built[end] = self.build(end, modules[end])
             if start != end and isinstance(adapter, ParallelBottleneck):
-                adapter.wire = _Wire()
+                adapter.wire = Wire()
                 built[start] = Tap(adapter.wire)
         return {name: built[name] for name in modules if name in built}
 

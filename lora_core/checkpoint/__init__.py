@@ -1,5 +1,6 @@
 """Model folders and adapters on disk."""
 
+from lora_core.checkpoint.adapterhub import load_adapterhub, save_adapterhub
 from lora_core.checkpoint.base_model import base_model_path
 from lora_core.checkpoint.folder import load_model, save_model
 from lora_core.checkpoint.peft import (
@@ -15,9 +16,11 @@ __all__ = [
     "adapter_state_dict",
     "base_model_path",
     "load_adapter",
+    "load_adapterhub",
     "load_model",
     "load_state",
     "read_adapter",
     "save_adapter",
+    "save_adapterhub",
     "save_model",
 ]

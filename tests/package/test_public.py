@@ -13,6 +13,9 @@ CONTRACT = [
     "LoRAConfig",
     "LoRALinear",
     "NF4Linear",
+    "PTuningConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
     "SFTDataset",
     "TrainConfig",
     "adapter_state_dict",
@@ -47,8 +50,10 @@ BESIDES = [
     "adapter_report",
     "dequantize_model",
     "grow_vocabulary",
+    "load_adapterhub",
     "perplexity",
     "register_adapter",
+    "save_adapterhub",
     "save_model",
 ]
 
