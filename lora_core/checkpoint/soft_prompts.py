@@ -30,12 +30,14 @@ from lora_core.adapters.config import build_all
 from lora_core.adapters.prefix import Prefix, PrefixTokens, PrefixTuningConfig
 from lora_core.adapters.prompt import Prompt, PromptTuningConfig
 from lora_core.adapters.ptuning import PTuningConfig
+from lora_core.checkpoint.adapter_files import PEFT_VERSION, AdapterFormat
 from lora_core.checkpoint.safetensors_folder import Pending, read_header, write_safetensors
 from lora_core.files import atomic_write
 
 __all__ = [
     "FURTHER",
     "KINDS",
+    "SOFT_PROMPT",
     "SoftPromptConfig",
     "flat_tensors",
     "read_soft_prompt",
@@ -199,24 +201,20 @@ def read_soft_prompt(
         ValueError: an option without counterpart, a missing or unexpected key, another shape, or a
             network that does not give the prompt beside it.
     """
-    try:
-        config = _config(raw)
-        prompt = _checked_flat(tensors, config.num_virtual_tokens)
-        flat = not trainable or isinstance(config, PromptTuningConfig)
-        if flat or not (folder / FURTHER).is_file():
-            built = _flat(config, model, prompt)
-            _take_flat(built, prompt)
-            return config, built
-        built = build_all(config, model)
-        network = _network(folder / FURTHER)
-        _compare(network, further_tensors(built))
-        _take_further(built, network)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    config = _config(raw)
+    prompt = _checked_flat(tensors, config.num_virtual_tokens)
+    if not trainable or not (folder / FURTHER).is_file():
+        built = _flat(config, model, prompt)
+        _take_flat(built, prompt)
+        return config, built
+    built = build_all(config, model)
+    network = _network(folder / FURTHER)
+    _compare(network, further_tensors(built))
+    _take_further(built, network)
     made = flat_tensors(built)[KEY].cpu()
     if made.shape != prompt.shape or (made - prompt).abs().max() > _SAME * prompt.abs().max():
         raise ValueError(
-            f"{folder}: {FURTHER} does not give the prompt in adapter_model.safetensors, which "
+            f"{FURTHER} does not give the prompt in adapter_model.safetensors, which "
             f"another program has written: remove {FURTHER} to train on from the flat prompt"
         )
     return config, built
@@ -308,7 +306,6 @@ def soft_prompt_record(
     config: SoftPromptConfig,
     adapters: Mapping[str, Adapter],
     base_model: str | None,
-    peft_version: str,
 ) -> dict[str, Any]:
     """What goes into `adapter_config.json`: PEFT's fields.
 
@@ -317,7 +314,6 @@ def soft_prompt_record(
         config: the prompt's.
         adapters: by site.
         base_model: `base_model_name_or_path`.
-        peft_version: of PEFT, whose fields these are.
 
     Returns:
         The record.
@@ -336,7 +332,7 @@ def soft_prompt_record(
         "num_transformer_submodules": 1,
         "num_virtual_tokens": config.num_virtual_tokens,
         "peft_type": next(name for name, known in KINDS.items() if known is kind),
-        "peft_version": peft_version,
+        "peft_version": PEFT_VERSION,
         "revision": None,
         "task_type": "CAUSAL_LM",
         "token_dim": heads.number * heads.size if heads else width,
@@ -369,3 +365,8 @@ def _own_fields(config: SoftPromptConfig, first: Any, base_model: str | None) ->
         "encoder_num_layers": config.layers,
         "encoder_reparameterization_type": config.encoder.upper(),
     }
+
+
+SOFT_PROMPT = AdapterFormat(
+    SoftPromptConfig, flat_tensors, soft_prompt_record, read_soft_prompt, write_further
+)
