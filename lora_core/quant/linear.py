@@ -186,6 +186,12 @@ class NF4Linear(nn.Module):
         return self.scale_absmax is not None
 
     @property
+    def precision(self) -> str:
+        """The format in words: "nf4, block 64, double quantization"."""
+        nested = ", double quantization" if self.double_quant else ""
+        return f"{self.code}, block {self.block_size}{nested}"
+
+    @property
     def quantized(self) -> NF4Tensor:
         """The weight as a 4-bit tensor that shares this layer's memory; dtype float32."""
         return NF4Tensor(
