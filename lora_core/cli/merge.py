@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters import merge_adapters, unload_adapters
+from lora_core.adapters import MergeReport, merge_adapters, unload_adapters
 from lora_core.checkpoint import load_model, save_model
 from lora_core.cli.opening import Opened, open_model
 from lora_core.models import ModelConfig
@@ -55,20 +55,24 @@ def probe_logits(model: nn.Module, ids: list[int]) -> Tensor:
     return model(torch.tensor([ids], device=device)).logits.float().cpu()
 
 
-def merged_folder(opened: Opened, out: str | Path, dtype: torch.dtype | None = None) -> None:
+def merged_folder(opened: Opened, out: str | Path, dtype: torch.dtype | None = None) -> MergeReport:
     """Merge the active adapters of an opened model for good and write the model's folder.
 
     Args:
         opened: model with adapters; its modules are replaced by plain, dense ones.
         out: a new folder.
         dtype: of the weights on disk; None: the base's own.
+
+    Returns:
+        What merging did.
     """
     # float32 throughout: the one rounding is the one to the dtype on disk
-    merge_adapters(opened.model, dtype=torch.float32, keep_base=False)
+    report = merge_adapters(opened.model, dtype=torch.float32, keep_base=False)
     unload_adapters(opened.model)
     # what is still 4-bit is written dense, layer by layer
     save_model(opened.model, out, source=opened.source, dtype=dtype or own_dtype(opened.source))
     opened.tok.save(out)
+    return report
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if args.onto_original:
         merging = open_model(args.model, args.adapter, quantize="none", device=args.device)
         notes = list(merging.notes)
-    merged_folder(merging, out, DTYPES.get(args.dtype))
+    notes += merged_folder(merging, out, DTYPES.get(args.dtype)).warnings
     written = load_model(out, dtype=torch.float32)
     got = probe_logits(written, ids)
     facts: dict[str, Any] = {
