@@ -2,13 +2,14 @@ r"""Prompt tuning: P trained vectors in front of the embedded text, and nothing 
 
     x' = [p_1; …; p_P; e(x_1); …; e(x_T)]        p (P, C)
 
-Trained are P · C numbers. The start decides much where the model is small: uniform in ±0.5
-("random"), the embeddings of P tokens drawn from the commonest ("vocabulary"), or those of a text
-("text": cut at P tokens, or repeated up to P). Lester et al. draw from the 5,000 commonest tokens;
-ids are in order of frequency in most vocabularies, so the first 5,000 are taken.
+Trained are P · C numbers. The start decides much where the model is small: the embeddings of P
+tokens drawn from the commonest ("vocabulary"), uniform numbers in ±0.5 ("random"), or a text's
+embeddings ("text": cut at P tokens, or repeated up to P). Lester et al. draw from the 5,000
+commonest tokens; ids are in order of frequency in most vocabularies, so the first 5,000 are taken.
 
-PEFT's random start is N(0, 1), about fifty times as long as a decoder's embeddings, and its
-vocabulary start draws from all rows, with repeats. The files are PEFT's (checkpoint/soft_prompts).
+PEFT starts at random by default, from N(0, 1), about fifty times as long as a decoder's embeddings;
+its vocabulary start draws from all rows, with repeats. The files are PEFT's
+(checkpoint/soft_prompts).
 
 Ref: Lester et al. 2021, arXiv:2104.08691, section 2 (the method), 3.2 (the starts).
 """
@@ -25,7 +26,7 @@ from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size, ho
 
 __all__ = ["Prompt", "PromptTuningConfig"]
 
-STARTS = ("random", "vocabulary", "text")
+STARTS = ("vocabulary", "random", "text")
 RANGE = 0.5  # of the random start; Lester et al., section 3.2
 
 
@@ -61,8 +62,8 @@ class PromptTuningConfig:
 
     num_virtual_tokens: int = 20
     """P, vectors in front of the text."""
-    init: str = "random"
-    """Start: "random" (uniform in ±0.5), "vocabulary" (rows of common tokens) or "text"."""
+    init: str = "vocabulary"
+    """Start: "vocabulary" (rows of common tokens), "random" (uniform in ±0.5) or "text"."""
     text: str | None = None
     """What init="text" starts from; needs a tokenizer."""
     token_ids: tuple[int, ...] | None = None

@@ -235,7 +235,7 @@ def _checked_flat(tensors: Mapping[str, Tensor], tokens: int) -> Tensor:
 
 def _flat(config: SoftPromptConfig, model: nn.Module, prompt: Tensor) -> dict[str, Adapter]:
     """Adapters of the flat form, without a start of their own."""
-    plain: SoftPromptConfig = PromptTuningConfig(config.num_virtual_tokens)
+    plain: SoftPromptConfig = PromptTuningConfig(config.num_virtual_tokens, "random")
     if isinstance(config, PrefixTuningConfig):
         plain = PrefixTuningConfig(config.num_virtual_tokens)
     built = build_all(plain, model)
