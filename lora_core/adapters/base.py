@@ -102,6 +102,9 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no merged(weight, bias)")
 
+    def rebase(self, base: nn.Module) -> None:
+        """Take from the base anew what was derived from its weight: it has loaded other weights."""
+
     def replace(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output in the base's place; for a kind that `replaces`.
 
@@ -166,6 +169,11 @@ def check_name(name: str) -> None:
         )
 
 
+def _rebase(host: nn.Module, _: object) -> None:
+    for adapter in cast("Adapted", host).adapters.values():
+        cast(Adapter, adapter).rebase(cast("Adapted", host).base)
+
+
 Mixture: TypeAlias = Callable[["Adapted", tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -223,7 +231,9 @@ class Adapted(nn.Module):
         self.enabled = True
         self.merged: Merged | None = None
         self.mixture: Mixture | None = None
-        self.train(base.training)
+        # not `train(mode)`, which would set the parts of a base whose modes differ
+        self.training = self.adapters.training = base.training
+        self.register_load_state_dict_post_hook(_rebase)  # type: ignore[no-untyped-call]  # torch's
 
     def attach(self, name: str, adapter: Adapter) -> None:
         """Add an adapter (inactive): float32 and on the base's device from here on.
@@ -246,7 +256,8 @@ class Adapted(nn.Module):
             adapter.to(tensor.device)
         adapter.trained = tuple(k for k, p in adapter.named_parameters() if p.requires_grad)
         adapter.trained_on = adapter.trained_on or precision_of(self.base)
-        adapter.train(self.training)
+        if adapter.training != self.training:
+            adapter.train(self.training)
         self.adapters[name] = adapter
 
     def adapter(self, name: str) -> Adapter:

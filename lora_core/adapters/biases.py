@@ -4,23 +4,25 @@ The trained vector stands in the place of the module's bias; what the host adds 
 `y + (bias - bias0)`, zero to the bit at the start. The base's own bias is never written, so that
 disabling gives the base back, which PEFT's `bias="all"` cannot (it trains the base's vector).
 
+Only kinds are known whose output the bias is added to last; a bias of any other is refused by
+LoRAConfig rather than left out in silence.
+
 Ref: Ben Zaken et al. 2021, BitFit, arXiv:2106.10199, section 3.
 """
 
-import torch
 from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapter, is_linear
 from lora_core.adapters.forms import TransposedForm, form_of
 
-__all__ = ["TrainedBias", "has_bias"]
+__all__ = ["TrainedBias", "bias_site"]
 
-_ALONG_CHANNELS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,  # instance norms too
+# kinds with channels before their last dimensions, and how many these are; None: all but batch
+_ALONG_CHANNELS: tuple[tuple[tuple[type[nn.Module], ...], int | None], ...] = (
+    ((nn.Conv1d, nn.ConvTranspose1d, nn.InstanceNorm1d), 1),
+    ((nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d), 2),
+    ((nn.Conv3d, nn.ConvTranspose3d, nn.InstanceNorm3d), 3),
+    ((nn.GroupNorm, nn.modules.batchnorm._BatchNorm), None),
 )
 
 
@@ -28,7 +30,7 @@ class TrainedBias(Adapter):
     """The bias of a linear layer, convolution or norm, trained in float32.
 
     Args:
-        module: one that `has_bias`.
+        module: one whose `bias_site` is True.
 
     Attributes:
         bias: float32, of the shape of the module's.
@@ -43,13 +45,15 @@ class TrainedBias(Adapter):
         self.bias = nn.Parameter(start.clone())
         self.register_buffer("bias0", start.clone())
         self.bias0: Tensor
-        self.along_channels = isinstance(module, _ALONG_CHANNELS)
+        found = [dims for kinds, dims in _ALONG_CHANNELS if isinstance(module, kinds)]
+        self.along_channels, self.trailing = bool(found), found[0] if found else 0
 
     def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Add the bias's change to the output y."""
         change = self.bias - self.bias0
         if self.along_channels:
-            change = change.view(-1, *(1,) * (y.dim() - 2))  # y is (B, C, …)
+            dims = y.dim() - 2 if self.trailing is None else self.trailing
+            change = change.view(-1, *(1,) * dims)  # y is (B, C, …), or (C, …) of a convolution
         return y - (0.0 - change.to(y.dtype))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -62,11 +66,22 @@ class TrainedBias(Adapter):
         return {"bias": self.bias}
 
 
-def has_bias(module: nn.Module) -> bool:
-    """Whether a module is of a kind whose output its `.bias` is added to last, and has one."""
+def bias_site(module: nn.Module) -> bool | None:
+    """Whether a module has a bias that can be trained; None: it has one of an unknown kind.
+
+    Args:
+        module: any, without its hosts.
+
+    Returns:
+        True for linear layers, convolutions and norms whose `.bias` is added to the output last;
+        False without a bias.
+    """
+    if not isinstance(getattr(module, "bias", None), Tensor):
+        return False
     known = (
         is_linear(module)
         or isinstance(form_of(module), TransposedForm)
-        or isinstance(module, (*_ALONG_CHANNELS, nn.LayerNorm))
+        or isinstance(module, nn.LayerNorm | nn.Bilinear)
+        or any(isinstance(module, kinds) for kinds, _ in _ALONG_CHANNELS)
     )
-    return known and isinstance(getattr(module, "bias", None), torch.Tensor)
+    return True if known else None

@@ -1,19 +1,24 @@
 """DoRA: the update changes the direction of each row of W, a trained vector its length.
 
-    W' = m * V / c,   V = W + s·B A,   c = |V| by rows,   m = |W| at the start
+    W' = m * V / c,   V = W + s·B A,   c = |V| by rows,   m = |V| at the start
 
     y' = y + (m/c - 1) (y - b) + (m/c) s·B A dropout(x)             y = W x + b, the base's output
 
 c is a constant in backward (the paper's section 4.3), and comes from the low-rank identity
 
-    |V|² = |W|² + 2 s (W Aᵀ · B) + s² (B (A Aᵀ) · B)                 row by row
+    c² = |W|² + 2 s (W Aᵀ · B) + s² (B (A Aᵀ) · B)                  row by row
 
 whose dearest term is the base's own product with the r rows of A. So neither W + s·B A nor, of a
-4-bit base, W itself is formed in training; |W|² is taken once. PEFT forms W + s·B A in every
-forward, dequantizing first. Dropout acts on the update alone, where PEFT drops inputs of the base's
-share too and multiplies by W a second time.
+4-bit base, W itself is formed in training; |W| is measured once, and again when the layer loads
+other weights. PEFT forms W + s·B A in every forward, dequantizing first. Dropout acts on the update
+alone, where PEFT drops inputs of the base's share too and multiplies by W a second time. The price
+of the identity: where s·B A takes most of a row of W away, the difference of large terms loses
+digits, as much as c² is smaller than they are.
 
-Ref: Liu et al. 2024, arXiv:2402.09353, equations 5 and 11, section 4.3.
+A row of zeros has no direction: its m is 0 and it stays zero (in PEFT its output is NaN). A layer
+of zeros alone is refused by LoRAConfig.
+
+Ref: Liu et al. 2024, arXiv:2402.09353, equation 5; 11 and section 4.3 (c as a constant).
 """
 
 from typing import Any
@@ -38,6 +43,7 @@ class DoRA(LoRA):
 
     Attributes:
         magnitude: m, (N,) float32.
+        lengths: |W| by rows, (N,) float32; measured, not saved.
     """
 
     additive = False
@@ -46,53 +52,68 @@ class DoRA(LoRA):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.magnitude = nn.Parameter(torch.ones(self.form.out_features, device="cpu"))
-        self.register_buffer("squares", torch.ones(len(self.magnitude)), persistent=False)
-        self.squares: Tensor  # |W|² by rows, (N,)
+        ones = torch.ones(self.form.out_features, dtype=torch.float32, device="cpu")
+        self.magnitude = nn.Parameter(ones)
+        self.register_buffer("lengths", ones.clone(), persistent=False)
+        self.lengths: Tensor
 
     @torch.no_grad()
     def begin(self, base: nn.Module) -> None:
-        """Take the lengths of the rows of the base's weight."""
-        weight = self.form.matrix(dense_weight(base).float())  # (N, K)
-        self.squares = weight.square().sum(1).to(self.magnitude.device)
-        # through the identity, so that m / c is exactly 1 while B is 0
+        """Take the lengths of the rows of V from the layer, whose device the pair moves to."""
+        self.to(dense_weight(base).device)
+        self.rebase(base)
+        # through the identity, so that m / c is exactly 1 at the start
         self.magnitude.copy_(self.norms(base))
 
     @torch.no_grad()
+    def rebase(self, base: nn.Module) -> None:
+        """Measure the rows of the base's weight."""
+        self.lengths = _row_lengths(self.form.matrix(dense_weight(base))).to(self.magnitude)
+
+    @torch.no_grad()
     def norms(self, base: nn.Module) -> Tensor:
-        """Return c = |W + s·B A| by rows, (N,) float32, 1 for rows of zeros."""
+        """Return c = |W + s·B A| by rows, (N,) float32.
+
+        Every row is counted in a unit of its own, above which none of the three terms lies, so that
+        no square leaves float32's range.
+        """
         g = self.form.groups
         with torch.autocast(self.A.device.type, enabled=False):
             down, up = self.factors()
             up = up * self.scale()  # (N, R/g)
-            cross = (_times_weight(self.form, base, down) * up).sum(1)  # (N,)
+            unit = torch.maximum(self.lengths, up.norm(dim=1) * down.norm())  # (N,)
+            unit = torch.where(unit > 0, unit, 1.0)
+            up = up / unit[:, None]
+            cross = _times_weight(self.form, base, down) / unit[:, None]  # (N, R/g)
             blocks = down.view(g, -1, down.shape[1])  # (g, R/g, K)
             gram = blocks @ blocks.transpose(1, 2)  # (g, R/g, R/g)
             wide = up.view(g, -1, up.shape[1])  # (g, N/g, R/g)
             own = ((wide @ gram) * wide).sum(2).view(-1)  # (N,)
-            squares = (self.squares + 2 * cross + own).clamp(min=0)
-        return torch.where(squares > 0, squares, 1.0).sqrt()
+            squares = (self.lengths / unit).square() + 2 * (cross * up).sum(1) + own
+        return unit * squares.clamp(min=0).sqrt()
+
+    def gain(self, base: nn.Module) -> Tensor:
+        """Return m / c, (N,) float32, a function of m alone to autograd."""
+        norms = self.norms(base)
+        return self.magnitude / torch.where(norms > 0, norms, 1.0)
 
     def update(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Return what is added to the base's output y: the formula above."""
-        low_rank = super().update(x, y, base)
-        gain = self.magnitude / self.norms(base)  # (N,)
-        bias, change = getattr(base, "bias", None), self.bias_change()
-        dtype, along = low_rank.dtype, self.form.along_output
+        product, gain, change = self.product(x, y, base), self.gain(base), self.bias_change()
+        dtype, along = product.dtype, self.form.along_output
+        bias = getattr(base, "bias", None)
         free = y.to(dtype) if bias is None else y.to(dtype) - along(bias.detach().to(dtype))
-        if change is None:
-            return along((gain - 1).to(dtype)) * free + along(gain.to(dtype)) * low_rank
-        change = along(change.to(dtype))
-        low_rank = low_rank - change  # a bias is no part of the direction
-        return along((gain - 1).to(dtype)) * free + along(gain.to(dtype)) * low_rank + change
+        update = along((gain - 1).to(dtype)) * free + along(gain.to(dtype)) * product
+        # a bias is no part of the direction
+        return update if change is None else update + along(change.to(dtype))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return m (W + s·B A) / |W + s·B A|, and the bias with its change."""
         whole, bias = super().merged(weight, bias)
         matrix = self.form.matrix(whole)  # (N, K)
-        norms = matrix.norm(dim=1, keepdim=True)
-        gain = self.magnitude.detach().to(weight.dtype)[:, None] / torch.where(norms > 0, norms, 1)
-        return self.form.weight(matrix * gain), bias
+        norms = _row_lengths(matrix)  # (N,)
+        gain = self.magnitude.detach().to(weight.dtype) / torch.where(norms > 0, norms, 1)
+        return self.form.weight(matrix * gain[:, None]), bias
 
     def tensors(self) -> dict[str, Tensor]:
         """Return LoRA's tensors and the lengths, under PEFT's names."""
@@ -110,13 +131,20 @@ class DoRA(LoRA):
         return vector if vector.dim() == 1 else vector[None]
 
 
+def _row_lengths(matrix: Tensor) -> Tensor:
+    """Lengths of the rows of a matrix (N, K), tiny and huge ones too."""
+    unit = matrix.abs().amax(1).clamp(min=torch.finfo(matrix.dtype).tiny)  # (N,)
+    return unit * torch.linalg.vector_norm(matrix / unit[:, None], dim=1)
+
+
 def _times_weight(form: Form, base: nn.Module, down: Tensor) -> Tensor:
-    """W Aᵀ, (N, R/g) float32, without a wide copy of W."""
+    """W Aᵀ, (N, R/g) in A's dtype, without a wide copy of W."""
     base = unwrap(base)
-    weight = base._parameters.get("weight")
-    if weight is None:  # in 4 bits: the layer's own product, its bias taken off
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        # in 4 bits: the layer's own product, its bias taken off; no call, which hooks would see
         bias = getattr(base, "bias", None)
-        product = base(down)  # (R, N)
+        product = base.forward(down)  # (R, N)
         return (product if bias is None else product - bias.to(product.dtype)).t()
     matrix = form.matrix(weight.detach())  # (N, K)
     blocks = down.view(form.groups, -1, down.shape[1])  # (g, R/g, K)

@@ -137,13 +137,21 @@ class EmbeddingForm(Form):
         return matrix.t()
 
     def apply(self, x: Tensor, down: Tensor, up: Tensor, base: nn.Module) -> Tensor:
-        """Return the update (…, D) for token ids x (…)."""
-        return _scaled(F.linear(F.embedding(x, down.t()), up), base)
+        """Return the update (…, D) for token ids x (…).
+
+        `down` may be wider than `up`: the rows of the tokens are cast, not all V of them, and their
+        gradients add up in its dtype. The padding token's row gets no gradient, as in the base.
+        """
+        pad = getattr(base, "padding_idx", None)
+        h = F.embedding(x, down.t(), pad).to(up.dtype)  # (…, r)
+        return _scaled(F.linear(h, up), base)
 
     def apply_rows(self, x: Tensor, down: Tensor, up: Tensor, base: nn.Module) -> Tensor:
         """Return the update (B, …, D) for token ids x (B, …)."""
-        ids = x.reshape(len(x), 1, -1).expand(-1, down.shape[1], -1)  # (B, r, T)
-        h = down.gather(2, ids)  # (B, r, T)
+        ids = x.reshape(len(x), 1, -1)  # (B, 1, T)
+        h = down.gather(2, ids.expand(-1, down.shape[1], -1)).to(up.dtype)  # (B, r, T)
+        if (pad := getattr(base, "padding_idx", None)) is not None:
+            h = torch.where(ids == pad, h.detach(), h)
         update = torch.bmm(h.transpose(1, 2), up.transpose(1, 2))  # (B, T, D)
         return _scaled(update.view(*x.shape, update.shape[-1]), base)
 

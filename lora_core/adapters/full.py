@@ -8,7 +8,8 @@ optimizer adds to float32 (PEFT keeps the copy in the base's dtype, where a step
 """
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,20 @@ class FullCopy(Adapter):
         if any(isinstance(part, Adapted) for part in module.modules()):
             raise ValueError(f"{kind} cannot be copied for training: adapters are inside it")
         self.copy = copy.deepcopy(module).requires_grad_(True)
+        self.training = module.training  # its parts keep their modes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow moves; buffers, such as running means, follow changes of dtype as the base's."""
+        before = [
+            (part, key, buffer)
+            for part in self.copy.modules()
+            for key, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+        super()._apply(fn, recurse)
+        for part, key, buffer in before:
+            part._buffers[key] = fn(buffer)
+        return self
 
     def replace(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the copy, its parameters cast to the base's dtypes."""

@@ -147,6 +147,7 @@ def attach_built(
     for site, adapter in built.items():
         adapter.config = config
         hosts[site].attach(name, adapter)
+        vars(adapter).pop("new_base", None)  # the host's now: nothing else may keep it alive
     if not trainable:
         for adapter in built.values():
             adapter.requires_grad_(False)
@@ -222,9 +223,12 @@ def _untie(model: nn.Module, module: nn.Module) -> None:
     """Give a module its own copy of every parameter it shares, and say so in the configuration."""
     tied = [m for _, m in tied_modules(model, module)]
     shared = {id(p) for m in tied for p in m._parameters.values()}
-    for key, parameter in module._parameters.items():
-        if parameter is not None and id(parameter) in shared:
-            module._parameters[key] = nn.Parameter(parameter.detach().clone())
+    own: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for key, old in part._parameters.items():
+            if old is not None and id(old) in shared:
+                new = own.setdefault(id(old), nn.Parameter(old.detach().clone(), old.requires_grad))
+                part._parameters[key] = new
     if any(isinstance(m, nn.Embedding) for m in (module, *tied)):
         edit_configs(model, tie_word_embeddings=False)
 
@@ -283,10 +287,17 @@ def _activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _refuse_company(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse adapters beside one that is defined on the base alone."""
+    """Refuse adapters beside one that is defined on the base alone, or inside what it replaces."""
     for site, host in adapted_modules(model):
         here = [name for name in names if name in host.adapters]
         single = next((name for name in here if host.adapter(name).alone), None)
+        if single is not None and host.adapter(single).replaces and len(here) == 1:
+            for inner_site, inner in adapted_modules(host.base):
+                if idle := [name for name in names if name in inner.adapters]:
+                    raise ValueError(
+                        f"{names} cannot be active together: {single!r} replaces {spelt(site)} as "
+                        f"a whole, and {idle[0]!r} is at {inner_site!r} inside it"
+                    )
         if single is not None and len(here) > 1:
             kind = type(host.adapter(single)).__name__
             raise ValueError(

@@ -203,12 +203,16 @@ class LoRA(Adapter):
         Returns:
             s·B A dropout(x), and the change of the biases, in y's shape.
         """
+        product, bias = self.product(x, y, base), self.bias_change()
+        return product if bias is None else product + self.form.along_output(bias.to(product.dtype))
+
+    def product(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """Return s·B A dropout(x), the update without biases; arguments as `update`'s."""
         dtype = compute_dtype(x) if x.is_floating_point() else y.dtype
         down, up = self.factors()
-        x = self.dropped(x, dtype)
-        update = self.form.apply(x, down.to(dtype), (up * self.scale()).to(dtype), base)
-        bias = self.bias_change()
-        return update if bias is None else update + self.form.along_output(bias.to(dtype))
+        if x.is_floating_point():  # an embedding looks up float32 rows and casts those
+            down = down.to(dtype)
+        return self.form.apply(self.dropped(x, dtype), down, (up * self.scale()).to(dtype), base)
 
     def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return x in the compute dtype after dropout; token ids as they are."""
@@ -260,31 +264,32 @@ class LoRA(Adapter):
         """Take what was saved; see `tensors`.
 
         Raises:
-            ValueError: a fused layer's B has numbers outside its blocks.
+            ValueError: a fused layer's B has numbers outside its blocks; nothing is taken then.
         """
         first, second = self.form.names()
-        groups, columns = self.form.groups, self.form.in_features
-        down = tensors[first].reshape(groups, -1, columns)  # (g, R/g, K)
+        down = tensors[first].reshape(self.form.groups, -1, self.form.in_features)  # (g, R/g, K)
         up = tensors[second].reshape(self.form.out_features, -1)  # (N, R/g)
-        halves = 1 if self.A0 is None else 2
-        self._take(down.chunk(halves, dim=1)[0], up.chunk(halves, dim=1)[0], self.A, self.B)
+        pairs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # ours, new; all checked first
         if self.A0 is not None and self.B0 is not None:
-            self._take(down.chunk(2, dim=1)[1], -up.chunk(2, dim=1)[1], self.A0, self.B0)
+            (down, down0), (up, up0) = down.chunk(2, dim=1), up.chunk(2, dim=1)
+            pairs.append((self.A0, down0, self.B0, self._gathered(-up0)))
+        pairs.append((self.A, down, self.B, self._gathered(up)))
+        for own_down, new_down, own_up, new_up in pairs:
+            own_down.copy_(new_down.reshape(own_down.shape))
+            own_up.copy_(new_up)
         for own, key in ((self.up_bias, "lora_B.bias"), (self.bias, "base_layer.bias")):
             if own is not None:
                 own.copy_(tensors[key])
 
-    def _take(self, down: Tensor, up: Tensor, own_down: Tensor, own_up: Tensor) -> None:
-        own_down.copy_(down.reshape(own_down.shape))
-        if self.parts:
-            blocks = zip(
-                torch.split(up, list(self.parts)), range(0, up.shape[1], self.r), strict=True
-            )
-            own = torch.cat([rows[:, i : i + self.r] for rows, i in blocks])  # (N, r)
-            if not torch.equal(self._spread(own), up):
-                raise ValueError("B of a fused layer has numbers outside the blocks of its parts")
-            up = own
-        own_up.copy_(up)
+    def _gathered(self, up: Tensor) -> Tensor:
+        """The blocks (N, r) of a fused layer's B (N, p·r), the way back from `_spread`."""
+        if not self.parts:
+            return up
+        rows = torch.split(up, list(self.parts))
+        own = torch.cat([part[:, i * self.r :][:, : self.r] for i, part in enumerate(rows)])
+        if own.shape[1] != self.r or not torch.equal(self._spread(own), up):
+            raise ValueError("B of a fused layer has numbers outside the blocks of its parts")
+        return own
 
     def extra_repr(self) -> str:
         """Say rank, scaling and dropout."""

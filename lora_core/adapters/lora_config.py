@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapted, Adapter, is_linear
-from lora_core.adapters.biases import TrainedBias, has_bias
+from lora_core.adapters.biases import TrainedBias, bias_site
 from lora_core.adapters.config import offer, register_adapter
 from lora_core.adapters.dora import DoRA
 from lora_core.adapters.forms import TransposedForm, form_of
@@ -90,6 +90,7 @@ class LoRAConfig:
         form = form_of(module)
         if form is None:
             return None
+        self._refuse_meta(name, module)
         kind = DoRA if self.use_dora else LoRA
         pair = kind(
             form.in_features,
@@ -105,8 +106,18 @@ class LoRAConfig:
             up_bias=self.lora_bias,
         )
         start_pair(pair, module, self.init, self.loftq_steps, name)
-        pair.begin(module)
+        pair.begin(pair.new_base[0] if pair.new_base else module)
         return pair
+
+    def _refuse_meta(self, name: str, module: nn.Module) -> None:
+        """Refuse to read a weight that is not there yet."""
+        reads = self.use_dora or self.init not in ("kaiming", "gaussian")
+        reads = reads or self._trains_bias(module)
+        if reads and any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+            raise ValueError(
+                f"{name!r} is on the meta device, and DoRA, trained biases and "
+                f"init={self.init!r} start from its weights: load them first"
+            )
 
     def _trains_bias(self, module: nn.Module) -> bool:
         return self.bias != "none" and isinstance(getattr(module, "bias", None), Tensor)
@@ -128,6 +139,10 @@ class LoRAConfig:
             for key in getattr(self, option):
                 if not any(pattern_value({key: True}, name, False) for name in names):
                     raise ValueError(f"{option}: {key!r} matches no target; {nearest(key, names)}")
+        if clash := next((c for c in copies if _inside(c, set(names) - {c})), None):
+            raise ValueError(
+                f"{clash!r} in modules_to_save is inside a target; exclude one of them"
+            )
         built: dict[str, Adapter] = dict(copies)
         _add(built, offer(self, ((name, modules[name]) for name in names)), "a target")
         if self.trainable_token_indices is not None:
@@ -153,21 +168,40 @@ class LoRAConfig:
         seen = {id(modules[name]) for name in built}
         found: dict[str, Adapter] = {}
         for name, module in modules.items():
-            if name and has_bias(module) and id(module) not in seen and not _inside(name, copies):
-                seen.add(id(module))
+            if not name or id(module) in seen or _inside(name, copies):
+                continue
+            seen.add(id(module))
+            known = bias_site(module)
+            if known is None and "bias" in module._parameters:
+                raise ValueError(
+                    f"bias='all': {name!r} is a {type(module).__name__}, and where its bias enters "
+                    "its output is not known; train it whole with modules_to_save"
+                )
+            if known:
                 found[name] = TrainedBias(module)
         return found
 
     def check(self, built: dict[str, Adapter]) -> None:
-        """Refuse a new pair whose rank is above its layer's; ValueError names it."""
+        """Refuse a new pair whose rank is above its layer's, or DoRA on a layer of zeros.
+
+        Raises:
+            ValueError: names the layer.
+        """
         for name, pair in built.items():
-            if isinstance(pair, LoRA):
-                least = min(pair.form.in_features * pair.form.groups, pair.form.out_features)
-                if pair.r > least:
-                    raise ValueError(
-                        f"r = {pair.r} is above the size of {name!r}, {pair.form.out_features} × "
-                        f"{pair.form.in_features}: lower it with rank_pattern, or exclude the layer"
-                    )
+            if not isinstance(pair, LoRA):
+                continue
+            rows, columns = pair.form.out_features, pair.form.in_features * pair.form.groups
+            if pair.r > min(columns, *(pair.parts or (rows,))):
+                part = f", in parts of {list(pair.parts)}" if pair.parts else ""
+                raise ValueError(
+                    f"r = {pair.r} is above the size of {name!r}, {rows} × {columns}{part}: "
+                    "lower it with rank_pattern, or exclude the layer"
+                )
+            if isinstance(pair, DoRA) and not bool(pair.magnitude.any()):
+                raise ValueError(
+                    f"use_dora: the weight of {name!r} is all zeros, which have no direction to "
+                    "train; exclude the layer"
+                )
 
     def host(self, module: nn.Module) -> Adapted:
         """Return a LoRALinear around a linear-like module, the plain host around any other."""

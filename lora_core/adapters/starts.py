@@ -84,15 +84,19 @@ def loftq(
         steps: rounds.
 
     Returns:
-        The 4-bit layer Q (NF4, blocks of 64, double quantization), A (r, K) and B (N, r);
-        |W - Q - s·B A| is at most |W - quantize(W)| after one round.
+        The 4-bit layer Q (NF4, blocks of 64, double quantization), A (r, K) and B (N, r) of the
+        best round, so that |W - Q - s·B A| never grows with the rounds, which by themselves
+        promise no such thing; after one it is at most |W - quantize(W)|.
     """
-    fit = torch.zeros_like(weight)
+    fit, least = torch.zeros_like(weight), math.inf
     for _ in range(steps):
         layer = NF4Linear.from_tensor(weight - fit, bias)
-        down, up = pissa(weight - layer.dense_weight(weight.dtype), r, scaling)
+        rest = weight - layer.dense_weight(weight.dtype)
+        down, up = pissa(rest, r, scaling)
         fit = scaling * (up @ down)
-    return layer, down, up
+        if (error := float((rest - fit).norm())) < least:
+            least, best = error, (layer, down, up)
+    return best
 
 
 @torch.no_grad()

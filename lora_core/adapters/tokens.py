@@ -163,9 +163,9 @@ def _add_rows(model: nn.Module, name: str, index: Tensor, built: dict[str, Adapt
 
 
 def tied_modules(model: nn.Module, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the other modules that hold one of a module's own parameters (names, modules)."""
-    own = {id(p) for p in module._parameters.values() if p is not None}
-    seen = {id(module)}
+    """Yield the modules outside of one that hold a parameter of it (names, modules)."""
+    own = {id(p) for p in module.parameters()}
+    seen = {id(part) for part in module.modules()}
     for name, site in sites(model):
         other = unwrap(site)
         if id(other) not in seen and own & {id(p) for p in other._parameters.values()}:
