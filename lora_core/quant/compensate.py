@@ -68,7 +68,7 @@ def requantize_4bit(
     *,
     beams: int = 8,
     damping: float = 0.01,
-    sweeps: int = 2,
+    sweeps: int = 3,
 ) -> NF4Tensor:
     """Choose codes and scales near a weight's own so that `|X (W - target)ᵀ|` is small.
 
@@ -79,7 +79,7 @@ def requantize_4bit(
         beams: beginnings that are kept in the search; 1 is GPTQ's rounding.
         damping: added to the diagonal of H as a share of its mean: the weight of directions that
             the samples do not show.
-        sweeps: rounds of improvement of all codes and all scales after the search.
+        sweeps: rounds of improvement of all codes after the search, all scales between them.
 
     Returns:
         A 4-bit tensor of the same format and size. By `moment` (damped), no row is worse than
@@ -107,10 +107,10 @@ def requantize_4bit(
         found[:, order] = search(
             goal[:, order], grid.spread(scales[part])[:, order], unit, weight, grid.levels, beams
         )
-        for _ in range(sweeps):
+        for sweep in range(sweeps):
+            if sweep:
+                _improve_scales(found, scales[part], goal, wide, grid, first)
             _improve_codes(found, scales[part], goal, wide, grid)
-            _improve_scales(found, scales[part], goal, wide, grid, first)
-        _improve_codes(found, scales[part], goal, wide, grid)
         ranks[part] = found
     made, goal = grid.dense(ranks, scales), target.double()
     worse = output_cost(made - goal, metric) >= output_cost(start.dequantize() - goal, metric)
