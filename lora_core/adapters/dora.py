@@ -81,7 +81,7 @@ class DoRA(LoRA):
         with torch.autocast(self.A.device.type, enabled=False):
             down, up = self.factors()
             up = up * self.scale()  # (N, R/g)
-            unit = torch.maximum(self.lengths, up.norm(dim=1) * down.norm())  # (N,)
+            unit = torch.maximum(self.lengths, up.abs().sum(1) * down.norm())  # (N,)
             unit = torch.where(unit > 0, unit, 1.0)
             up = up / unit[:, None]
             cross = _times_weight(self.form, base, down) / unit[:, None]  # (N, R/g)
