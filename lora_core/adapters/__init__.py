@@ -4,6 +4,7 @@ from lora_core.adapters.adapterhub import AdapterHubConfig
 from lora_core.adapters.base import Adapted, Adapter, adapted_modules, dense_weight, is_linear
 from lora_core.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
 from lora_core.adapters.config import AdapterConfig, register_adapter
+from lora_core.adapters.convert import convert_to_lora, extract_lora
 from lora_core.adapters.inject import (
     AdapterReport,
     active_names,
@@ -28,7 +29,9 @@ from lora_core.adapters.merge import (
 from lora_core.adapters.prefix import PrefixTuningConfig
 from lora_core.adapters.prompt import PromptTuningConfig
 from lora_core.adapters.ptuning import PTuningConfig
+from lora_core.adapters.spectrum import LayerSpectrum, SpectrumReport, adapter_spectrum
 from lora_core.adapters.tokens import TrainableTokens, grow_vocabulary
+from lora_core.adapters.truncate import ConversionReport, LayerConversion
 
 __all__ = [
     "Adapted",
@@ -38,7 +41,10 @@ __all__ = [
     "AdapterReport",
     "BottleneckAdapter",
     "BottleneckConfig",
+    "ConversionReport",
+    "LayerConversion",
     "LayerMerge",
+    "LayerSpectrum",
     "LoRA",
     "LoRAConfig",
     "LoRALinear",
@@ -46,15 +52,19 @@ __all__ = [
     "PTuningConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "SpectrumReport",
     "TrainableTokens",
     "active_names",
     "adapted_modules",
     "adapter_names",
     "adapter_report",
+    "adapter_spectrum",
     "add_adapter",
+    "convert_to_lora",
     "delete_adapter",
     "dense_weight",
     "disable_adapters",
+    "extract_lora",
     "grow_vocabulary",
     "is_linear",
     "merge_adapters",

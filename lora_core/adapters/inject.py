@@ -29,6 +29,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "parameter_counts",
+    "refuse_name",
     "replace_modules",
     "set_adapters",
     "tell",
@@ -87,7 +88,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
         ValueError: a name taken, a target that matches nothing, a tied weight, a merged model, no
             site or no trainable parameter. The model is then as it was.
     """
-    _refuse_name(model, name)
+    refuse_name(model, name)
     built = build_all(config, model)
     check = getattr(config, "check", None)
     if callable(check):
@@ -95,7 +96,8 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
     return attach_built(model, config, name, built)
 
 
-def _refuse_name(model: nn.Module, name: str) -> None:
+def refuse_name(model: nn.Module, name: str) -> None:
+    """Refuse a name that a new adapter of the model cannot have; ValueError says why."""
     check_name(name)
     _refuse_merged(model, "adding an adapter")
     if name in adapter_names(model):
@@ -127,7 +129,7 @@ def attach_built(
     Raises:
         ValueError: see `add_adapter`.
     """
-    _refuse_name(model, name)
+    refuse_name(model, name)
     modules = dict(sites(model))
     if not built:
         raise ValueError(f"{type(config).__name__} found no module to attach to")
