@@ -48,11 +48,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # the version whose files these are; PEFT asks for none
 
 
-def _nothing_further(folder: Path, adapters: Mapping[str, Adapter]) -> None:
+def _nothing_further(model: nn.Module, folder: Path, adapters: Mapping[str, Adapter]) -> None:
     """Write no further file."""
 
 
-def _no_notes(adapters: Mapping[str, Adapter]) -> list[str]:
+def _no_notes(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
+) -> list[str]:
     return []
 
 
@@ -67,9 +69,9 @@ class AdapterFormat:
             into adapter_config.json.
         read: (model, adapter_config.json, tensors, folder, trainable) -> (configuration,
             {site: adapter}), filled, the model left alone; ValueError says what does not fit.
-        write_further: (folder, {site: adapter}): writes what else is needed to train on, and takes
-            away what an adapter before it left there.
-        notes: {site: adapter} -> what other programs get wrong about it.
+        write_further: (model, folder, {site: adapter}): writes what else is needed to train on, and
+            takes away what an adapter before it left there.
+        notes: (record, tensors, {site: adapter}) -> what other programs get wrong about it.
     """
 
     config: type | UnionType
@@ -78,8 +80,10 @@ class AdapterFormat:
     read: Callable[
         [nn.Module, dict[str, Any], dict[str, Tensor], Path, bool], tuple[Any, dict[str, Adapter]]
     ]
-    write_further: Callable[[Path, Mapping[str, Adapter]], None] = _nothing_further
-    notes: Callable[[Mapping[str, Adapter]], list[str]] = _no_notes
+    write_further: Callable[[nn.Module, Path, Mapping[str, Adapter]], None] = _nothing_further
+    notes: Callable[[Mapping[str, Any], Mapping[str, Tensor], Mapping[str, Adapter]], list[str]] = (
+        _no_notes
+    )
 
 
 def keyed(adapters: Mapping[str, Adapter], prefix: str = "") -> dict[str, Tensor]:

@@ -84,11 +84,14 @@ def save_adapter(
     tensors = _tensors(found, form)
     try:
         write_adapter(
-            Path(directory), record, tensors, lambda folder: form.write_further(folder, found)
+            Path(directory),
+            record,
+            tensors,
+            lambda folder: form.write_further(model, folder, found),
         )
     except TypeError as error:
         raise TypeError(f"{type(config).__name__} cannot be written as JSON: {error}") from None
-    notes = form.notes(found)
+    notes = form.notes(record, tensors, found)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return notes

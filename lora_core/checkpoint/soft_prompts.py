@@ -368,5 +368,9 @@ def _own_fields(config: SoftPromptConfig, first: Any, base_model: str | None) ->
 
 
 SOFT_PROMPT = AdapterFormat(
-    SoftPromptConfig, flat_tensors, soft_prompt_record, read_soft_prompt, write_further
+    SoftPromptConfig,
+    flat_tensors,
+    soft_prompt_record,
+    read_soft_prompt,
+    lambda model, folder, adapters: write_further(folder, adapters),
 )

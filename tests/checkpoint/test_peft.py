@@ -87,7 +87,8 @@ UP = "base_model.model.blocks.0.up.lora_A.weight"
 
 def test_the_two_files(saved: tuple[nn.Module, Path]) -> None:
     model, folder = saved
-    assert sorted(f.name for f in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(f.name for f in folder.iterdir()) == [CONFIG, WEIGHTS, "lora_core.json"]
+    assert json.loads((folder / "lora_core.json").read_text()) == {"trained_on": "float32"}
     config, tensors = read_adapter(folder)
     assert json.loads((folder / CONFIG).read_text()) == config
     assert config == {
@@ -101,6 +102,7 @@ def test_the_two_files(saved: tuple[nn.Module, Path]) -> None:
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": 4,
+        "lora_bias": False,
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "peft_type": "LORA",
@@ -228,13 +230,9 @@ def test_patterns_and_scaling_are_applied_and_warned_of(base: Net, tmp_path: Pat
         notes = save_adapter(model, tmp_path)
     assert [str(w.message) for w in caught] == notes
     assert notes == [
-        f"{option} is misread by {who}; PEFT reads it. For them, write `export --baked`"
-        for option, who in (
-            (
-                "rank_pattern or alpha_pattern",
-                "vLLM and llama.cpp, which use one scale for all layers",
-            ),
-            ("use_rslora", "llama.cpp, which scales by alpha / r"),
+        (
+            "rank_pattern and alpha_pattern and use_rslora: misread by vLLM, llama.cpp, in silence; "
+            "PEFT reads it. For them, write `lora-core export --baked`"
         )
     ]
     raw, _ = read_adapter(tmp_path)
@@ -284,12 +282,19 @@ def test_the_librarys_decoder_is_a_causal_lm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, r"a: options that are not supported here: use_dora=True"),
-        ({"bias": "all", "lora_bias": True}, "supported here: bias='all', lora_bias=True"),
-        ({"modules_to_save": ["head"]}, r"supported here: modules_to_save=\['head'\]"),
+        ({"use_dora": True}, r"lora_magnitude_vector' is missing \(and 3 more\); nearest names"),
+        ({"bias": "lora_only"}, r"up.base_layer.bias' is missing|down.base_layer.bias' is missing"),
+        ({"bias": "some"}, "a: bias must be one of 'none', 'all', 'lora_only', got 'some'"),
+        ({"lora_bias": True}, r"lora_B.bias' is missing \(and 3 more\)"),
+        ({"modules_to_save": ["head"]}, "a: modules_to_save: 'head' matches no module; names here"),
+        ({"modules_to_save": "head"}, "modules_to_save must be a list of names, got 'head'"),
         ({"target_parameters": ["w"]}, r"supported here: target_parameters=\['w'\]"),
+        ({"layer_replication": [[0, 2]]}, r"supported here: layer_replication=\[\[0, 2\]\]"),
+        ({"use_bdlora": {"x": 1}, "arrow_config": {"y": 2}}, "here: arrow_config=.*use_bdlora="),
         ({"some_new_option": 3}, "supported here: some_new_option=3"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base weights"),
+        ({"init_lora_weights": "loftq"}, "'loftq' changes .* path_initial_model_for_weight_conv"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base weights"),
         ({"r": 3}, r"lora_A.weight' has shape \(2, 8\), the model needs \(3, 8\)"),
         ({"r": 0}, "a: r must be a whole number"),
         ({"lora_alpha": "8"}, "a: alpha must be a finite number, got '8'"),
@@ -503,7 +508,9 @@ def test_a_registered_kind_is_saved_and_loaded(base: Net, tmp_path: Path) -> Non
     with disable_adapters(base):
         assert not torch.equal(base(ids), model(ids))
     edit(tmp_path, sized=3)
-    with pytest.raises(ValueError, match="ShiftConfig has no option 'sized'; nearest names: 'size'"):
+    with pytest.raises(
+        ValueError, match="ShiftConfig has no option 'sized'; nearest names: 'size'"
+    ):
         load_adapter(base, tmp_path, "other")
 
 

@@ -1,0 +1,75 @@
+"""Copies of base weights that PEFT puts into an adapter's file.
+
+    <site>.base_layer.weight            an embedding or head that is a target, or was resized
+    <site>.weight                       the other of the two, where one was resized
+    <site>.original_module.bias, <site>.modules_to_save.bias, <module>.bias       bias="all"
+
+They say nothing that the model does not hold, and are left out where they equal its own; where they
+differ, the adapter belongs to another base.
+"""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.checkpoint.lora_options import PEFT_PREFIX
+from lora_core.targets import sites, unwrap
+
+__all__ = ["without_base_copies"]
+
+# what PEFT's wrappers put between a module's name and its parameter's
+_WRAPPERS = (
+    ".token_adapter.base_layer",
+    ".base_layer",
+    ".original_module",
+)
+_TWICE = ".modules_to_save"  # bias="all": the bias of a copied module, there already without this
+
+
+def without_base_copies(
+    model: nn.Module, tensors: Mapping[str, Tensor], wanted: Collection[str]
+) -> dict[str, Tensor]:
+    """Leave out copies of the model's own weights.
+
+    Args:
+        model: the base model.
+        tensors: a file's.
+        wanted: keys that the adapter needs, which are no copies.
+
+    Returns:
+        The rest.
+
+    Raises:
+        ValueError: a copy differs from the model's own.
+    """
+    modules = dict(sites(model))
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key not in wanted and _is_double(key, tensor, tensors):
+            continue
+        name = None if key in wanted else _parameter_name(key)
+        site, _, parameter = (name or "").rpartition(".")
+        own = getattr(unwrap(modules[site]), parameter, None) if site in modules else None
+        if name is None or not isinstance(own, Tensor):
+            rest[key] = tensor
+        elif own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to(own.dtype)):
+            raise ValueError(
+                f"{key!r} is not the {parameter} that {site!r} has: the adapter belongs to another "
+                "base, or to one whose vocabulary was changed"
+            )
+    return rest
+
+
+def _parameter_name(key: str) -> str | None:
+    """Name of the base parameter that a key may be a copy of."""
+    site, _, parameter = key.removeprefix(PEFT_PREFIX).rpartition(".")
+    for wrapper in _WRAPPERS:
+        site = site.removesuffix(wrapper)
+    return f"{site}.{parameter}" if site and parameter in ("weight", "bias") else None
+
+
+def _is_double(key: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    site, _, parameter = key.rpartition(".")
+    other = tensors.get(f"{site.removesuffix(_TWICE)}.{parameter}")
+    return site.endswith(_TWICE) and other is not None and torch.equal(other, tensor)

@@ -1,0 +1,88 @@
+"""What PEFT's configuration says of rank and scaling, for pairs whose applied form differs.
+
+PEFT applies s·B A with s = alpha / r, or alpha / sqrt(r), r and alpha by module. What is written is
+the pair as it is applied, and that may have another rank than the one that is trained: a start that
+is subtracted beside the base (PiSSA, OLoRA) is a second pair, [A; A0] and [B, -B0], of rank 2r; p
+independent parts of a fused projection are one block-diagonal pair of rank p·r. Then r and alpha
+are rewritten: R as it lies in the file, alpha = s·R, by module where they differ, no square root.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from lora_core.adapters.lora import LoRA
+from lora_core.adapters.lora_config import LoRAConfig
+from lora_core.targets import pattern_value
+
+__all__ = ["applied_rank", "scaling_record"]
+
+
+def applied_rank(pair: LoRA) -> int:
+    """Rank R of the pair that is applied, which is the one on disk."""
+    return pair.A.shape[0] if pair.A0 is None else 2 * pair.A.shape[0]
+
+
+def scaling_record(config: LoRAConfig, pairs: Mapping[str, LoRA]) -> dict[str, Any]:
+    """PEFT's fields of rank and scaling.
+
+    Args:
+        config: the adapter's.
+        pairs: by site.
+
+    Returns:
+        {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}: the configuration's own
+        where they describe every pair, else rewritten.
+    """
+    if all(_described(config, site, pair) for site, pair in pairs.items()):
+        return {
+            "r": config.r,
+            "lora_alpha": whole(config.alpha),
+            "rank_pattern": dict(config.rank_pattern),
+            "alpha_pattern": {key: whole(value) for key, value in config.alpha_pattern.items()},
+            "use_rslora": config.use_rslora,
+        }
+    ranks = {site: applied_rank(pair) for site, pair in pairs.items()}
+    alphas = {site: whole(pair.scaling * ranks[site]) for site, pair in pairs.items()}
+    r, rank_pattern = _by_module(ranks)
+    alpha, alpha_pattern = _by_module(alphas)
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": False,
+    }
+
+
+def whole(value: float) -> float:
+    """The number as an integer where it is one: what PEFT writes."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _described(config: LoRAConfig, site: str, pair: LoRA) -> bool:
+    r = pattern_value(config.rank_pattern, site, config.r)
+    alpha = pattern_value(config.alpha_pattern, site, config.alpha)
+    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+    return applied_rank(pair) == r and pair.scaling == scaling
+
+
+def _by_module(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and patterns for the sites that have another.
+
+    A pattern is the last part of a name where all sites of that name agree, else the whole name;
+    longer ones first, since a whole name also matches names that end with it.
+    """
+    common = Counter(values.values()).most_common(1)[0][0]
+    ends: dict[str, set[Any]] = {}
+    for site, value in values.items():
+        ends.setdefault(site.rsplit(".", 1)[-1], set()).add(value)
+    named = {
+        last if len(ends[last := site.rsplit(".", 1)[-1]]) == 1 else site: value
+        for site, value in values.items()
+        if ends[site.rsplit(".", 1)[-1]] != {common}
+    }
+    ordered = sorted(named, key=lambda key: (-key.count("."), key))
+    return common, {re.escape(key): named[key] for key in ordered}

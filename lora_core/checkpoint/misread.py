@@ -1,0 +1,99 @@
+"""What other programs get wrong about an adapter in PEFT's format, in silence.
+
+A program that refuses says so itself. These notes are about the others: a scale that is not the one
+the adapter was trained with (loaders.py knows whose rules those are), and what PEFT itself cannot
+load or computes otherwise. `lora-core export --baked` writes what every one of them reads right.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lora_core.adapters.base import Adapter
+from lora_core.adapters.forms import ConvForm, EmbeddingForm
+from lora_core.adapters.lora import LoRA
+from lora_core.checkpoint.loaders import LOADERS, Applied, Refused, read_as_peft
+
+__all__ = ["misread", "refusals"]
+
+_PROGRAMS = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "sglang": "SGLang"}
+
+
+def misread(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
+) -> list[str]:
+    """Notes for whoever saves an adapter; mostly none.
+
+    Args:
+        record: adapter_config.json.
+        tensors: by key.
+        adapters: by site.
+
+    Returns:
+        One line each.
+    """
+    notes = _by_peft(record, adapters)
+    if _is_loftq(adapters):
+        notes.append(
+            "init='loftq' made the 4-bit base that this adapter is for: save it too "
+            "(unload_adapters(model); save_model(model, directory, quantized=True))"
+        )
+    true = read_as_peft(record, tensors)
+    wrong = [_PROGRAMS[name] for name in _PROGRAMS if _scaled_wrong(name, record, tensors, true)]
+    if wrong:
+        options = [
+            option
+            for option in ("rank_pattern", "alpha_pattern", "use_rslora")
+            if record.get(option)
+        ]
+        notes.append(
+            f"{' and '.join(options)}: misread by {', '.join(wrong)}, in silence; PEFT reads it. "
+            "For them, write `lora-core export --baked`"
+        )
+    return notes
+
+
+def refusals(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which programs do not load an adapter, and why: {program: reason}."""
+    found = {}
+    for name, read in LOADERS.items():
+        try:
+            read(record, tensors)
+        except Refused as reason:
+            found[name] = str(reason)
+    return found
+
+
+def _scaled_wrong(
+    name: str,
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    true: Mapping[str, Applied],
+) -> bool:
+    """Whether a program loads the adapter and scales a pair of it otherwise."""
+    try:
+        got = LOADERS[name](record, tensors)
+    except Refused:
+        return False
+    return any(not math.isclose(got[site].scale, true[site].scale) for site in true)
+
+
+def _is_loftq(adapters: Mapping[str, Adapter]) -> bool:
+    return any(getattr(adapter.config, "init", None) == "loftq" for adapter in adapters.values())
+
+
+def _by_peft(record: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> list[str]:
+    """What PEFT 0.21.2 does not load, or computes otherwise."""
+    pairs = {site: a for site, a in adapters.items() if isinstance(a, LoRA)}
+    notes = []
+    if record.get("lora_bias"):
+        if record.get("use_dora"):
+            notes.append("lora_bias with use_dora: PEFT refuses the two together")
+        elif any(isinstance(pair.form, EmbeddingForm) for pair in pairs.values()):
+            notes.append("lora_bias at an embedding: PEFT refuses it")
+    grouped = [s for s, p in pairs.items() if isinstance(p.form, ConvForm) and p.form.groups > 1]
+    if grouped and record.get("use_dora"):
+        notes.append(f"use_dora at {grouped[0]!r}, a convolution in groups: PEFT cannot run it")
+    return notes
