@@ -162,7 +162,7 @@ def spelt(site: str) -> str:
 
 def check_name(name: str) -> None:
     """Refuse an adapter name that could not be a key of `.adapters`; ValueError says why."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"{name!r} cannot name an adapter: it must be text without dots, and none of "
             "nn.ModuleDict's own names ('keys', 'type', 'train', …)"

@@ -697,3 +697,39 @@ def derived() -> Callable[[Adapter, nn.Module], Terms]:
 def layer_bound() -> Callable[[LoRA, nn.Module, Tensor], Tensor]:
     """`output_bound`, for tests that look at layers."""
     return output_bound
+
+
+@pytest.fixture
+def perceptron() -> nn.Module:
+    """A perceptron of its own for a test."""
+    return Perceptron().eval()
+
+
+@pytest.fixture
+def convnet() -> nn.Module:
+    """A convolution net of its own for a test."""
+    return ConvNet().eval()
+
+
+@pytest.fixture
+def unet() -> nn.Module:
+    """A U-Net of its own for a test."""
+    return UNet().eval()
+
+
+@pytest.fixture
+def whole_state(state_of: Callable) -> Callable[[nn.Module], object]:
+    """More than `state_of`: buffers, modes and hooks too."""
+
+    def of(model: nn.Module) -> object:
+        return str(
+            (
+                state_of(model),
+                [(name, id(b), b.tolist()) for name, b in model.named_buffers()],
+                [(m.training, list(m._forward_hooks), list(m._forward_pre_hooks))
+                 for m in model.modules()],
+                [(host.mixture, host.wraps) for _, host in adapted_modules(model)],
+            )
+        )  # fmt: skip
+
+    return of
