@@ -2,14 +2,16 @@ r"""Prefix tuning: in every self-attention P trained keys and values before thos
 
     attention([P_K; K], [P_V; V])        P_K, P_V (P, Hkv, D) in each of L layers
 
-Every position sees the whole prefix. Flat, keys and values are the parameters, P · L · 2 Hkv D
-numbers. With `projection` they come out of a network that all layers share but for the last matrix,
+Every position sees the whole prefix. The keys and values come out of a network that all layers
+share but for its last matrix,
 
     [P_K; P_V]_l = W_l tanh(W e + b) + b_l        e (P, C), W (h, C), W_l (2 Hkv D, h)
 
-which trains more steadily (P C + hC + h + L · 2 Hkv D (h + 1) numbers) and can be dropped
-afterwards: the file that PEFT reads holds the flat form, a further one the network
-(checkpoint/soft_prompts). With grouped-query attention it is key/value heads that are counted.
+in all P C + hC + h + L · 2 Hkv D (h + 1) numbers. It is there to make training steady and can be
+dropped afterwards: the file that PEFT reads holds the flat form, a further one the network
+(checkpoint/soft_prompts). Flat from the start (`projection=False`) the keys and values are the
+parameters, P · L · 2 Hkv D numbers, which want a learning rate some hundred times as high
+(docs/soft-prompts.md has figures). With grouped-query attention key/value heads are counted.
 
 A prefix is an adapter at each attention module, called in its place: it calls the module with a
 cache that puts the prefix in front of whatever the module would have used, this call's keys or the
@@ -282,8 +284,8 @@ class PrefixTuningConfig:
 
     num_virtual_tokens: int = 20
     """P, keys and values in front of the text's."""
-    projection: bool = False
-    """Make them by a network that is shared by all layers but for its last matrix."""
+    projection: bool = True
+    """Make them by a network that is shared by all layers but for its last matrix; else flat."""
     hidden: int | None = None
     """That network's width h; None: 512."""
     init: str = "normal"
@@ -299,7 +301,7 @@ class PrefixTuningConfig:
                 f"init must be one of {', '.join(map(repr, STARTS))}, got {self.init!r}"
             )
         if self.hidden is not None and not self.projection:
-            raise ValueError("hidden is the network's width: it needs projection=True")
+            raise ValueError("hidden is the network's width: a flat prefix has none")
         if (
             not isinstance(self.std, int | float)
             or not math.isfinite(self.std)

@@ -29,59 +29,27 @@ from lora_core.adapters.base import Adapter
 from lora_core.adapters.config import build_all
 from lora_core.adapters.prefix import Prefix, PrefixTokens, PrefixTuningConfig
 from lora_core.adapters.prompt import Prompt, PromptTuningConfig
-from lora_core.adapters.ptuning import PTuningConfig
-from lora_core.checkpoint.adapter_files import PEFT_VERSION, AdapterFormat
+from lora_core.checkpoint.adapter_files import AdapterFormat, check_tensors
 from lora_core.checkpoint.safetensors_folder import Pending, read_header, write_safetensors
+from lora_core.checkpoint.soft_prompt_config import (
+    KINDS,
+    SoftPromptConfig,
+    config_of,
+    record_of,
+)
 from lora_core.files import atomic_write
 
 __all__ = [
     "FURTHER",
     "KINDS",
     "SOFT_PROMPT",
-    "SoftPromptConfig",
     "flat_tensors",
     "read_soft_prompt",
-    "soft_prompt_record",
     "write_further",
 ]
 
-SoftPromptConfig = PromptTuningConfig | PrefixTuningConfig | PTuningConfig
-
 KEY = "prompt_embeddings"
 FURTHER = "reparametrization.safetensors"
-KINDS: dict[str, type[SoftPromptConfig]] = {
-    "PROMPT_TUNING": PromptTuningConfig,
-    "PREFIX_TUNING": PrefixTuningConfig,
-    "P_TUNING": PTuningConfig,
-}
-_INITS = {"RANDOM": "random", "SAMPLE_VOCAB": "vocabulary", "TEXT": "text"}
-_IGNORED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "num_attention_heads",
-    "num_layers",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "task_type",
-    "token_dim",
-    "tokenizer_kwargs",
-    "tokenizer_name_or_path",
-}
-_READ = {
-    "encoder_dropout",
-    "encoder_hidden_size",
-    "encoder_num_layers",
-    "encoder_reparameterization_type",
-    "init_weights",
-    "num_transformer_submodules",
-    "num_virtual_tokens",
-    "prefix_projection",
-    "prompt_tuning_init",
-    "prompt_tuning_init_text",
-}
 # float32 sums in another order, as on another machine; anything else is another prompt
 _SAME = 1e-3
 
@@ -201,15 +169,19 @@ def read_soft_prompt(
         ValueError: an option without counterpart, a missing or unexpected key, another shape, or a
             network that does not give the prompt beside it.
     """
-    config = _config(raw)
+    config = config_of(raw)
     prompt = _checked_flat(tensors, config.num_virtual_tokens)
-    if not trainable or not (folder / FURTHER).is_file():
+    flat = not trainable or isinstance(config, PromptTuningConfig)
+    if flat or not (folder / FURTHER).is_file():
         built = _flat(config, model, prompt)
         _take_flat(built, prompt)
         return config, built
     built = build_all(config, model)
     network = _network(folder / FURTHER)
-    _compare(network, further_tensors(built))
+    try:
+        check_tensors(further_tensors(built), network)
+    except ValueError as error:
+        raise ValueError(f"{FURTHER}: {error}") from None
     _take_further(built, network)
     made = flat_tensors(built)[KEY].cpu()
     if made.shape != prompt.shape or (made - prompt).abs().max() > _SAME * prompt.abs().max():
@@ -237,7 +209,7 @@ def _flat(config: SoftPromptConfig, model: nn.Module, prompt: Tensor) -> dict[st
     """Adapters of the flat form, without a start of their own."""
     plain: SoftPromptConfig = PromptTuningConfig(config.num_virtual_tokens, "random")
     if isinstance(config, PrefixTuningConfig):
-        plain = PrefixTuningConfig(config.num_virtual_tokens)
+        plain = PrefixTuningConfig(config.num_virtual_tokens, projection=False)
     built = build_all(plain, model)
     needed = tuple(flat_tensors(built)[KEY].shape)
     if needed != tuple(prompt.shape):
@@ -256,121 +228,17 @@ def _network(file: Path) -> dict[str, Tensor]:
         return {key: handle.get_tensor(key) for key in entries}
 
 
-def _compare(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    for key in sorted(given.keys() ^ wanted.keys()):
-        what = "is missing" if key in wanted else "is unexpected"
-        raise ValueError(f"{FURTHER}: the key {key!r} {what}")
-    for key, tensor in given.items():
-        if tensor.shape != wanted[key].shape:
-            raise ValueError(
-                f"{FURTHER}: {key!r} has shape {tuple(tensor.shape)}, the model needs "
-                f"{tuple(wanted[key].shape)}"
-            )
-
-
-# --- configurations ---
-
-
-def _config(raw: Mapping[str, Any]) -> SoftPromptConfig:
-    """The configuration object that a file of PEFT's, or one of ours, describes."""
-    nothing: tuple[Any, ...] = (None, False, {}, [])
-    if options := [k for k in sorted(raw.keys() - _READ - _IGNORED) if raw[k] not in nothing]:
-        told = ", ".join(f"{key}={raw[key]!r}" for key in options)
-        raise ValueError(f"options that are not supported here: {told}")
-    if raw.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(
-            f"num_transformer_submodules={raw['num_transformer_submodules']!r}: prompts of "
-            "encoder-decoder models are not supported"
-        )
-    tokens = raw.get("num_virtual_tokens")
-    kind = raw["peft_type"]
-    if kind == "PROMPT_TUNING":
-        start = _INITS.get(raw.get("prompt_tuning_init") or "RANDOM", "random")
-        text = raw.get("prompt_tuning_init_text") if start == "text" else None
-        start = "random" if start == "text" and text is None else start
-        return PromptTuningConfig(tokens, start, text)  # type: ignore[arg-type]  # it checks
-    hidden = raw.get("encoder_hidden_size")
-    if kind == "PREFIX_TUNING":
-        projection = bool(raw.get("prefix_projection"))
-        start = "zeros" if raw.get("init_weights") == "zero" else "normal"
-        width = hidden if projection else None
-        return PrefixTuningConfig(tokens, projection, width, start)  # type: ignore[arg-type]
-    encoder = str(raw.get("encoder_reparameterization_type") or "MLP").lower()
-    layers, dropout = raw.get("encoder_num_layers") or 2, raw.get("encoder_dropout") or 0.0
-    lasting = dropout if encoder == "lstm" and layers > 1 else 0.0  # elsewhere PEFT has none
-    return PTuningConfig(tokens, encoder, hidden, layers, lasting)  # type: ignore[arg-type]
-
-
-def soft_prompt_record(
-    model: nn.Module,
-    config: SoftPromptConfig,
-    adapters: Mapping[str, Adapter],
-    base_model: str | None,
+def _record(
+    model: nn.Module, config: Any, adapters: Mapping[str, Adapter], base_model: str | None
 ) -> dict[str, Any]:
-    """What goes into `adapter_config.json`: PEFT's fields.
-
-    Args:
-        model: the model, for what kind of task it is.
-        config: the prompt's.
-        adapters: by site.
-        base_model: `base_model_name_or_path`.
-
-    Returns:
-        The record.
-    """
     first, layers = _parts(adapters)
-    width = flat_tensors(adapters)[KEY].shape[1]
-    heads, kind = (layers[0].heads if layers else None), type(config)
-    owner = getattr(model, "config", None)
-    record: dict[str, Any] = {
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "num_attention_heads": heads.number if heads else getattr(owner, "num_attention_heads", 1),
-        "num_layers": len(layers) or getattr(owner, "num_hidden_layers", 1),
-        "num_transformer_submodules": 1,
-        "num_virtual_tokens": config.num_virtual_tokens,
-        "peft_type": next(name for name, known in KINDS.items() if known is kind),
-        "peft_version": PEFT_VERSION,
-        "revision": None,
-        "task_type": "CAUSAL_LM",
-        "token_dim": heads.number * heads.size if heads else width,
-    }
-    return record | _own_fields(config, first, base_model)
-
-
-def _own_fields(config: SoftPromptConfig, first: Any, base_model: str | None) -> dict[str, Any]:
-    if isinstance(config, PromptTuningConfig):
-        # PEFT asks for a tokenizer's name with a text, although nothing is started from it again
-        text = config.text if base_model is not None else None
-        start = {ours: theirs for theirs, ours in _INITS.items()}[config.init]
-        return {
-            "prompt_tuning_init": "RANDOM" if start == "TEXT" and text is None else start,
-            "prompt_tuning_init_text": text,
-            "tokenizer_kwargs": None,
-            "tokenizer_name_or_path": base_model if text is not None else None,
-        }
-    if isinstance(config, PrefixTuningConfig):
-        hidden = None if first.hidden is None else first.hidden.out_features
-        return {
-            "encoder_hidden_size": hidden or config.hidden,
-            "init_weights": "zero" if config.init == "zeros" else None,
-            "prefix_projection": config.projection,
-        }
-    width = config.hidden or first.embeddings().shape[1]
-    return {
-        "encoder_dropout": config.dropout,
-        "encoder_hidden_size": width,
-        "encoder_num_layers": config.layers,
-        "encoder_reparameterization_type": config.encoder.upper(),
-    }
+    return record_of(model, config, first, layers[0].heads if layers else None, base_model)
 
 
 SOFT_PROMPT = AdapterFormat(
     SoftPromptConfig,
     flat_tensors,
-    soft_prompt_record,
+    _record,
     read_soft_prompt,
     lambda model, folder, adapters: write_further(folder, adapters),
 )

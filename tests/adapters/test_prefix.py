@@ -19,7 +19,7 @@ from lora_core.train.recompute import recomputed_layers
 
 EXACT = 2.0**-53
 P = 3
-FLAT = PrefixTuningConfig(P, std=1.0)
+FLAT = PrefixTuningConfig(P, projection=False, std=1.0)
 NETWORK = PrefixTuningConfig(P, projection=True, hidden=5)
 
 
@@ -136,10 +136,10 @@ def test_attention_and_gradients_are_the_formula(config: PrefixTuningConfig, tok
 def test_two_prefixes_are_one_longer_one() -> None:
     model, x = decoder(), ids()
     add_adapter(model, FLAT, "a")
-    add_adapter(model, PrefixTuningConfig(2, std=1.0), "b")
+    add_adapter(model, PrefixTuningConfig(2, False, std=1.0), "b")
     set_adapters(model, ["a", "b"])
     one = decoder()
-    add_adapter(one, PrefixTuningConfig(P + 2))
+    add_adapter(one, PrefixTuningConfig(P + 2, False))
     model, one = widened(model), widened(one)
     for layer, a, b in zip(at(one)[1:], at(model, "a")[1:], at(model, "b")[1:], strict=True):
         layer.key.data = torch.cat([a.key, b.key]).data
@@ -219,12 +219,12 @@ def test_activation_checkpointing_leaves_gradients(
 
 def test_starts() -> None:
     model = decoder()
-    add_adapter(model, PrefixTuningConfig(200), "normal")
+    add_adapter(model, PrefixTuningConfig(200, False), "normal")
     _, first, _ = at(model, "normal")
     # 3200 normal numbers: their deviation is 0.02 to six of its own deviations
     assert abs(first.key.std().item() - 0.02) < 6 * 0.02 / 6400**0.5
-    add_adapter(model, PrefixTuningConfig(P, init="zeros"), "zeros")
-    add_adapter(model, PrefixTuningConfig(P, projection=True, init="zeros"), "network")
+    add_adapter(model, PrefixTuningConfig(P, False, init="zeros"), "zeros")
+    add_adapter(model, PrefixTuningConfig(P, init="zeros"), "network")
     for name in ("zeros", "network"):
         shared, *layers = at(model, name)
         assert all(not s.any() for layer in layers for s in layer.states())
@@ -236,7 +236,7 @@ def test_zero_keys_still_take_their_share_of_attention() -> None:
     """A prefix of zeros is no identity: it is P values of zero that every query looks at."""
     model, x = decoder(), ids()
     before = model(x).logits
-    add_adapter(model, PrefixTuningConfig(P, init="zeros"))
+    add_adapter(model, PrefixTuningConfig(P, False, init="zeros"))
     assert not torch.equal(model(x).logits, before)
 
 
@@ -254,7 +254,10 @@ def test_sites() -> None:
     [
         (lambda: PrefixTuningConfig(0), "num_virtual_tokens must be a whole number, 1 or more"),
         (lambda: PrefixTuningConfig(2, init="uniform"), "init must be one of 'normal', 'zeros'"),
-        (lambda: PrefixTuningConfig(2, hidden=4), "hidden is the network's width: it needs proj"),
+        (
+            lambda: PrefixTuningConfig(2, False, 4),
+            "hidden is the network's width: a flat prefix has none",
+        ),
         (lambda: PrefixTuningConfig(2, True, 0), "hidden must be a whole number, 1 or more"),
         (lambda: PrefixTuningConfig(2, std=-1.0), "std must be a finite number, 0 or more; got -1"),
         (lambda: PrefixTuningConfig(2, std=math.nan), "std must be a finite number"),

@@ -37,7 +37,7 @@ KINDS = {
     "prompt": PromptTuningConfig(P),
     "mlp": PTuningConfig(P, hidden=5),
     "lstm": PTuningConfig(P, "lstm", hidden=5),
-    "prefix": PrefixTuningConfig(P, std=1.0),
+    "prefix": PrefixTuningConfig(P, projection=False, std=1.0),
     "network": PrefixTuningConfig(P, projection=True, hidden=5),
 }
 IN_FRONT = ["prompt", "mlp", "lstm"]
