@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lora_core.adapters import BottleneckConfig, LoRAConfig, add_adapter, grow_vocabulary
+from lora_core.adapters import (
+    BottleneckConfig,
+    LoRAConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    add_adapter,
+    grow_vocabulary,
+)
 from lora_core.checkpoint import adapter_state_dict, load_model, save_adapter, save_model
 from lora_core.checkpoint.peft import read_adapter
 from lora_core.cli.flags import add_dataclass_flags, given
@@ -47,7 +54,13 @@ from lora_core.train import DEFAULT_LR, TrainConfig, TrainResult, train
 HELP = "train an adapter (or a whole model) on JSONL conversations"
 EXAMPLE = "lora-core finetune --model DIR --data chats.jsonl --out runs/mine --method qlora --r 16"
 
-METHODS = ("lora", "qlora", "full", "bottleneck")
+METHODS = ("lora", "qlora", "full", "bottleneck", "prompt", "prefix")
+KINDS: dict[str, Callable[..., AdapterConfig] | None] = {
+    "full": None,
+    "bottleneck": BottleneckConfig,
+    "prompt": PromptTuningConfig,
+    "prefix": PrefixTuningConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +73,8 @@ class FinetuneConfig:
     """JSONL files, each optionally with :weight."""
     out: str
     """Folder that gets the adapter (or the model), metrics, plot and run.json."""
-    method: Literal["lora", "qlora", "full", "bottleneck"] = "lora"
-    """What is trained: LoRA, LoRA on a 4-bit base, every weight, or bottleneck adapters."""
+    method: Literal["lora", "qlora", "full", "bottleneck", "prompt", "prefix"] = "lora"
+    """What is trained: LoRA, LoRA on a 4-bit base, every weight, bottlenecks, or soft prompts."""
     quantize: Literal["nf4", "fp4", "int4"] = "nf4"
     """4-bit code of the base, for qlora."""
     eval_data: str | None = None
@@ -186,7 +199,7 @@ def finetune(
 
     Args:
         config: model, data, method.
-        adapter: LoRAConfig for lora and qlora, BottleneckConfig for bottleneck, None for full.
+        adapter: the method's configuration; None for full.
         training: the loop's settings; its `out` is `config.out`.
 
     Returns:
@@ -214,7 +227,7 @@ def finetune(
     model = load_model(config.model, quantize=code, dtype=dtype, device=device)
     if new_ids:
         grow_vocabulary(model, tok.vocab_size)
-    report = attach(model, config.method, adapter, new_ids)
+    report = attach(model, config.method, _with_tokens(adapter, tok), new_ids)
     _say(report)
     _say(f"learning rate {training.lr:g} ({config.method})")
     facts = {
@@ -228,6 +241,13 @@ def finetune(
     if not finished_before:
         leave(out, model, tok, config, bool(new_ids))
     return Finetuned(model, tok, result, report)
+
+
+def _with_tokens(adapter: AdapterConfig | None, tok: Tokenizer) -> AdapterConfig | None:
+    """The configuration with a prompt's text as token ids, which are not recorded."""
+    if isinstance(adapter, PromptTuningConfig) and adapter.text is not None:
+        return dataclasses.replace(adapter, tokenizer=tok)
+    return adapter
 
 
 def is_complete(out: Path) -> bool:
@@ -289,6 +309,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataclass_flags(
         parser, BottleneckConfig, skip=("targets", "exclude", "dropout"), title="bottleneck"
     )
+    words = {"init": "prompt-init", "text": "prompt-text", "vocabulary": "prompt-vocabulary"}
+    add_dataclass_flags(parser, PromptTuningConfig, rename=words, title="soft prompts (prompt)")
+    words = {name: f"prefix-{name}" for name in ("projection", "hidden", "init", "std")}
+    title = "soft prompts (prefix; its length is --num-virtual-tokens)"
+    add_dataclass_flags(
+        parser, PrefixTuningConfig, skip=("num_virtual_tokens",), rename=words, title=title
+    )
     rates = ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_LR.items())
     add_dataclass_flags(
         parser, TrainConfig, skip=("out",), title="training", defaults={"lr": f"by method: {rates}"}
@@ -315,16 +342,25 @@ def settings(args: argparse.Namespace) -> tuple[FinetuneConfig, AdapterConfig | 
         if not wanted.get(key):
             raise ValueError(f"--{key} is missing")
     config = FinetuneConfig(**{**wanted, "data": tuple(wanted.get("data", ()))})
-    kind = {"full": None, "bottleneck": BottleneckConfig}.get(config.method, LoRAConfig)
+    kind = KINDS.get(config.method, LoRAConfig)
     adapter: AdapterConfig | None = None
     if kind is not None:
         same = run.get("finetune", {}).get("method") in (None, config.method)
-        fields = {**((run.get("adapter") or {}) if same else {}), **given(args, kind)}
-        adapter = kind(**{key: _list(value) for key, value in fields.items()})
+        fields = {**((run.get("adapter") or {}) if same else {}), **_given(args, kind)}
+        adapter = kind(**{k: v if k == "text" else _list(v) for k, v in fields.items()})
     training = {"lr": DEFAULT_LR[config.method], **run.get("train", {}), **given(args, TrainConfig)}
     # whether to go on is this call's question, not the recorded run's
     training["resume"] = given(args, TrainConfig).get("resume", False)
     return config, adapter, TrainConfig(**{**training, "out": config.out})
+
+
+def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """An adapter's flags; the two kinds of soft prompt share --num-virtual-tokens."""
+    flags = given(args, kind)
+    if kind is PrefixTuningConfig:
+        shared = given(args, PromptTuningConfig)
+        flags |= {k: v for k, v in shared.items() if k == "num_virtual_tokens"}
+    return flags
 
 
 def _read_config(path: str | None) -> dict[str, Any]:
@@ -365,5 +401,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{config.method}: {done.result.steps} steps; the result is in {config.out}")
         if config.method != "full":
             print(f"  try:   lora-core generate --adapter {config.out} --prompt '…'")
+        if config.method in ("lora", "qlora"):
             print(f"  merge: lora-core merge --adapter {config.out} --out {config.out}-merged")
     return 130 if done.result.interrupted else 0

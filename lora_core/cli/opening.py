@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 
-from lora_core.adapters import BottleneckConfig, LoRAConfig
+from lora_core.adapters import (
+    BottleneckConfig,
+    LoRAConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
 from lora_core.checkpoint import load_adapter, load_model
 from lora_core.data import Tokenizer, load_template, load_tokenizer
 from lora_core.device import default_device
@@ -21,7 +26,7 @@ from lora_core.models import CausalLM
 RUN_FILE = "run.json"
 ADAPTER_FILE = "adapter_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-AdapterConfig = LoRAConfig | BottleneckConfig
+AdapterConfig = LoRAConfig | BottleneckConfig | PromptTuningConfig | PrefixTuningConfig
 
 
 @dataclasses.dataclass

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4, "bottleneck": 1e-4}
+DEFAULT_LR = {
+    "full": 2e-5,
+    "lora": 2e-4,
+    "qlora": 2e-4,
+    "bottleneck": 1e-4,
+    "prompt": 3e-2,
+    "prefix": 3e-3,
+}
 """Learning rate by method. A full fine-tune moves every weight and wants a tenth of LoRA's rate
 (Schulman et al. 2025, "LoRA Without Regret")."""
 

@@ -14,7 +14,7 @@ from lora_core.cli.opening import open_model
 from lora_core.data import load_tokenizer
 from lora_core.quant import NF4Linear
 
-METHODS = ["lora", "qlora", "full", "bottleneck"]
+METHODS = ["lora", "qlora", "full", "bottleneck", "prompt", "prefix"]
 
 
 @pytest.fixture(scope="module")
@@ -167,13 +167,53 @@ def test_merge_onto_the_originals_says_what_it_costs(
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_merging_bottleneck_adapters_is_refused_with_the_reason(
-    trained: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("bottleneck", "non-linear"),
+        ("prompt", "virtual tokens are inputs"),
+        ("prefix", "no weight gives the same"),
+    ],
+)
+def test_merging_what_no_weight_can_hold_is_refused_with_the_reason(
+    method: str,
+    reason: str,
+    trained: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "m"
-    assert main(["merge", "--adapter", str(trained["bottleneck"]), "--out", str(out)]) == 1
-    assert "non-linear" in capsys.readouterr().err
+    assert main(["merge", "--adapter", str(trained[method]), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert reason in error
+    assert len(error.strip().splitlines()) == 1
     assert not out.exists()
+
+
+def test_soft_prompts_take_their_flags(
+    llama_folder: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ["--prompt-init", "text", "--prompt-text", "Add, then answer.", "--method", "prompt"]
+    length = ["--num-virtual-tokens", "7"]
+    assert finetune(llama_folder, chats, tmp_path / "text", *text, *length, "--lr", "1e-9") == 0
+    tok = load_tokenizer(llama_folder)
+    ids = (tok.encode("Add, then answer.") * 7)[:7]
+    held = open_model(None, tmp_path / "text", device="cpu").model
+    (prompt,) = [p for name, p in held.named_parameters() if name.endswith(".prompt")]
+    base = load_model(llama_folder)
+    assert torch.allclose(prompt, base.model.embed_tokens.weight[ids], atol=1e-7, rtol=0)
+    recorded = json.loads((tmp_path / "text" / "run.json").read_text())["adapter"]
+    assert (recorded["text"], recorded["token_ids"]) == ("Add, then answer.", None)
+
+    network = ["--method", "prefix", "--prefix-hidden", "5"]
+    assert finetune(llama_folder, chats, tmp_path / "prefix", *network, *length) == 0
+    written = json.loads((tmp_path / "prefix" / "adapter_config.json").read_text())
+    assert (written["num_virtual_tokens"], written["encoder_hidden_size"]) == (7, 5)
+    assert (tmp_path / "prefix" / "reparametrization.safetensors").is_file()
+
+    alone = ["--method", "prompt", "--prompt-text", "Hello"]
+    assert finetune(llama_folder, chats, tmp_path / "no", *alone) == 1
+    assert 'text belongs to init="text"' in capsys.readouterr().err
 
 
 def weights(folder: Path) -> dict[str, bytes]:

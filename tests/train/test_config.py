@@ -57,5 +57,12 @@ def test_every_field_is_documented_and_survives_json(tmp_path: Any) -> None:
 
 
 def test_learning_rates_by_method() -> None:
-    expected = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4, "bottleneck": 1e-4}
+    expected = {
+        "full": 2e-5,
+        "lora": 2e-4,
+        "qlora": 2e-4,
+        "bottleneck": 1e-4,
+        "prompt": 3e-2,
+        "prefix": 3e-3,
+    }
     assert expected == DEFAULT_LR
