@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_core.adapters.forms import form_of
 from lora_core.adapters.lora_config import LoRAConfig
-from lora_core.targets import sites, unwrap
+from lora_core.targets import nearest, sites, unwrap
 
 __all__ = ["PEFT_PREFIX", "lora_config"]
 
@@ -83,7 +83,8 @@ def lora_config(
     options = [k for k in sorted(raw.keys() - _READ - _IGNORED) if raw[k] not in nothing]
     if options:
         told = ", ".join(f"{key}={raw[key]!r}" for key in options)
-        raise ValueError(f"options that are not supported here: {told}")
+        near = nearest(options[0], sorted(_READ))
+        raise ValueError(f"options that are not supported here: {told}; {near}")
     return LoRAConfig(
         r=raw.get("r", 8),
         alpha=raw.get("lora_alpha", 8),
