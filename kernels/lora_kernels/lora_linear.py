@@ -37,7 +37,7 @@ from lora_kernels.matmul4 import dx_reference, matmul4, matmul4_reference
 from lora_kernels.operands import SCHEMA, TENSORS, WIDTH, Weight4, autocast, check, flat, unflat
 from lora_kernels.operands import rows as flatten
 
-__all__ = ["lora_linear4", "lora_linear4_reference"]
+__all__ = ["lora_linear4", "lora_linear4_reference", "row_dtypes"]
 
 BACKENDS = ("reference", "triton")
 HALF = (torch.bfloat16, torch.float16)
@@ -109,6 +109,19 @@ def lora_linear4(
     return torch.ops.lora_kernels.lora_linear4(
         x, *flat(weight), bias, index, down, up, scaling.reshape(-1)
     )[0]
+
+
+def row_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """In which dtypes rows that name their adapters are one kernel; else adapters take turns.
+
+    Args:
+        device: of x.
+
+    Returns:
+        Dtypes of x; none where there is no such kernel.
+    """
+    probe = torch.empty(0, device=device)
+    return HALF if backend_for(probe, BACKENDS) == "triton" else ()
 
 
 def _check_lora(weight: Weight4, down: Tensor, up: Tensor, scaling: Tensor) -> None:

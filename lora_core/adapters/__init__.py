@@ -29,6 +29,7 @@ from lora_core.adapters.merge import (
 from lora_core.adapters.prefix import PrefixTuningConfig
 from lora_core.adapters.prompt import PromptTuningConfig
 from lora_core.adapters.ptuning import PTuningConfig
+from lora_core.adapters.rows import adapter_rows
 from lora_core.adapters.spectrum import LayerSpectrum, SpectrumReport, adapter_spectrum
 from lora_core.adapters.tokens import TrainableTokens, grow_vocabulary
 from lora_core.adapters.truncate import ConversionReport, LayerConversion
@@ -58,6 +59,7 @@ __all__ = [
     "adapted_modules",
     "adapter_names",
     "adapter_report",
+    "adapter_rows",
     "adapter_spectrum",
     "add_adapter",
     "convert_to_lora",

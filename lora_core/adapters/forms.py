@@ -82,18 +82,22 @@ class Form:
         """
         return F.linear(F.linear(x, down), up)
 
-    def apply_rows(self, x: Tensor, down: Tensor, up: Tensor, base: nn.Module) -> Tensor:
+    def apply_rows(
+        self, x: Tensor, down: Tensor, up: Tensor, base: nn.Module, slots: Tensor | None = None
+    ) -> Tensor:
         """Return the update of a batch whose entries have an A and a B each.
 
         Args:
             x: (B, …, K).
-            down: (B, r, K), an A for each entry.
+            down: (B, r, K), an A for each entry; (L, r, K) with slots.
             up: s·B, (B, N, r / g), likewise.
             base: the layer.
+            slots: (B,) int64, which of the L each entry takes; None: its own.
 
         Returns:
             (B, …, N).
         """
+        down, up = _taken(down, slots), _taken(up, slots)
         rows = x.reshape(len(x), -1, x.shape[-1])  # (B, T, K)
         update = torch.bmm(torch.bmm(rows, down.transpose(1, 2)), up.transpose(1, 2))  # (B, T, N)
         return update.view(*x.shape[:-1], update.shape[-1])
@@ -146,13 +150,17 @@ class EmbeddingForm(Form):
         h = F.embedding(x, down.t(), pad).to(up.dtype)  # (…, r)
         return _scaled(F.linear(h, up), base)
 
-    def apply_rows(self, x: Tensor, down: Tensor, up: Tensor, base: nn.Module) -> Tensor:
-        """Return the update (B, …, D) for token ids x (B, …)."""
-        ids = x.reshape(len(x), 1, -1)  # (B, 1, T)
-        h = down.gather(2, ids.expand(-1, down.shape[1], -1)).to(up.dtype)  # (B, r, T)
+    def apply_rows(
+        self, x: Tensor, down: Tensor, up: Tensor, base: nn.Module, slots: Tensor | None = None
+    ) -> Tensor:
+        """Return the update (B, …, D) for token ids x (B, …): of A, only the tokens' columns."""
+        ids = x.reshape(len(x), -1)  # (B, T)
+        if slots is None:
+            slots = torch.arange(len(x), device=x.device)
+        h = down[slots[:, None], :, ids].to(up.dtype)  # (B, T, r)
         if (pad := getattr(base, "padding_idx", None)) is not None:
-            h = torch.where(ids == pad, h.detach(), h)
-        update = torch.bmm(h.transpose(1, 2), up.transpose(1, 2))  # (B, T, D)
+            h = torch.where((ids == pad)[..., None], h.detach(), h)
+        update = torch.bmm(h, up.index_select(0, slots).transpose(1, 2))  # (B, T, D)
         return _scaled(update.view(*x.shape, update.shape[-1]), base)
 
     def names(self) -> tuple[str, str]:
@@ -184,12 +192,15 @@ class ConvForm(Form):
         h = self._convolve(_padded(x, base), down, base, self.groups)  # (B, r, *out)
         return _CONVOLUTIONS[len(self.kernel)](h, up, groups=self.groups)
 
-    def apply_rows(self, x: Tensor, down: Tensor, up: Tensor, base: Any) -> Tensor:
+    def apply_rows(
+        self, x: Tensor, down: Tensor, up: Tensor, base: Any, slots: Tensor | None = None
+    ) -> Tensor:
         """Return the update (B, N, *out) for x (B, C, *in): entries are groups of one convolution.
 
         A grouped convolution runs every group with its own kernels, so a batch laid along the
         channels runs every entry with its own adapter.
         """
+        down, up = _taken(down, slots), _taken(up, slots)
         batch, ones = len(x), (1,) * len(self.kernel)
         x = _padded(x, base)
         wide = x.reshape(1, -1, *x.shape[2:])  # (1, B·C, *in)
@@ -211,6 +222,11 @@ class ConvForm(Form):
         padding = 0 if base.padding_mode != "zeros" else base.padding
         function = _CONVOLUTIONS[len(self.kernel)]
         return function(x, kernels, None, base.stride, padding, base.dilation, groups)
+
+
+def _taken(stack: Tensor, slots: Tensor | None) -> Tensor:
+    """An entry of a stack for each slot."""
+    return stack if slots is None else stack.index_select(0, slots)
 
 
 def _padded(x: Tensor, base: Any) -> Tensor:

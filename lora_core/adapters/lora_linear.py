@@ -5,7 +5,8 @@ A base that can take the update into its own product does: one with a method
     linear_with_update(x, down, up, scaling) -> y       A, B and s (1,) as they are, float32
 
 as NF4Linear's, which multiplies, adds and rounds in one operator (lora_kernels.lora_linear). It is
-used for exactly one active pair without dropout; several pairs, other kinds, a merged layer, and
+used for exactly one active pair without dropout (and, with stacked pairs and an index for each row
+of x, inside `adapter_rows`); several pairs, other kinds, a merged layer, and
 anything that has to see the base's output by itself take the sum that `Adapted` writes out.
 """
 
@@ -18,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_core.adapters.base import Adapted, dense_weight, is_linear, linear_features
 from lora_core.adapters.lora import LoRA
 
-__all__ = ["LoRALinear"]
+__all__ = ["LoRALinear", "dtypes_with_rows"]
 
 
 def _takes_updates(base: nn.Module) -> bool:
@@ -43,6 +44,22 @@ def _watched(module: nn.Module) -> bool:
         module._backward_hooks,
     )
     return any(map(len, hooks)) or "forward" in vars(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def dtypes_with_rows(base: nn.Module) -> tuple[torch.dtype, ...]:
+    """In which dtypes a base takes a batch whose rows name their pairs into its product now.
+
+    Args:
+        base: any module.
+
+    Returns:
+        Dtypes of x, as the base's `row_dtypes()` says; none where it has no such product, or
+        where something expects the base to be called.
+    """
+    if not _takes_updates(base) or _watched(base):
+        return ()
+    ask = getattr(base, "row_dtypes", None)
+    return tuple(ask()) if callable(ask) else ()
 
 
 class LoRALinear(Adapted):

@@ -28,7 +28,7 @@ from lora_core.quant.double_quant import shared_map
 from lora_core.quant.nf4 import NF4Tensor, quantize_4bit, shared_table
 from lora_kernels import Weight4, matmul4
 from lora_kernels.blockwise4 import SCALE_GROUP, check_block_size
-from lora_kernels.lora_linear import lora_linear4
+from lora_kernels.lora_linear import lora_linear4, row_dtypes
 from lora_kernels.matmul4 import arrange
 
 __all__ = ["NF4Linear"]
@@ -246,20 +246,30 @@ class NF4Linear(nn.Module):
         return matmul4(x, self.weight4, self.bias)
 
     def linear_with_update(
-        self, x: Tensor, down: Tensor, up: Tensor, scaling: float | Tensor
+        self,
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        scaling: float | Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Multiply and add a low-rank update in one operator: `forward(x) + s (x Aᵀ) Bᵀ`.
 
         Args:
             x: (..., K), floating-point.
-            down: A, (r, K) float32.
-            up: B, (N, r) float32.
-            scaling: s, a number or (1,).
+            down: A, (r, K) float32; (L, r, K) with rows.
+            up: B, (N, r) float32; (L, N, r) with rows.
+            scaling: s, a number or (1,); (L,) with rows.
+            rows: which of L pairs each row of x takes, as `lora_linear4` does, or None.
 
         Returns:
             (..., N) in the dtype of x (autocast's when active), differentiable in x, down and up.
         """
-        return lora_linear4(x, self.weight4, self.bias, down, up, scaling)
+        return lora_linear4(x, self.weight4, self.bias, down, up, scaling, rows)
+
+    def row_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Return the dtypes of x in which `linear_with_update` takes rows in one kernel."""
+        return row_dtypes(self.codes.device)
 
     def arrange(self, on: bool = True) -> bool:
         """Keep a copy of the codes in the order in which tensor cores read them, for few rows of x.

@@ -19,6 +19,7 @@ CONTRACT = [
     "SFTDataset",
     "TrainConfig",
     "adapter_state_dict",
+    "adapter_rows",
     "add_adapter",
     "base_model_path",
     "delete_adapter",
