@@ -83,6 +83,8 @@ class LoRA(Adapter):
         self.parts = _checked_parts(self.form, parts)
         if r % self.form.groups:
             raise ValueError(f"r must be a multiple of the {self.form.groups} groups, got {r}")
+        if up_bias and isinstance(self.form, EmbeddingForm):
+            raise ValueError("an embedding has no bias: lora_bias cannot be used there")
         self.r, self.alpha, self.dropout, self.use_rslora = r, alpha, dropout, use_rslora
         groups, rows = self.form.groups, r * max(1, len(self.parts))
         self.A = nn.Parameter(_zeros(rows, in_features))
