@@ -106,7 +106,7 @@ class SpectrumReport:
 
     Attributes:
         name: the adapter's name, or its folder's.
-        layers: one entry a layer, in the model's order.
+        layers: one entry a layer, in the model's order (from a folder, by name and number).
         left_out: (module, why) of what has no update of a weight to look at.
     """
 

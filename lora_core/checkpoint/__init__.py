@@ -10,6 +10,7 @@ from lora_core.checkpoint.peft import (
     save_adapter,
 )
 from lora_core.checkpoint.safetensors_folder import SafetensorsFolder, load_state
+from lora_core.checkpoint.spectrum import read_spectrum
 
 __all__ = [
     "SafetensorsFolder",
@@ -20,6 +21,7 @@ __all__ = [
     "load_model",
     "load_state",
     "read_adapter",
+    "read_spectrum",
     "save_adapter",
     "save_adapterhub",
     "save_model",

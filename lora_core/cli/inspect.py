@@ -1,11 +1,20 @@
-"""`lora-core inspect`: what a model would be trained on, token by token, before it is trained."""
+"""`lora-core inspect`: what a model would be trained on, or what an adapter has learnt.
+
+With `--data`, samples token by token, before anything is trained. With `--adapter`, the spectrum of
+each layer's update and its size beside the weight, afterwards.
+"""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from lora_core.checkpoint.adapter_files import CONFIG as ADAPTER_FILE
+from lora_core.checkpoint.safetensors_folder import read_json_object
+from lora_core.checkpoint.spectrum import read_spectrum
+from lora_core.cli.plot_spectrum import plot_spectrum
 from lora_core.data import (
     IGNORED,
     Rows,
@@ -20,8 +29,9 @@ from lora_core.data import (
 )
 
 NAME = "inspect"
-HELP = "samples token by token with their labels and grades; summary of a data set"
-EXAMPLE = "lora-core inspect --model DIR --data chats.jsonl --limit 1 --summary"
+HELP = "samples token by token with their labels and grades; an adapter's update by layer"
+EXAMPLE = """lora-core inspect --model DIR --data chats.jsonl --limit 1 --summary
+  lora-core inspect --adapter DIR --plot spectrum.png"""
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 
@@ -29,8 +39,11 @@ _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="folder with the tokenizer's files")
-    add("--data", required=True, nargs="+", metavar="FILE[:weight]", help="JSONL files")
+    add("--model", metavar="DIR", help="folder of the tokenizer; with --adapter of the base")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", nargs="+", metavar="FILE[:weight]", help="JSONL files")
+    what.add_argument("--adapter", metavar="DIR", help="folder of a LoRA adapter to look at")
+    add("--plot", metavar="FILE.png", help="with --adapter: draw spectra and sizes")
     add("--eval-data", metavar="FILE", help="JSONL file to look for overlap with [split off]")
     add("--template", help="built-in name, file or Jinja text [the tokenizer's]")
     add("--add-tokens", metavar="T,T", help="tokens to add to the tokenizer first")
@@ -46,7 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print samples, the summary, or both."""
+    """Print samples, the summary, or both; or an adapter's update."""
+    if args.adapter is not None:
+        return look_at_adapter(args)
+    if args.plot is not None:
+        print("lora-core inspect: --plot needs --adapter", file=sys.stderr)
+        return 2
+    if args.model is None:
+        print("lora-core inspect: --data needs --model", file=sys.stderr)
+        return 2
     limit = args.limit if args.limit is not None else (0 if args.summary else 3)
     if limit < 0:
         raise ValueError(f"--limit must be 0 or more; got {limit}")
@@ -71,6 +92,34 @@ def run(args: argparse.Namespace) -> int:
     if args.summary:
         print_summary(summarize(rows, _evaluation(rows, tok, args)))
     return 0
+
+
+def look_at_adapter(args: argparse.Namespace) -> int:
+    """Print the spectra of an adapter's update, and draw them if asked to."""
+    base, note = args.model, None
+    if base is None:
+        base, note = _named_base(Path(args.adapter))
+    report = read_spectrum(args.adapter, base)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    missing = plot_spectrum(report, Path(args.plot)) if args.plot is not None else None
+    print(json.dumps(report.as_dict(), ensure_ascii=False) if args.json else report)
+    if args.plot is not None:
+        print(missing or f"wrote {args.plot}", file=sys.stderr)
+    return 0 if missing is None else 1
+
+
+def _named_base(adapter: Path) -> tuple[Path | None, str | None]:
+    """The base's folder that an adapter names, if it is here; else why sizes are not relative."""
+    file = adapter / ADAPTER_FILE
+    if not file.is_file():
+        return None, None  # what reads the folder says what is wrong with it
+    named = read_json_object(file).get("base_model_name_or_path")
+    if not named:
+        return None, "the adapter names no base: give --model for |ΔW| / |W|"
+    if not any(Path(named).glob("*.safetensors")):
+        return None, f"the base {named!r} is no model folder here: give --model for |ΔW| / |W|"
+    return Path(named), None
 
 
 def token_table(tok: Tokenizer, row: dict[str, Any]) -> list[dict[str, Any]]:

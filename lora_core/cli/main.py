@@ -23,7 +23,7 @@ VERBS = {
     "evaluate": "loss, perplexity and accuracy on graded tokens",
     "merge": "fold an adapter into its base and write a Hugging Face folder",
     "quantize": "write a model with its linear layers in 4 bits, in bitsandbytes' format",
-    "inspect": "samples token by token with their labels and grades; summary of a data set",
+    "inspect": "samples token by token with their labels and grades; an adapter's update by layer",
     "info": "versions, backends and what this machine can run",
 }
 
