@@ -128,14 +128,12 @@ def _block(
         block, (n, w, columns).
     """
     n, width = cost.shape
-    drift = drift.clone()
     origin = torch.arange(width, device=cost.device).expand(n, width)
-    chosen = torch.zeros_like(drift, dtype=torch.uint8)
-    errors = torch.zeros_like(drift)
+    chosen = torch.zeros(drift.shape, dtype=torch.uint8, device=cost.device)
     # 0, +1, -1: the nearest level and its neighbours
     moves = torch.tensor([0] if beams == 1 else [0, 1, -1], device=cost.device)
     for j in range(target.shape[1]):
-        wanted = target[:, j, None] - drift[:, :, j]  # (n, w)
+        wanted = target[:, j, None] - drift[:, :, 0]  # (n, w)
         step = scale[:, j, None]
         nearest = nearest_level(levels, wanted, step)[..., None] + moves  # (n, w, moves)
         rank = nearest.clamp(0, len(levels) - 1)
@@ -145,10 +143,10 @@ def _block(
         kept = min(beams, total[0].numel())
         cost, pick = total.flatten(1).topk(kept, largest=False)  # (n, w')
         parent = pick // len(moves)
-        origin = origin.gather(1, parent)
-        if beams > 1:
-            drift, chosen, errors = (_take(t, parent) for t in (drift, chosen, errors))
+        origin, chosen = origin.gather(1, parent), _take(chosen, parent)
         chosen[:, :, j] = rank.flatten(1).gather(1, pick).to(torch.uint8)
-        errors[:, :, j] = value.flatten(1).gather(1, pick) - target[:, j, None]
-        drift[:, :, j + 1 :] += errors[:, :, j, None] * unit[j, j + 1 :]
+        error = value.flatten(1).gather(1, pick) - target[:, j, None]  # (n, w')
+        drift = _take(drift[:, :, 1:], parent)  # of the columns to come
+        drift += error[..., None] * unit[j, j + 1 :]
+    errors = levels[chosen.int()] * scale[:, None] - target[:, None]  # (n, w, columns)
     return cost, origin, chosen, errors
