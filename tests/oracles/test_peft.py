@@ -42,6 +42,12 @@ HERE = {
         alpha_pattern={"k_proj": 3, r"model\.layers\.1\..*": 20},
     ),
     "head": LoRAConfig(r=2, targets=["lm_head", "o_proj"]),
+    "embedding": LoRAConfig(r=2, targets=["embed_tokens", "q_proj"]),
+    "dora": LoRAConfig(r=4, use_dora=True, targets=["embed_tokens", "o_proj", "up_proj"]),
+    "pissa": LoRAConfig(r=3, init="pissa", use_rslora=True, targets=["v_proj", "down_proj"]),
+    "modules": LoRAConfig(
+        r=2, targets=["q_proj"], modules_to_save=["norm", "model.layers.1.self_attn.k_proj"]
+    ),
     "tokens": LoRAConfig(r=2, trainable_token_indices=[3, 9, 399]),
     "tokens of the head": LoRAConfig(
         r=2, targets=["q_proj"], trainable_token_indices={"embed_tokens": [3, 9], "lm_head": [4]}
@@ -62,6 +68,11 @@ THERE: dict[str, dict[str, Any]] = {
         "rank_pattern": {"q_proj": 3},
         "alpha_pattern": {r"layers\.1\.mlp.up_proj": 5},
     },
+    "embedding": {"target_modules": ["embed_tokens", "k_proj"], "r": 3},
+    "embedding and head": {"target_modules": ["embed_tokens", "lm_head"], "use_rslora": True},
+    "dora": {"target_modules": ["embed_tokens", "q_proj", "down_proj"], "use_dora": True},
+    "modules": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "k_proj"]},
+    "pissa": {"target_modules": ["up_proj"], "init_lora_weights": "pissa", "lora_alpha": 4},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 9]},
     "dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.1, "init_lora_weights": "gaussian"},
 }
@@ -144,7 +155,7 @@ def test_peft_reads_what_is_written_here(
     folder, open_model, tied = case
     ours = open_model(folder)
     plain = tell(ours)
-    if tied and name in ("head", "tokens of the head"):
+    if tied and name in ("head", "tokens of the head", "embedding", "dora"):
         with pytest.raises(ValueError, match="tied"):
             add_adapter(ours, HERE[name])
         return
@@ -177,7 +188,7 @@ def test_what_peft_wrote_is_read_here(
     y = tell(model)
     ours = open_model(folder)
     plain = tell(ours)
-    if tied and "lm_head" in THERE[name]["target_modules"]:
+    if tied and {"lm_head", "embed_tokens"} & set(THERE[name]["target_modules"]):
         with pytest.raises(ValueError, match="tied"):
             load_adapter(ours, tmp_path / "b")
     load_adapter(ours, tmp_path / "b", untie=True)
@@ -302,3 +313,54 @@ def test_one_layer_in_any_shape(
     wide, narrow = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
     bound = (k + r + 3) * wide + (0 if dtype == torch.float32 else 6 * narrow)
     assert ((read(x).double() - model(x).double()).abs() <= 1.05 * bound * size).all()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gpt2_whose_layers_are_transposed(use_dora: bool, peft: ModuleType, tmp_path: Path) -> None:
+    """Conv1D in both directions; `fan_in_fan_out` is written, and passed over when it is read."""
+    import transformers
+
+    sizes = {"vocab_size": 90, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    torch.manual_seed(0)
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    ids = IDS % 90
+    config = LoRAConfig(r=2, targets=["c_attn", "mlp.c_proj"], use_dora=use_dora, bias="lora_only")
+    ours = copy.deepcopy(base)
+    add_adapter(ours, config)
+    y = tell(shaken(ours), ids)
+    assert (y - tell(base, ids)).abs().max() > 0.01
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(base), saved(ours, tmp_path / "a")).eval()
+    assert read.peft_config["default"].fan_in_fan_out
+    got = tell(read, ids)
+    truth = tell(copy.deepcopy(read).double(), ids)
+    bound = 2 * (got - truth).abs().max() + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (y - truth).abs().max() <= bound
+    read.save_pretrained(tmp_path / "b", save_embedding_layers=False)
+    again = copy.deepcopy(base)
+    load_adapter(again, tmp_path / "b")
+    assert (tell(again, ids) - truth).abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", ["dora", "loftq"])
+def test_on_a_4_bit_base(kind: str, llama_folder: Path, peft: ModuleType, tmp_path: Path) -> None:
+    """PEFT, on the dequantized weights, gives the output of an adapter on the 4-bit ones."""
+    ours = load_model(llama_folder).eval()
+    options = {"init": "loftq", "loftq_steps": 2} if kind == "loftq" else {"use_dora": True}
+    if kind == "dora":
+        quantize_model(ours)
+    add_adapter(ours, LoRAConfig(r=4, alpha=6, **options))  # type: ignore[arg-type]
+    y = tell(shaken(ours))
+    dense = theirs(llama_folder)
+    with torch.no_grad():
+        for name, host in adapted_modules(ours):
+            dense.get_submodule(name).weight.copy_(dense_weight(host.base))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "init='loftq'")
+        folder = saved(ours, tmp_path / "a")
+    read = peft.PeftModel.from_pretrained(dense, folder).eval()
+    got = tell(read)
+    assert (got - y).abs().max() <= own_error(read, got)
+    if kind == "loftq":  # its base is made again from the 16-bit one
+        again = load_model(llama_folder).eval()
+        load_adapter(again, folder)
+        assert torch.equal(tell(again), y)
