@@ -7,6 +7,7 @@ An adapter that is a whole module (a full copy) is taken as it is; adapters afte
 of the layer's inputs, so that its outputs come out right (lora_core.quant.compensate).
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -253,6 +254,8 @@ def _output_error(stored: Tensor, weight: Tensor, old: Tensor, moment: Tensor) -
 def _module(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A module like the base, with another weight and bias."""
     own = base._parameters.get("weight")
+    if own is None and not is_linear(base):
+        return _plain(base, weight, bias)
     if own is None or (is_linear(base) and own.dtype != weight.dtype):
         return DenseLinear(weight, bias).train(base.training)
     # the same class with the same settings, hooks and submodules; only the parameters differ
@@ -261,6 +264,24 @@ def _module(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     twin._parameters = dict(base._parameters)
     twin._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     if bias is not None or "bias" in base._parameters:
+        twin._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return twin
+
+
+def _plain(base: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A plain layer in the place of one that computes its weight (weight norm, spectral norm)."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    kind = next((kind for kind in kinds if isinstance(base, kind)), None)
+    if kind is None:
+        raise ValueError(
+            f"{type(base).__name__} computes its weight at each use, and cannot be merged: "
+            "remove its parametrization first (torch.nn.utils.parametrize)"
+        )
+    twin = kind.__new__(kind)
+    twin.__dict__.update({k: v for k, v in base.__dict__.items() if k not in ("weight", "bias")})
+    twin._modules, twin._buffers, twin._forward_pre_hooks = {}, {}, OrderedDict()
+    twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    if not isinstance(base, nn.Embedding):
         twin._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return twin
 

@@ -385,6 +385,15 @@ QUICK = {
 }
 if os.environ.get("LORA_TEST_FULL") != "1":
     EVERY = {pair: EVERY[pair] for pair in EVERY if pair[1] in QUICK[pair[0]].split()}
+# a few that differ in what they ask of PyTorch
+CHOSEN = {
+    "perceptron": "lora dora-biases parts pissa full bottleneck",
+    "convnet": "convolutions convolutions-dora",
+    "unet": "lora",
+    "llama": "lora rows prompt prefix-projected",
+    "gpt2": "dora-biases",
+    "bert": "bottleneck",
+}
 # fixture: which pairs a test that asks for it runs with
 PAIRS: dict[str, Callable[[str, str, Method], bool]] = {
     "subject": lambda name, key, m: True,
@@ -393,6 +402,7 @@ PAIRS: dict[str, Callable[[str, str, Method], bool]] = {
     "unmergeable": lambda name, key, m: not m.merges,
     "additive": lambda name, key, m: m.adds and m.merges,
     "plain": lambda name, key, m: key == "lora",
+    "chosen": lambda name, key, m: key in CHOSEN.get(name, "").split(),
     "moved": lambda name, key, m: not m.exact_start and m.merges,
 }
 
