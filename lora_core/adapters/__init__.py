@@ -3,6 +3,7 @@
 from lora_core.adapters.adapterhub import AdapterHubConfig
 from lora_core.adapters.base import Adapted, Adapter, adapted_modules, dense_weight, is_linear
 from lora_core.adapters.bottleneck import BottleneckAdapter, BottleneckConfig
+from lora_core.adapters.combine import CombineReport, LayerCombination, combine_adapters
 from lora_core.adapters.config import AdapterConfig, register_adapter
 from lora_core.adapters.convert import convert_to_lora, extract_lora
 from lora_core.adapters.inject import (
@@ -42,7 +43,9 @@ __all__ = [
     "AdapterReport",
     "BottleneckAdapter",
     "BottleneckConfig",
+    "CombineReport",
     "ConversionReport",
+    "LayerCombination",
     "LayerConversion",
     "LayerMerge",
     "LayerSpectrum",
@@ -62,6 +65,7 @@ __all__ = [
     "adapter_rows",
     "adapter_spectrum",
     "add_adapter",
+    "combine_adapters",
     "convert_to_lora",
     "delete_adapter",
     "dense_weight",

@@ -22,6 +22,7 @@ CONTRACT = [
     "adapter_rows",
     "add_adapter",
     "base_model_path",
+    "combine_adapters",
     "delete_adapter",
     "disable_adapters",
     "generate",
