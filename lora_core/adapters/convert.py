@@ -10,7 +10,7 @@ is decomposed from its factors and never becomes a matrix; update.py has both wa
 The rank is given, or the smallest one in each layer whose relative error is at most `error`. Ranks
 above what the update has are not padded: rows of zeros in both A and B would never get a gradient.
 A layer that does not change gets no LoRA. PEFT's `convert_to_lora` takes a rank or a share of the
-energy, forms every update densely in float32, and reports no error.
+energy, linear layers alone, forms every update densely in float32, and reports no error.
 
 Biases are no part of a low-rank matrix: a change of one is refused unless `bias` says what to do.
 

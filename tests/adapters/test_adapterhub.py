@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from lora_core.adapters import (
     AdapterHubConfig,
     adapted_modules,
+    adapter_rows,
     add_adapter,
     disable_adapters,
     set_adapters,
 )
 from lora_core.adapters.bottleneck import ACTIVATIONS
-from lora_core.testing.bounds import exceeds
+from lora_core.testing.bounds import exceeds, gamma
 
 
 class Output(nn.Module):
@@ -167,7 +168,8 @@ def test_against_the_layer_written_out(kind, sees, scaling, shake) -> None:
     before = model(X)
     config = AdapterHubConfig(2, sees=sees, attention=True, scaling=scaling, activation="gelu")
     add_adapter(model, config, "a")
-    add_adapter(model, AdapterHubConfig(4, sees=sees, leave_out=[1]), "b")
+    report = add_adapter(model, AdapterHubConfig(4, sees=sees, leave_out=[1]), "b")
+    assert {site.split(".")[1] for site in report.sites} == {"0"}
     assert torch.equal(model(X), before)  # `up` starts at zero
     shake(model)
     for names in (["a"], ["b"], ["a", "b"]):
@@ -292,3 +294,22 @@ def test_models_wired_otherwise_are_refused(mlp) -> None:
         add_adapter(model, AdapterHubConfig())
     with pytest.raises(TypeError, match="needs the whole model"):
         AdapterHubConfig().build("mlp", nn.Linear(2, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "sees"), KINDS)
+def test_rows_that_name_their_adapters(kind, sees, shake) -> None:
+    model = stack(kind)
+    for name in ("a", "b"):
+        add_adapter(model, AdapterHubConfig(2, sees=sees, attention=True), name)
+    shake(model)
+    wanted = []
+    for row, name in zip(X.split(1), ("a", [], "b"), strict=True):
+        set_adapters(model, name)
+        wanted.append(model(row))
+    with adapter_rows(model, ["a", None, "b"]):
+        got = model(X)
+    truth = torch.cat(wanted)
+    # the same operations on other numbers of rows: products of 12 terms, 14 of them in a row
+    bound = gamma(14 * 12) * truth.abs().max()
+    assert (fault := exceeds(got, truth, bound.expand_as(truth))) is None, fault
