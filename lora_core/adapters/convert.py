@@ -20,11 +20,11 @@ Ref: Eckart and Young 1936, "The approximation of one matrix by another of lower
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_core.adapters.base import (
     Adapted,
@@ -38,7 +38,7 @@ from lora_core.adapters.forms import TransposedForm, form_of
 from lora_core.adapters.inject import adapter_names, attach_built, refuse_name
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig
-from lora_core.adapters.truncate import ConversionReport, truncated
+from lora_core.adapters.truncate import ConversionReport, Factors, truncated
 from lora_core.adapters.update import Update, difference, update_of, with_bias
 from lora_core.targets import Targets, nearest, select_modules, sites, unwrap
 
@@ -82,14 +82,11 @@ def convert_to_lora(
     """
     _check_options(r, error, bias)
     refuse_name(model, new_name)
-    updates = {
-        site: _update_at(site, name, host)
-        for site, host in adapted_modules(model)
-        if name in host.adapters
-    }
-    if not updates:
+    found = {site: host for site, host in adapted_modules(model) if name in host.adapters}
+    if not found:
         raise ValueError(f"no adapter {name!r} in the model; {nearest(name, adapter_names(model))}")
-    return _add(model, _Wanted(updates, r, error, bias), new_name, trainable)
+    updates = ((site, _update_at(site, name, host)) for site, host in found.items())
+    return _add(model, updates, _Options(r, error, bias), new_name, trainable)
 
 
 @torch.no_grad()
@@ -136,9 +133,11 @@ def extract_lora(
         linear=lambda module: is_linear(module) or isinstance(form_of(module), TransposedForm),
         exclude=exclude,
     )
-    updates = {site: _between(site, modules[site], tuned) for site in names}
+    for site in names:
+        _check_pair(site, modules[site], tuned)
+    updates = ((site, _between(modules[site], tuned[site])) for site in names)
     others = _elsewhere(modules, tuned, set(names))
-    return _add(base_model, _Wanted(updates, r, error, bias, others), name, trainable)
+    return _add(base_model, updates, _Options(r, error, bias), name, trainable, others)
 
 
 def _check_options(r: int | None, error: float | None, bias: str) -> None:
@@ -160,8 +159,8 @@ def _update_at(site: str, name: str, host: Adapted) -> Update:
         raise ValueError(f"{name!r} at {spelt(site)} cannot be converted: {error}") from None
 
 
-def _between(site: str, base: nn.Module, tuned: Mapping[str, nn.Module]) -> Update:
-    """The update from a layer to the one of the same name in the tuned model."""
+def _check_pair(site: str, base: nn.Module, tuned: Mapping[str, nn.Module]) -> None:
+    """Refuse a layer that has no counterpart in the tuned model."""
     if site not in tuned:
         raise ValueError(f"the tuned model has no {site!r}; {nearest(site, sorted(tuned))}")
     other = tuned[site]
@@ -173,8 +172,12 @@ def _between(site: str, base: nn.Module, tuned: Mapping[str, nn.Module]) -> Upda
     form, theirs = form_of(base), form_of(other)
     if form != theirs:
         raise ValueError(f"{site!r} is {form} in the base model and {theirs} in the tuned one")
+
+
+def _between(base: nn.Module, other: nn.Module) -> Update:
+    """The update from a layer to its counterpart."""
     new, old = dense_weight(other), dense_weight(base)
-    update = difference(form, new.to(old.device), old)
+    update = difference(form_of(base), new.to(old.device), old)
     biases = [getattr(module, "bias", None) for module in (other, base)]
     zero = torch.zeros(update.shape[0], dtype=torch.float64, device=old.device)
     new_bias, old_bias = (zero if b is None else b.detach().to(zero) for b in biases)
@@ -202,39 +205,49 @@ def _elsewhere(
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What to build: updates by module, and the options of the public functions."""
+class _Options:
+    """What the public functions were asked for."""
 
-    updates: Mapping[str, Update]
     r: int | None
     error: float | None
     bias: str
-    others: tuple[str, ...] = ()
 
 
-def _add(model: nn.Module, wanted: _Wanted, name: str, trainable: bool) -> ConversionReport:
-    """Decompose, build and attach; the model is changed last."""
+def _add(
+    model: nn.Module,
+    updates: Iterable[tuple[str, Update]],
+    options: _Options,
+    name: str,
+    trainable: bool,
+    others: tuple[str, ...] = (),
+) -> ConversionReport:
+    """Decompose one layer's update after the other, then build and attach; nothing before that."""
     modules = {site: unwrap(module) for site, module in sites(model)}
-    dropped = _check_biases(wanted, modules)
-    keep = wanted.bias == "keep"
-    pairs = {
-        site: truncated(site, update, wanted.r, wanted.error)
-        for site, update in wanted.updates.items()
-        if update.norm() != 0 or (keep and update.bias is not None)
-    }
+    pairs: dict[str, Factors] = {}
+    biases: dict[str, Tensor] = {}
+    unchanged, dropped = [], list(others)
+    for site, update in updates:
+        change = _kept_bias(site, update, options.bias)
+        if update.bias is not None and change is None:
+            dropped.append(f"{site}.bias")
+        if update.norm() == 0 and change is None:
+            unchanged.append(site)
+            continue
+        if form_of(modules[site]) is None:
+            raise ValueError(
+                f"{site!r} ({type(modules[site]).__name__}) changes, and is no layer that a LoRA "
+                "can be on: linear, embedding or convolution"
+            )
+        pairs[site] = truncated(site, update, options.r, options.error)
+        if change is not None:
+            biases[site] = change
     if not pairs:
         raise ValueError("nothing to convert: the update is zero in every layer")
-    config = _config({site: pair.entry.rank for site, pair in pairs.items()}, wanted, keep)
-    built: dict[str, Adapter] = {}
-    for site, pair in pairs.items():
-        lora = config.build(site, modules[site])
-        assert isinstance(lora, LoRA)
-        if pair.down is not None and pair.up is not None:
-            lora.start_at(pair.down, pair.up, subtract=False)
-        bias = wanted.updates[site].bias
-        if lora.up_bias is not None and bias is not None:
-            lora.up_bias.copy_(bias)
-        built[site] = lora
+    config = _config({site: pair.entry.rank for site, pair in pairs.items()}, bool(biases))
+    built = {
+        site: _lora(config, site, modules[site], pair, biases.get(site))
+        for site, pair in pairs.items()
+    }
     attach_built(model, config, name, built, trainable=trainable)
     size = math.hypot(*(pair.size for pair in pairs.values()))
     residue = math.hypot(*(pair.residue for pair in pairs.values()))
@@ -242,31 +255,35 @@ def _add(model: nn.Module, wanted: _Wanted, name: str, trainable: bool) -> Conve
         name,
         tuple(pair.entry for pair in pairs.values()),
         residue / size if size else 0.0,
-        tuple(site for site in wanted.updates if site not in pairs),
-        (*wanted.others, *dropped),
+        tuple(unchanged),
+        tuple(dropped),
     )
 
 
-def _check_biases(wanted: _Wanted, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Refuse what the options do not allow; returns the biases that are dropped."""
-    changed = [site for site, update in wanted.updates.items() if update.bias is not None]
-    for site, update in wanted.updates.items():
-        no_form = form_of(modules[site]) is None
-        if no_form and (update.norm() != 0 or (site in changed and wanted.bias == "keep")):
-            raise ValueError(
-                f"{site!r} ({type(modules[site]).__name__}) changes, and is no layer that a LoRA "
-                "can be on: linear, embedding or convolution"
-            )
-    if changed and wanted.bias == "refuse":
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+def _kept_bias(site: str, update: Update, bias: str) -> Tensor | None:
+    """The change of a bias that the LoRA is to have, or None; ValueError where it is refused."""
+    if update.bias is not None and bias == "refuse":
         raise ValueError(
-            f"the bias of {spelt(changed[0])}{more} changes, which no low-rank matrix does: "
-            "bias='keep' gives the LoRA biases (lora_bias), bias='drop' leaves the change out"
+            f"the bias of {spelt(site)} changes, which no low-rank matrix does: bias='keep' gives "
+            "the LoRA biases (lora_bias), bias='drop' leaves such changes out"
         )
-    return [f"{site}.bias" for site in changed] if wanted.bias == "drop" else []
+    return update.bias if bias == "keep" else None
 
 
-def _config(ranks: Mapping[str, int], wanted: _Wanted, keep: bool) -> LoRAConfig:
+def _lora(
+    config: LoRAConfig, site: str, module: nn.Module, pair: Factors, bias: Tensor | None
+) -> Adapter:
+    """One layer's LoRA with these factors; without factors as it starts, B = 0."""
+    lora = config.build(site, module)
+    assert isinstance(lora, LoRA)
+    if pair.down is not None and pair.up is not None:
+        lora.start_at(pair.down, pair.up, subtract=False)
+    if lora.up_bias is not None and bias is not None:
+        lora.up_bias.copy_(bias)
+    return lora
+
+
+def _config(ranks: Mapping[str, int], biases: bool) -> LoRAConfig:
     """A configuration whose scaling is 1 in every layer."""
     r = max(ranks.values())
     fewer = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != r}
@@ -276,5 +293,5 @@ def _config(ranks: Mapping[str, int], wanted: _Wanted, keep: bool) -> LoRAConfig
         targets=list(ranks),
         rank_pattern=fewer,
         alpha_pattern=dict(fewer),
-        lora_bias=keep and any(update.bias is not None for update in wanted.updates.values()),
+        lora_bias=biases,
     )

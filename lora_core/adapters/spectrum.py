@@ -91,7 +91,7 @@ class LayerSpectrum:
             "shape": list(self.shape),
             "norm": self.norm,
             "base_norm": self.base_norm,
-            "ratio": self.ratio,
+            "ratio": None if self.ratio == math.inf else self.ratio,  # JSON has no infinity
             "rank": self.rank,
             "effective_rank": self.effective_rank,
             "stable_rank": self.stable_rank,

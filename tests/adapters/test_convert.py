@@ -15,6 +15,7 @@ from lora_core.adapters import (
     BottleneckConfig,
     LoRA,
     LoRAConfig,
+    LoRALinear,
     adapted_modules,
     add_adapter,
     convert_to_lora,
@@ -211,7 +212,7 @@ def test_biases(make_mlp, state_of) -> None:
         linear.bias.data.add_(torch.randn_like(linear.bias))
     tuned.inp.weight.data.mul_(1.5)
     before = state_of(base)
-    told = r"the bias of 'inp' \(and 1 more\) changes.*bias='keep'.*bias='drop'"
+    told = r"the bias of 'inp' changes.*bias='keep'.*bias='drop'"
     with pytest.raises(ValueError, match=told):
         extract_lora(base, tuned, 12, targets=["inp", "mid.0", "head"])
     assert state_of(base) == before
@@ -247,6 +248,69 @@ def test_it_can_be_merged_and_taken_out(net, shake) -> None:
     assert float((net(IDS) - unmerged).abs().max()) <= 64 * F32 * float(unmerged.abs().max())
     unload_adapters(net, merge=True)
     assert not list(adapted_modules(net))
+
+
+class Gain(Adapter):
+    """IA3's: y * v, here also on the bias."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.linspace(0.5, 1.5, size))
+
+    def forward(self, x, y, base):
+        return y * self.v
+
+    def merged(self, weight, bias):
+        v = self.v.detach().to(weight.dtype)
+        return weight * v[:, None], None if bias is None else bias * v
+
+
+class Gains:
+    def build(self, name, module):
+        return Gain(module.out_features) if isinstance(module, nn.Linear) else None
+
+
+@torch.no_grad()
+def test_a_kind_of_ones_own(make_mlp, shake) -> None:
+    model = make_mlp()
+    add_adapter(model, Gains(), "gain")
+    x = torch.randn(4, 12)
+    wanted, truth = model(x), copy.deepcopy(model).double()(x.double())
+    report = convert_to_lora(model, "gain", error=0.0, bias="keep")
+    assert report.error < 16 * F32
+    bound = 4 * float((wanted - truth).abs().max()) + 64 * F32 * float(truth.abs().max())
+    assert float((model(x) - truth).abs().max()) <= bound
+
+
+def test_one_layer_by_itself() -> None:
+    layer = LoRALinear(nn.Linear(6, 5), r=3)
+    layer.B.data.normal_()
+    report = convert_to_lora(layer, r=2, new_name="two")
+    assert [entry.rank for entry in report.layers] == [2]
+    wanted = layer.adapters["default"].delta_weight().detach().double()
+    got = layer.adapters["two"].delta_weight().detach().double()
+    assert float((got - wanted).norm()) == pytest.approx(best(wanted, 2), rel=1e-5)
+
+
+@torch.no_grad()
+def test_memory_is_that_of_one_layer(make_mlp, monkeypatch) -> None:
+    """Dense updates come and go one by one: a model's would not fit."""
+    import weakref
+
+    from lora_core.adapters import convert
+
+    base, tuned = make_mlp(), make_mlp()
+    alive: list[weakref.ref] = []
+    real = convert.truncated
+
+    def watched(site, update, r, error):
+        alive.append(weakref.ref(update.matrix))
+        assert sum(reference() is not None for reference in alive) <= 2
+        return real(site, update, r, error)
+
+    monkeypatch.setattr(convert, "truncated", watched)
+    extract_lora(base, tuned, 2, bias="drop", targets=["inp", "mid.0", "head"])
+    assert len(alive) == 3
 
 
 # --- refusals ---
@@ -304,6 +368,20 @@ def test_what_cannot_be_converted(net, shake, state_of, options, told) -> None:
         convert_to_lora(net, **{"name": "old", **options})
     assert "\n" not in str(error.value)
     assert state_of(net) == before
+
+
+def test_biases_that_no_lora_can_have(net, shake, state_of) -> None:
+    config = LoRAConfig(r=2, targets=["fused"], bias="all", lora_bias=True)
+    add_adapter(net, config, "biased")
+    shake(net)
+    before = state_of(net)
+    told = r"'norm' \(LayerNorm\) changes, and is no layer that a LoRA can be on"
+    with pytest.raises(ValueError, match=told):
+        convert_to_lora(net, "biased", 2, bias="keep")
+    assert state_of(net) == before
+    report = convert_to_lora(net, "biased", 2, bias="drop")
+    assert "norm.bias" in report.others
+    assert "norm" in report.unchanged
 
 
 def test_models_that_do_not_fit(make_mlp, state_of) -> None:

@@ -146,7 +146,9 @@ def test_the_two_ranks() -> None:
     assert layer(3, 1).stable_rank == pytest.approx(10 / 9, rel=4 * 2**-52)
     assert layer(1, 1e-320).effective_rank == pytest.approx(1, rel=1e-15)
     assert layer(1.0).ratio is None
-    assert LayerSpectrum("a", "LoRA", (1, 1), 1.0, 0.0, (1.0,), 0.0).ratio == math.inf
+    beside_zeros = LayerSpectrum("a", "LoRA", (1, 1), 1.0, 0.0, (1.0,), 0.0)
+    assert beside_zeros.ratio == math.inf
+    assert beside_zeros.as_dict()["ratio"] is None
     assert LayerSpectrum("a", "LoRA", (1, 1), 0.0, 0.0, (), 0.0).ratio == 0
 
 
