@@ -240,6 +240,27 @@ def test_zero_keys_still_take_their_share_of_attention() -> None:
     assert not torch.equal(model(x).logits, before)
 
 
+def test_flat_zeros_stay_equal_and_the_network_parts_them() -> None:
+    """All virtual tokens of a flat prefix of zeros get one gradient, at every step."""
+    for config, parted in (
+        (PrefixTuningConfig(P, False, init="zeros"), False),
+        (PrefixTuningConfig(P, hidden=5, init="zeros"), True),
+    ):
+        model, x = decoder(), ids()
+        add_adapter(model, config)
+        for _ in range(3):
+            model(x, labels=x).loss.backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.sub_(p.grad)
+                        p.grad = None
+        key, value = at(model)[1].states()
+        assert key.any()
+        assert value.any()
+        assert torch.equal(value[0], value[1]) != parted
+
+
 # --- what it is attached to ---
 
 

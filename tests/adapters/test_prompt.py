@@ -19,6 +19,7 @@ from lora_core.adapters import (
     PTuningConfig,
     active_names,
     adapted_modules,
+    adapter_rows,
     add_adapter,
     delete_adapter,
     disable_adapters,
@@ -304,6 +305,19 @@ def test_cached_is_uncached(kind: str, cut: int, padded: bool) -> None:
         close(torch.cat(steps, 1)[mask.bool()], whole[mask.bool()])
 
 
+@pytest.mark.parametrize("kind", IN_FRONT)
+def test_embeddings_after_a_cache_are_the_callers_own(kind: str) -> None:
+    model, x = decoder(), ids(2, 9)
+    embedded = model.model.embed_tokens(x)
+    add_adapter(model, KINDS[kind])
+    whole, cache = model(x).logits, KVCache()
+    first = model(x[:, :3], cache=cache).logits
+    rest = model(inputs_embeds=embedded[:, 3:], cache=cache).logits
+    assert (first.shape, rest.shape) == ((2, 3, 97), (2, 6, 97))
+    bound = torch.full_like(whole, gamma(2000) * whole.abs().max().item())
+    assert exceeds(torch.cat([first, rest], 1), whole, bound) is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation(kind: str) -> None:
     model = decoder()
@@ -362,6 +376,26 @@ def test_a_lora_beside_it_does_what_it_does(
     assert exceeds(both, soft, bound) is not None
     delete_adapter(model, "soft")
     assert active_names(model) == ["lora"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_do_without_it(
+    kind: str, shake: Callable[[nn.Module, float], None]
+) -> None:
+    model, x = decoder(), ids()
+    before = model(x).logits
+    add_adapter(model, LoRAConfig(r=2), "lora")
+    shake(model, 0.3)
+    alone = model(x).logits
+    add_adapter(model, KINDS[kind], "soft")
+    refused = pytest.raises(ValueError, match="rows of a batch cannot name 'soft'")
+    with refused as caught, adapter_rows(model, ["lora", "soft"]):
+        pass
+    assert "\n" not in str(caught.value)
+    with adapter_rows(model, ["lora", None]):
+        mixed = model(x).logits
+    bound = torch.full_like(mixed, gamma(2000) * alone.abs().max().item())
+    assert exceeds(mixed, torch.stack([alone[0], before[1]]), bound) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -228,6 +228,26 @@ def test_transformers_own_generate(model: str, kind: str, attention: str) -> Non
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kind", OURS)
+def test_padded_rows_are_their_own_without_positions(model: str, kind: str) -> None:
+    """Positions are counted over real tokens; PEFT and the models themselves count columns."""
+    ours = made(model)
+    add_adapter(ours, OURS[kind])
+    rows = [[5, 6, 7, 8], [9, 10], [11]]
+    x, mask = left_pad(rows)
+    with torch.no_grad():
+        first = ours(x, attention_mask=mask, use_cache=True)
+        new = torch.full((3, 1), 12)
+        longer = torch.cat([mask, torch.ones_like(new)], 1)
+        second = ours(new, attention_mask=longer, past_key_values=first.past_key_values)
+        for i, row in enumerate(rows):
+            alone = ours(torch.tensor([[*row, 12]])).logits[0]
+            got = torch.cat([first.logits[i, -len(row) :], second.logits[i]])
+            bound = torch.full_like(alone, gamma(2000) * alone.abs().max().item())
+            assert exceeds(got, alone, bound) is None
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_a_static_cache(model: str) -> None:
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     static = {"cache_implementation": "static", "disable_compile": True}
