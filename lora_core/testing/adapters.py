@@ -21,6 +21,7 @@ B, its product, the final sum), merged at most 3 (W', its product, the bias). Th
 gamma'(6) + gamma'(3) apart, of which one is the rounding of W'.
 
 A kind without factors A and B (a scaling of rows or columns) has W' - W in place of s B A, r = 0.
+What is read off a layer, and what DoRA's quotient adds to M, is in adapter_terms.py.
 Tolerances in common use are fixed numbers (PEFT: 1e-4, and none at all in fp16); a fixed number is
 loose where values are small and wrong where they are large.
 """
@@ -34,8 +35,9 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapted, Adapter, dense_weight
+from lora_core.adapters.base import dense_weight
 from lora_core.adapters.merge import merge_adapters, unmerge_adapters
+from lora_core.testing.adapter_terms import Terms
 from lora_core.testing.bounds import allowance, exceeds
 from lora_core.testing.runner import load_hypothesis, run_property
 from lora_core.testing.strategies import FLOATS, dtypes, scales, seeds, shapes
@@ -56,42 +58,13 @@ class AdapterCase:
     seed: int
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """The layer in float64: y = x (W + dW)^T + b, with dW = s B A where there are factors."""
-
-    weight: Tensor  # (N, K)
-    delta: Tensor  # (N, K)
-    bias: Tensor  # (N,)
-    factors: tuple[Tensor, Tensor] | None  # A (r, K), s B (N, r)
-    tiny: float
-
-    @property
-    def operations(self) -> int:
-        """K + r + 3, the roundings in a row (N for K in backward, where N is larger)."""
-        rank = self.factors[0].shape[0] if self.factors else 0
-        return max(self.weight.shape) + rank + 3
-
-    def output(self, x: Tensor) -> Tensor:
-        """Exact y of float64 x (…, K)."""
-        return x @ (self.weight + self.delta).T + self.bias
-
-    def magnitude(self, x: Tensor) -> Tensor:
-        """M above, every term padded by the smallest normal number."""
-        x, t = x.abs(), self.tiny
-        m = x @ (self.weight.abs() + t).T + self.bias.abs() + 4 * t  # (…, N)
-        if self.factors is None:
-            return m + x @ self.delta.abs().T
-        A, B = (f.abs() + t for f in self.factors)
-        return m + (x @ A.T + t) @ B.T
-
-
 def check_adapter(
     make: Make,
     base: nn.Module,
     *,
     dtypes: Sequence[torch.dtype] = FLOATS,
     mergeable: bool = True,
+    exact_start: bool = True,
     examples: int = 25,
 ) -> None:
     """Check an adapted linear layer; see the module's docstring for the bounds.
@@ -114,6 +87,7 @@ def check_adapter(
         dtypes: dtypes to run in, base and input both.
         mergeable: False for a kind that refuses to merge: the refusal is checked instead, and
             outputs and gradients are not compared with a dense weight.
+        exact_start: False for a kind whose start is the base's output but for rounding (PiSSA).
         examples: number of cases.
 
     Raises:
@@ -128,10 +102,11 @@ def check_adapter(
         plain = wrapped(x).detach()
         layer = make(wrapped)
         wrapped = layer.base
-        _check_identity(layer, x, plain)
+        start = None if exact_start else Terms.read(layer, wrapped, case.dtype)
+        _check_identity(layer, x, plain, start)
         _fill(layer, wrapped, case)
         before = _snapshot(wrapped)
-        terms = _terms(layer, wrapped, case.dtype) if mergeable else None
+        terms = Terms.read(layer, wrapped, case.dtype) if mergeable else None
         y = _check_output(layer, x, terms)
         _check_disabled(layer, wrapped, x, y)
         if terms is not None:
@@ -185,53 +160,19 @@ def _same_state(before: dict[str, Tensor], after: dict[str, Tensor], fact: str) 
     assert not changed, f"{fact}: {', '.join(changed)}"
 
 
-def _terms(layer: Layer, base: nn.Module, dtype: torch.dtype) -> _Terms:
-    """Read the mathematics off the layer, and hold its `delta_weight` to its factors."""
-    weight = dense_weight(base)
-    bias = getattr(base, "bias", None)
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
-    factors = None
-    if hasattr(layer, "delta_weight"):
-        delta, new_bias = layer.delta_weight().detach(), bias
-    else:
-        delta, new_bias = _delta_of_host(layer, weight, bias)
-    if hasattr(layer, "A") and hasattr(layer, "B"):
-        A, B = layer.A.detach().double(), layer.B.detach().double() * float(layer.scaling)
-        factors = (A, B)
-        bound = allowance(A.shape[0] + 1, torch.float32, 0) * (B.abs() @ A.abs())
-        fault = exceeds(delta, B @ A, bound + torch.finfo(torch.float32).tiny)
-        assert fault is None, f"delta_weight() {fault}; it should be scaling * B @ A"
-        delta = B @ A
-    return _Terms(
-        weight.double(),
-        delta.double(),
-        new_bias.double(),
-        factors,
-        torch.finfo(dtype).tiny,
-    )
-
-
-def _delta_of_host(layer: Layer, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Update and bias that the active adapters of a host would merge to, float64."""
-    assert isinstance(layer, Adapted), (
-        f"{type(layer).__name__} has no delta_weight() and is no host that add_adapter made"
-    )
-    new_weight, new_bias = weight.double(), cast("Tensor | None", bias.double())
-    for name in layer.active:
-        adapter = cast(Adapter, layer.adapters[name])
-        new_weight, new_bias = adapter.merged(new_weight, new_bias)
-    assert new_bias is not None, "merged(weight, bias) dropped the bias"
-    return (new_weight - weight.double()).detach(), new_bias.detach()
-
-
-def _check_identity(layer: Layer, x: Tensor, plain: Tensor) -> None:
+def _check_identity(layer: Layer, x: Tensor, plain: Tensor, start: Terms | None) -> None:
     for mode in (True, False):
         y = layer.train(mode)(x)
         assert y.dtype == plain.dtype, f"the output is {y.dtype}, the base's is {plain.dtype}"
-        assert torch.equal(y, plain), "a new adapter changes the base's output"
+        if start is None:
+            assert torch.equal(y, plain), "a new adapter changes the base's output"
+            continue
+        allowed = allowance(start.operations, x.dtype, UNMERGED + start.extra)
+        fault = exceeds(y, plain.double(), 2 * allowed * start.magnitude(x.double()))
+        assert fault is None, f"the output of a new adapter {fault}, the base's"
 
 
-def _check_output(layer: Layer, x: Tensor, terms: _Terms | None) -> Tensor:
+def _check_output(layer: Layer, x: Tensor, terms: Terms | None) -> Tensor:
     """The output in eval, held to the dense mathematics."""
     layer.eval()
     y: Tensor = layer(x).detach()
@@ -239,7 +180,9 @@ def _check_output(layer: Layer, x: Tensor, terms: _Terms | None) -> Tensor:
         "two calls in eval differ: dropout is on, or the output is not a function of the input"
     )
     if terms is not None:
-        bound = allowance(terms.operations, x.dtype, UNMERGED) * terms.magnitude(x.double())
+        bound = allowance(terms.operations, x.dtype, UNMERGED + terms.extra) * terms.magnitude(
+            x.double()
+        )
         fault = exceeds(y, terms.output(x.double()), bound)
         assert fault is None, f"the output in eval {fault}; it should be x (W + dW)^T + b"
     return y
@@ -262,7 +205,7 @@ def _unmerge(layer: Any) -> None:
     layer.unmerge() if hasattr(layer, "unmerge") else unmerge_adapters(layer)
 
 
-def _check_merging(layer: Layer, base: nn.Module, x: Tensor, y: Tensor, terms: _Terms) -> None:
+def _check_merging(layer: Layer, base: nn.Module, x: Tensor, y: Tensor, terms: Terms) -> None:
     before, saved, plain = _snapshot(base), _snapshot(layer), base(x)
     _merge(layer)
     merged = layer(x).detach()
@@ -270,7 +213,7 @@ def _check_merging(layer: Layer, base: nn.Module, x: Tensor, y: Tensor, terms: _
     allowed = allowance(terms.operations, x.dtype, MERGED)
     fault = exceeds(merged, terms.output(x.double()), allowed * magnitude)
     assert fault is None, f"the merged output {fault}; it should be x (W + dW)^T + b"
-    allowed += allowance(terms.operations, x.dtype, UNMERGED)
+    allowed += allowance(terms.operations, x.dtype, UNMERGED + terms.extra)
     fault = exceeds(merged, y, allowed * magnitude)
     assert fault is None, f"the merged output {fault}, which is the unmerged one"
     assert torch.equal(layer.train()(x), merged), "the merged layer depends on train or eval"
@@ -299,7 +242,7 @@ def _check_refusal(layer: Layer, x: Tensor, y: Tensor) -> None:
         raise AssertionError("merge() does not refuse, though the kind cannot be merged")
 
 
-def _check_gradients(layer: Layer, base: nn.Module, x: Tensor, terms: _Terms | None) -> None:
+def _check_gradients(layer: Layer, base: nn.Module, x: Tensor, terms: Terms | None) -> None:
     """Every parameter of the adapter gets a gradient, the base none, the input the right one."""
     own = {name: p for name, p in _own(layer, base).items() if p.requires_grad}
     assert own, "the adapter has no trainable parameter"
@@ -325,24 +268,21 @@ def _check_gradients(layer: Layer, base: nn.Module, x: Tensor, terms: _Terms | N
         _check_gradient_values(layer, x, dy, cast(Tensor, leaf.grad), terms)
 
 
-def _check_gradient_values(layer: Layer, x: Tensor, dy: Tensor, dx: Tensor, terms: _Terms) -> None:
+def _check_gradient_values(layer: Layer, x: Tensor, dy: Tensor, dx: Tensor, terms: Terms) -> None:
     """dx = dy (W + s B A); dA = s B^T dy^T x; dB = s dy^T x A^T, each to its own bound."""
     X, D = x.double().reshape(-1, x.shape[-1]), dy.double().reshape(-1, dy.shape[-1])
-    W, t = terms.weight, terms.tiny
-    checks: list[tuple[str, Tensor, Tensor, Tensor]] = []
-    pull = D.abs() @ (W.abs() + terms.delta.abs() + t)  # (rows, K)
-    if terms.factors is not None:
+    t, checks = terms.tiny, list[tuple[str, Tensor, Tensor, Tensor]]()
+    if hasattr(layer, "A") and hasattr(layer, "B") and terms.factors is not None:
         A, B = terms.factors
         up, down = B.abs() + t, A.abs() + t
-        pull = pull + (D.abs() @ up + t) @ down
         through, h = D @ B, X @ A.T  # (rows, r)
         size_a = (D.abs() @ up + t).T @ X.abs() + t
         size_b = abs(layer.scaling) * ((D.abs() + t).T @ (X.abs() @ down.T + t)) + t
-        grad_a, grad_b = layer.A.grad, layer.B.grad
-        checks.append(("A", grad_a, through.T @ X, size_a))
-        checks.append(("B", grad_b, layer.scaling * (D.T @ h), size_b))
-    checks.append(("the input", dx.reshape(X.shape), D @ (W + terms.delta), pull + t))
-    allowed = allowance(terms.operations + X.shape[0], x.dtype, BACKWARD)
+        checks.append(("A", layer.A.grad, through.T @ X, size_a))
+        checks.append(("B", layer.B.grad, layer.scaling * (D.T @ h), size_b))
+    wanted = D @ (terms.weight + terms.delta)
+    checks.append(("the input", dx.reshape(X.shape), wanted, terms.pull(D)))
+    allowed = allowance(terms.operations + X.shape[0], x.dtype, BACKWARD + terms.extra)
     for name, got, wanted, magnitude in checks:
         fault = exceeds(got, wanted, allowed * magnitude)
         assert fault is None, f"the gradient of {name} {fault}"
