@@ -35,6 +35,7 @@ from lora_core.adapters import (
 from lora_core.checkpoint import (
     adapter_state_dict,
     base_model_path,
+    export_adapter,
     load_adapter,
     load_adapterhub,
     load_model,
@@ -87,6 +88,7 @@ __all__ = [
     "delete_adapter",
     "dequantize_model",
     "disable_adapters",
+    "export_adapter",
     "extract_lora",
     "generate",
     "grow_vocabulary",

@@ -2,6 +2,7 @@
 
 from lora_core.checkpoint.adapterhub import load_adapterhub, save_adapterhub
 from lora_core.checkpoint.base_model import base_model_path
+from lora_core.checkpoint.export import ExportReport, export_adapter
 from lora_core.checkpoint.folder import load_model, save_model
 from lora_core.checkpoint.peft import (
     adapter_state_dict,
@@ -13,9 +14,11 @@ from lora_core.checkpoint.safetensors_folder import SafetensorsFolder, load_stat
 from lora_core.checkpoint.spectrum import read_spectrum
 
 __all__ = [
+    "ExportReport",
     "SafetensorsFolder",
     "adapter_state_dict",
     "base_model_path",
+    "export_adapter",
     "load_adapter",
     "load_adapterhub",
     "load_model",

@@ -96,12 +96,10 @@ def read_as_vllm(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         raise Refused(f"vLLM refuses the key {other[0]!r}")
     r, alpha = raw["r"], raw["lora_alpha"]
     scale = alpha / math.sqrt(r) if raw.get("use_rslora") else alpha / r
+    _no_convolutions("vLLM", pairs)
     for site, (down, _) in pairs.items():
-        if down.dim() != 2 or len(down) > r:
-            raise Refused(
-                f"vLLM holds pairs of two dimensions and rank up to r = {r}; at {site!r} A is "
-                f"{tuple(down.shape)}"
-            )
+        if len(down) > r:
+            raise Refused(f"vLLM holds pairs of rank up to r = {r}; at {site!r} it is {len(down)}")
     return {site: Applied(down, up, scale) for site, (down, up) in pairs.items()}
 
 
@@ -114,9 +112,7 @@ def read_as_llama_cpp(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         if "_layernorm" in key or ".norm" in key:
             raise Refused(f"llama.cpp takes {key!r} for the norm's own weight")
         raise Refused(f"llama.cpp's convert_lora_to_gguf.py stops at the key {key!r}")
-    for site, (down, _) in pairs.items():
-        if down.dim() != 2:
-            raise Refused(f"llama.cpp has no LoRA for the convolution {site!r}")
+    _no_convolutions("llama.cpp", pairs)
     alpha = float(raw["lora_alpha"])
     return {site: Applied(a, b, alpha / b.shape[-1]) for site, (a, b) in pairs.items()}
 
@@ -129,10 +125,11 @@ def read_as_sglang(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
     if other := [key for key in rest if not key.endswith(_COPY)]:
         raise Refused(f"SGLang drops the key {other[0]!r} in silence")
     r = raw["r"]
+    _no_convolutions("SGLang", pairs)
     for site, (down, _) in pairs.items():
-        if down.dim() != 2 or len(down) != r:
+        if len(down) != r:
             raise Refused(
-                f"SGLang stacks pairs of one rank, r = {r}; at {site!r} A is {tuple(down.shape)}"
+                f"SGLang stacks pairs of one rank, r = {r}; at {site!r} it is {len(down)}"
             )
     return {site: Applied(a, b, raw["lora_alpha"] / r) for site, (a, b) in pairs.items()}
 
@@ -150,6 +147,12 @@ def loader_named(name: str) -> Reader:
     if name not in LOADERS:
         raise ValueError(f"no loader {name!r} is known; {nearest(name, list(LOADERS))}")
     return LOADERS[name]
+
+
+def _no_convolutions(program: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    for site, (down, _) in pairs.items():
+        if down.dim() != 2:
+            raise Refused(f"{program} has no LoRA for the convolution {site!r}")
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:

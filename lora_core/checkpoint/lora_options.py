@@ -18,7 +18,7 @@ from lora_core.adapters.forms import form_of
 from lora_core.adapters.lora_config import LoRAConfig
 from lora_core.targets import nearest, sites, unwrap
 
-__all__ = ["PEFT_PREFIX", "lora_config"]
+__all__ = ["PEFT_PREFIX", "leaves_base_alone", "lora_config", "pair_sites"]
 
 PEFT_PREFIX = "base_model.model."
 
@@ -102,10 +102,15 @@ def lora_config(
     )
 
 
+def leaves_base_alone(start: Any) -> bool:
+    """Whether a start of PEFT's of this name leaves the base's weights as they are."""
+    return start in _PLAIN
+
+
 def _start(start: Any) -> str:
     if start in _REPEATED:
         return str(start)
-    if start not in _PLAIN:
+    if not leaves_base_alone(start):
         raise ValueError(
             f"init_lora_weights={start!r} changes the base weights, and the file does not say to "
             "what: save it again as a plain LoRA (PEFT: save_pretrained(…, "

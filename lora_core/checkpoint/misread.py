@@ -37,8 +37,9 @@ def misread(
     notes = _by_peft(record, adapters)
     if _is_loftq(adapters):
         notes.append(
-            "init='loftq' made the 4-bit base that this adapter is for: save it too "
-            "(unload_adapters(model); save_model(model, directory, quantized=True))"
+            "init='loftq' made the 4-bit base that this adapter is for: load_adapter makes it "
+            "again from the 16-bit model; other programs need it saved (unload_adapters(model); "
+            "save_model(model, directory, quantized=True))"
         )
     true = read_as_peft(record, tensors)
     wrong = [_PROGRAMS[name] for name in _PROGRAMS if _scaled_wrong(name, record, tensors, true)]

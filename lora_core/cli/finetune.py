@@ -306,6 +306,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_dataclass_flags(parser, FinetuneConfig, skip=("data",), title="model and data")
     add_dataclass_flags(parser, LoRAConfig, skip=_UNFLAGGED, title="LoRA (lora, qlora)")
+    parser.add_argument(
+        "--modules-to-save",
+        metavar="NAME,NAME",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        dest="LoRAConfig.modules_to_save",
+        default=argparse.SUPPRESS,
+        help="modules to train whole beside the LoRA, by name or suffix",
+    )
     add_dataclass_flags(
         parser, BottleneckConfig, skip=("targets", "exclude", "dropout"), title="bottleneck"
     )
@@ -348,6 +356,11 @@ def settings(args: argparse.Namespace) -> tuple[FinetuneConfig, AdapterConfig | 
         same = run.get("finetune", {}).get("method") in (None, config.method)
         fields = {**((run.get("adapter") or {}) if same else {}), **_given(args, kind)}
         adapter = kind(**{k: v if k == "text" else _list(v) for k, v in fields.items()})
+    if config.method == "qlora" and getattr(adapter, "init", None) == "loftq":
+        raise ValueError(
+            "--init loftq quantizes the 16-bit base itself, and --method qlora has it quantized "
+            "already: use --method lora, which trains on the 4-bit base that LoftQ makes"
+        )
     training = {"lr": DEFAULT_LR[config.method], **run.get("train", {}), **given(args, TrainConfig)}
     # whether to go on is this call's question, not the recorded run's
     training["resume"] = given(args, TrainConfig).get("resume", False)

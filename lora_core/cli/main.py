@@ -22,6 +22,7 @@ VERBS = {
     "generate": "answer a prompt with a model and, if given, an adapter",
     "evaluate": "loss, perplexity and accuracy on graded tokens",
     "merge": "fold an adapter into its base and write a Hugging Face folder",
+    "export": "write a copy of a LoRA adapter that vLLM, llama.cpp and SGLang scale right",
     "quantize": "write a model with its linear layers in 4 bits, in bitsandbytes' format",
     "inspect": "samples token by token with their labels and grades; an adapter's update by layer",
     "info": "versions, backends and what this machine can run",

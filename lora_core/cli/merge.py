@@ -18,6 +18,7 @@ from lora_core.adapters import MergeReport, merge_adapters, unload_adapters
 from lora_core.checkpoint import load_model, save_model
 from lora_core.cli.opening import Opened, open_model
 from lora_core.models import ModelConfig
+from lora_core.quant import NF4Linear
 
 HELP = "fold an adapter into its base and write a Hugging Face folder"
 EXAMPLE = "lora-core merge --adapter runs/mine --out runs/mine-merged"
@@ -84,6 +85,14 @@ def run(args: argparse.Namespace) -> int:
     ids = trained.tok.encode(_PROBE)
     wanted = probe_logits(trained.model, ids)
     merging, notes = trained, list(trained.notes)
+    # LoftQ quantizes a base that was loaded dense
+    quantized = (m.code for m in trained.model.modules() if isinstance(m, NF4Linear))
+    code = trained.quantize or next(quantized, None)
+    if args.onto_original and code != trained.quantize:
+        raise ValueError(
+            "--onto-original: the adapter has a 4-bit base of its own (init='loftq'), which is not "
+            "the originals' quantization: leave the flag out"
+        )
     if args.onto_original:
         merging = open_model(args.model, args.adapter, quantize="none", device=args.device)
         notes = list(merging.notes)
@@ -93,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = {
         "out": str(out),
         "base": str(merging.source),
-        "trained_on": trained.quantize or "dense",
-        "merged_onto": "16-bit originals" if args.onto_original else trained.quantize or "dense",
+        "trained_on": code or "dense",
+        "merged_onto": "16-bit originals" if args.onto_original else code or "dense",
         "dtype": own_dtype(out),
         "largest_logit": wanted.abs().max().item(),
         "largest_logit_difference": (got - wanted).abs().max().item(),

@@ -231,8 +231,8 @@ def test_patterns_and_scaling_are_applied_and_warned_of(base: Net, tmp_path: Pat
     assert [str(w.message) for w in caught] == notes
     assert notes == [
         (
-            "rank_pattern and alpha_pattern and use_rslora: misread by vLLM, llama.cpp, in silence; "
-            "PEFT reads it. For them, write `lora-core export --baked`"
+            "rank_pattern and alpha_pattern and use_rslora: misread by vLLM, llama.cpp, in "
+            "silence; PEFT reads it. For them, write `lora-core export --baked`"
         )
     ]
     raw, _ = read_adapter(tmp_path)

@@ -53,6 +53,7 @@ BESIDES = [
     "adapter_spectrum",
     "convert_to_lora",
     "dequantize_model",
+    "export_adapter",
     "extract_lora",
     "grow_vocabulary",
     "load_adapterhub",
