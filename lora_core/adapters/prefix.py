@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapter
+from lora_core.adapters.config import register_adapter
 from lora_core.adapters.ptuning import check_width
 from lora_core.adapters.soft import (
     CACHES,
@@ -274,6 +275,7 @@ def _kv_heads(module: nn.Module, size: int) -> int | None:
     return None
 
 
+@register_adapter("PREFIX_TUNING")
 @dataclass(frozen=True)
 class PrefixTuningConfig:
     """Trained keys and values before those of the text, in every self-attention of a model.

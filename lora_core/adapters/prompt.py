@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapter
+from lora_core.adapters.config import register_adapter
 from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size, hook, unhook
 
 __all__ = ["Prompt", "PromptTuningConfig"]
@@ -49,6 +50,7 @@ class Prompt(SoftPrompt):
         return self.prompt
 
 
+@register_adapter("PROMPT_TUNING")
 @dataclass(frozen=True)
 class PromptTuningConfig:
     """Virtual tokens in front of the embedded text of a language model.

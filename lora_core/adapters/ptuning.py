@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapter
+from lora_core.adapters.config import register_adapter
 from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size, hook, unhook
 
 __all__ = ["EncodedPrompt", "PTuningConfig", "check_width"]
@@ -79,6 +80,7 @@ class EncodedPrompt(SoftPrompt):
             return encoded
 
 
+@register_adapter("P_TUNING")
 @dataclass(frozen=True)
 class PTuningConfig:
     """Virtual tokens through an encoder, in front of the embedded text of a language model.
