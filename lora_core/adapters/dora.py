@@ -21,6 +21,7 @@ of zeros alone is refused by LoRAConfig.
 Ref: Liu et al. 2024, arXiv:2402.09353, equation 5; 11 and section 4.3 (c as a constant).
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class DoRA(LoRA):
     @torch.no_grad()
     def begin(self, base: nn.Module) -> None:
         """Take the lengths of the rows of V from the layer, whose device the pair moves to."""
-        self.to(dense_weight(base).device)
+        self.to(next(chain(base.parameters(), base.buffers())).device)
         self.rebase(base)
         # through the identity, so that m / c is exactly 1 at the start
         self.magnitude.copy_(self.norms(base))
