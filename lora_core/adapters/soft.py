@@ -99,6 +99,11 @@ def language_model(model: nn.Module) -> tuple[nn.Module, str]:
         embedding = _embedding(part)
         if embedding is None:
             continue
+        if "decoder_input_ids" in _names(part):
+            raise ValueError(
+                f"soft prompts need one sequence; {type(part).__name__} has an encoder and a "
+                "decoder, and generate() goes past the prompt: use LoRAConfig or BottleneckConfig"
+            )
         missing = {"inputs_embeds", "attention_mask"} - set(_names(part))
         if missing:
             raise ValueError(

@@ -23,6 +23,7 @@ from lora_core.adapters import (
 )
 from lora_core.adapters.prefix import PrefixTuningConfig
 from lora_core.adapters.prompt import PromptTuningConfig
+from lora_core.adapters.ptuning import PTuningConfig
 from lora_core.checkpoint import adapter_state_dict, load_adapter, save_adapter
 from lora_core.quant import NF4Linear, quantize_model
 
@@ -326,3 +327,23 @@ def test_files_that_are_not_whole(perceptron: nn.Module, refuses: Refuses, tmp_p
     (tmp_path / "adapter_config.json").write_text("{")
     refuses(perceptron, load, "adapter_config.json")
     refuses(perceptron, lambda m: load_adapter(m, tmp_path / "nowhere"), "nowhere")
+
+
+@pytest.mark.oracle
+def test_soft_prompts_where_they_cannot_be(bases: Callable, refuses: Refuses) -> None:
+    def add(config: Any) -> Callable[[nn.Module], object]:
+        return lambda m: add_adapter(m, config)
+
+    for config in (PromptTuningConfig(2), PTuningConfig(2), PrefixTuningConfig(2)):
+        refuses(bases("t5"), add(config), "T5ForConditionalGeneration", "decoder", "LoRAConfig")
+        refuses(bases("vit"), add(config), "ViTForImageClassification", "inputs_embeds")
+    refuses(bases("bert"), add(PrefixTuningConfig(2)), "BertForSequenceClassification", "cache")
+
+
+@pytest.mark.oracle
+def test_experts_that_are_no_modules(bases: Callable, refuses: Refuses) -> None:
+    """transformers keeps a layer's experts as two tensors: nothing there can be called."""
+    for target in ("gate_up_proj", "experts", r".*experts\.down_proj"):
+        config = LoRAConfig(r=2, targets=target if "*" in target else [target])
+        words = ("experts|gate_up_proj", "matches (no module|only modules of another kind)")
+        refuses(bases("mixtral"), lambda m, c=config: add_adapter(m, c), *words)
