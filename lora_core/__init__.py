@@ -42,6 +42,7 @@ from lora_core.checkpoint import (
     save_adapter,
     save_adapterhub,
     save_model,
+    swap_adapter,
 )
 from lora_core.data import SFTDataset, load_tokenizer
 from lora_core.evaluate import perplexity
@@ -108,6 +109,7 @@ __all__ = [
     "save_adapterhub",
     "save_model",
     "set_adapters",
+    "swap_adapter",
     "train",
     "unload_adapters",
     "unmerge_adapters",

@@ -283,9 +283,12 @@ def _built(
     if not pairs:
         raise ValueError("the adapters have no LoRA pair between them: there is nothing to combine")
     changes = {site: _bias(terms) for site, terms in sums.items()}
-    everywhere = len(pairs) < len(made)  # biases of other modules are trained: bias="all"
-    placed = {s for s in pairs if getattr(unwrap(hosts[s]), "bias", None) is not None}
-    beside = any(changes[s] is not None and not (everywhere and s in placed) for s in pairs)
+    changed = [site for site in pairs if changes[site] is not None]
+    lookups = any(isinstance(unwrap(hosts[site]), nn.Embedding) for site in pairs)
+    # biases of other modules too: "all"; beside an embedding, which can have none: "lora_only"
+    bias = "all" if len(pairs) < len(made) else "lora_only" if changed and lookups else "none"
+    placed = {site for site in pairs if getattr(unwrap(hosts[site]), "bias", None) is not None}
+    beside = any(bias == "none" or site not in placed for site in changed)
     ranks = {site: len(down) for site, (down, _) in pairs.items()}
     r = max(ranks.values())
     fewer = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != r}
@@ -295,7 +298,7 @@ def _built(
         targets=list(pairs),
         rank_pattern=fewer,
         alpha_pattern=dict(fewer),
-        bias="all" if everywhere else "none",
+        bias=bias,
         lora_bias=beside,
     )
     built: dict[str, Adapter] = {}

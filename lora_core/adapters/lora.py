@@ -139,6 +139,13 @@ class LoRA(Adapter):
         self._scaling = value
         self._place_scale()
 
+    @torch.no_grad()
+    def rescale(self, value: float) -> None:
+        """Set s in place, as weights are: a compiled model or a captured graph sees the new one."""
+        self._scaling = value
+        self.alpha = value * (math.sqrt(self.r) if self.use_rslora else self.r)
+        self.scale().fill_(value)
+
     def _place_scale(self) -> None:
         """Keep s beside A as a tensor, so that no step has to send it to the device."""
         with torch.inference_mode(False):  # or training could not use what evaluation made
@@ -225,7 +232,9 @@ class LoRA(Adapter):
 
     def bias_change(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """Return what the trained biases add to the base's, (N,) in `dtype`, or None."""
-        change = None if self.up_bias is None else self.up_bias.to(dtype) * self.scaling
+        # the tensor, so that a compiled model does not depend on the number
+        s = self.scale() if dtype == torch.float32 else self.scaling
+        change = None if self.up_bias is None else self.up_bias.to(dtype) * s
         if self.bias is None or self.bias0 is None:
             return change
         new = self.bias.to(dtype) - self.bias0.to(dtype)

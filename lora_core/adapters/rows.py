@@ -163,6 +163,11 @@ class SiteRows:
         ]
         self.idle = not here
 
+    def refresh(self) -> None:
+        """Make kept stacks anew; a compiled model does not look whether a tensor has changed."""
+        if self.pairs is not None and self.pairs.kept is not None:
+            self.pairs.keep(self.pairs.kept.up.dtype)
+
     def _group(self, host: Adapted, pairs: dict[str, LoRA]) -> None:
         """Prepare the pairs of all rows."""
         order = {name: slot for slot, name in enumerate(pairs)}

@@ -12,6 +12,7 @@ from lora_core.checkpoint.peft import (
 )
 from lora_core.checkpoint.safetensors_folder import SafetensorsFolder, load_state
 from lora_core.checkpoint.spectrum import read_spectrum
+from lora_core.checkpoint.swap import swap_adapter
 
 __all__ = [
     "ExportReport",
@@ -28,4 +29,5 @@ __all__ = [
     "save_adapter",
     "save_adapterhub",
     "save_model",
+    "swap_adapter",
 ]

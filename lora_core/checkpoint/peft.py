@@ -48,7 +48,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
         ValueError: an unknown name.
     """
     found = adapters_named(model, name)
-    return _tensors(found, _format_of(found))
+    return _tensors(found, format_of(found))
 
 
 def save_adapter(
@@ -77,7 +77,7 @@ def save_adapter(
     """
     found = adapters_named(model, name)
     config = next(iter(found.values())).config
-    form = _format_of(found)
+    form = format_of(found)
     if base_model is None:
         base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     record = form.record(model, config, found, base_model)
@@ -91,7 +91,7 @@ def save_adapter(
         )
     except TypeError as error:
         raise TypeError(f"{type(config).__name__} cannot be written as JSON: {error}") from None
-    notes = form.notes(record, tensors, found)
+    notes = form.notes(model, record, tensors, found)
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return notes
@@ -124,15 +124,34 @@ def load_adapter(
         ValueError: malformed files; an option that is not supported; missing or unexpected keys,
             another shape; whatever `add_adapter` refuses. The model is then as it was.
     """
-    folder = Path(directory)
-    raw, tensors = read_adapter(folder)
-    try:
-        config, built = _format_named(raw["peft_type"]).read(model, raw, tensors, folder, trainable)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: {error}") from None
+    config, built = built_from(model, Path(directory), trainable)
     if untie and "untie" in {field.name for field in dataclasses.fields(config)}:
         config = dataclasses.replace(config, untie=True)
     return attach_built(model, config, name, built, trainable=trainable)
+
+
+def built_from(
+    model: nn.Module, folder: Path, trainable: bool = False
+) -> tuple[Any, dict[str, Adapter]]:
+    """Read a folder and build its adapters for a model, which is left alone.
+
+    Args:
+        model: what they are for.
+        folder: the adapter's.
+        trainable: whether they are to be trained further.
+
+    Returns:
+        (configuration, {site: adapter}), filled.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: see `load_adapter`; the message begins with the folder.
+    """
+    raw, tensors = read_adapter(folder)
+    try:
+        return _format_named(raw["peft_type"]).read(model, raw, tensors, folder, trainable)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
@@ -149,7 +168,7 @@ def _tensors(adapters: dict[str, Adapter], form: AdapterFormat) -> dict[str, Ten
     return {key: tensor.detach() for key, tensor in form.tensors(adapters).items()}
 
 
-def _format_of(adapters: dict[str, Adapter]) -> AdapterFormat:
+def format_of(adapters: dict[str, Adapter]) -> AdapterFormat:
     """How an adapter in a model is written: by the class of its configuration."""
     config: Any = next(iter(adapters.values())).config
     return next((form for form in FORMATS.values() if isinstance(config, form.config)), OWN)

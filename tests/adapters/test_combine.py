@@ -306,6 +306,19 @@ def test_biases_are_combined_linearly(make_mlp: Make, tmp_path: Path) -> None:
     assert torch.equal(other(x), model(x))
 
 
+def test_biases_beside_an_embedding(make_token_model: Callable[[bool], nn.Module]) -> None:
+    model = make_token_model(False)
+    add_adapter(model, LoRAConfig(r=2, targets=["mix"], lora_bias=True), "a")
+    add_adapter(model, LoRAConfig(r=2, targets=["embed"]), "b")
+    filled(model)
+    combine_adapters(model, ["a", "b"], [2, 1])
+    new, old = pair(model, "combined", "mix"), pair(model, "a", "mix").bias_change()
+    change = new.bias_change()
+    assert change is not None
+    assert old is not None
+    assert exceeds(change, 2 * old, gamma(2) * (2 * old.abs() + new.bias0.abs())) is None
+
+
 def test_the_new_adapter_is_neither_active_nor_trained_and_nothing_else_changes() -> None:
     model = made("linear")
     set_adapters(model, ["a", "c"], trainable=True)

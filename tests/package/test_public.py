@@ -61,6 +61,7 @@ BESIDES = [
     "register_adapter",
     "save_adapterhub",
     "save_model",
+    "swap_adapter",
 ]
 
 
