@@ -30,6 +30,7 @@ __all__ = [
     "disable_adapters",
     "parameter_counts",
     "refuse_name",
+    "refuse_rows",
     "replace_modules",
     "set_adapters",
     "tell",
@@ -99,6 +100,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
 def refuse_name(model: nn.Module, name: str) -> None:
     """Refuse a name that a new adapter of the model cannot have; ValueError says why."""
     check_name(name)
+    refuse_rows(model, "adding an adapter")
     _refuse_merged(model, "adding an adapter")
     if name in adapter_names(model):
         raise ValueError(
@@ -277,6 +279,12 @@ def _known(model: nn.Module, names: Sequence[str]) -> None:
         raise ValueError(f"adapters are named once each, got {list(names)}")
 
 
+def refuse_rows(model: nn.Module, what: str) -> None:
+    """Refuse a change of the hosts while the rows of a batch name their adapters; ValueError."""
+    if any(host.mixture is not None for _, host in adapted_modules(model)):
+        raise ValueError(f"{what} inside adapter_rows: leave that context first")
+
+
 def _refuse_merged(model: nn.Module, what: str) -> None:
     for site, host in adapted_modules(model):
         if host.merged is not None:
@@ -378,6 +386,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         ValueError: an unknown name, or a merged model.
     """
     _known(model, [name])
+    refuse_rows(model, "deleting an adapter")
     _refuse_merged(model, "deleting an adapter")
     plain: dict[int, nn.Module] = {}
     gone: list[object] = []

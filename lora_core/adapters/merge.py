@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapted, Merged, adapted_modules, precision_of, spelt
-from lora_core.adapters.inject import replace_modules, tell
+from lora_core.adapters.inject import refuse_rows, replace_modules, tell
 from lora_core.adapters.merge_layer import (
     DenseLinear,
     MergedLayer,
@@ -87,6 +87,7 @@ def merge_adapters(
             that does not go with the rest. The model is then as it was.
         TypeError: `dtype` is not a floating-point dtype, or `samples` are no batches.
     """
+    refuse_rows(model, "merging")
     hosts = list(adapted_modules(model))
     for name, host in hosts:
         if host.merged is not None:
@@ -152,6 +153,7 @@ def unload_adapters(model: nn.Module, merge: bool = False) -> None:
     """
     if isinstance(model, Adapted):
         raise ValueError("the model is itself a host and cannot replace itself: use its .base")
+    refuse_rows(model, "taking adapters out")
     hosts = list(adapted_modules(model))
     plain: dict[int, nn.Module] = {}
     for name, host in hosts:

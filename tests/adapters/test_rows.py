@@ -24,6 +24,7 @@ from lora_core.adapters import (
     disable_adapters,
     merge_adapters,
     set_adapters,
+    unload_adapters,
 )
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.row_stacks import PairStacks
@@ -528,6 +529,20 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(two: nn.Module, state_o
     merge_adapters(two, ["copy"])
     with pytest.raises(ValueError, match="adapter_rows while 'inp' is merged: call unmerge_adapte"):
         _run(two, ["a", "b"], torch.randn(2, 12))
+
+
+def test_hosts_cannot_change_inside(two: nn.Module, state_of: State) -> None:
+    before = state_of(two)
+    with adapter_rows(two, ["a", None]):
+        for change, what in (
+            (lambda: add_adapter(two, LoRAConfig(r=2), "c"), "adding an adapter"),
+            (lambda: delete_adapter(two, "a"), "deleting an adapter"),
+            (lambda: merge_adapters(two), "merging"),
+            (lambda: unload_adapters(two), "taking adapters out"),
+        ):
+            with pytest.raises(ValueError, match=f"{what} inside adapter_rows: leave that context"):
+                change()
+    assert state_of(two) == before
 
 
 def _run(model: nn.Module, names: list[str | None], x: Tensor) -> Tensor:
