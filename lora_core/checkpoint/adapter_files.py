@@ -53,7 +53,10 @@ def _nothing_further(model: nn.Module, folder: Path, adapters: Mapping[str, Adap
 
 
 def _no_notes(
-    record: Mapping[str, Any], tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
+    model: nn.Module,
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    adapters: Mapping[str, Adapter],
 ) -> list[str]:
     return []
 
@@ -71,7 +74,7 @@ class AdapterFormat:
             {site: adapter}), filled, the model left alone; ValueError says what does not fit.
         write_further: (model, folder, {site: adapter}): writes what else is needed to train on, and
             takes away what an adapter before it left there.
-        notes: (record, tensors, {site: adapter}) -> what other programs get wrong about it.
+        notes: (model, record, tensors, {site: adapter}) -> what other programs get wrong about it.
     """
 
     config: type | UnionType
@@ -81,9 +84,9 @@ class AdapterFormat:
         [nn.Module, dict[str, Any], dict[str, Tensor], Path, bool], tuple[Any, dict[str, Adapter]]
     ]
     write_further: Callable[[nn.Module, Path, Mapping[str, Adapter]], None] = _nothing_further
-    notes: Callable[[Mapping[str, Any], Mapping[str, Tensor], Mapping[str, Adapter]], list[str]] = (
-        _no_notes
-    )
+    notes: Callable[
+        [nn.Module, Mapping[str, Any], Mapping[str, Tensor], Mapping[str, Adapter]], list[str]
+    ] = _no_notes
 
 
 def keyed(adapters: Mapping[str, Adapter], prefix: str = "") -> dict[str, Tensor]:
@@ -125,7 +128,7 @@ def check_tensors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> 
         if tensor.shape != wanted[key].shape:
             raise ValueError(
                 f"{key!r} has shape {tuple(tensor.shape)}, the model needs "
-                f"{tuple(wanted[key].shape)}"
+                f"{tuple(wanted[key].shape)}: another base, or another configuration"
             )
         if wanted[key].is_floating_point() and not tensor.is_floating_point():
             raise ValueError(f"{key!r} holds {tensor.dtype}, not floating-point numbers")

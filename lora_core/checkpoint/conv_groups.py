@@ -1,25 +1,65 @@
-"""A of a grouped convolution on disk: PEFT's has all channels, this library's those of a group.
+"""Convolutions on disk, where PEFT's pair is another than this library's.
+
+A of a grouped convolution has all channels in PEFT, those of a group here:
 
     here     (r, C/g, *kernel)    rows of group j see its channels
     on disk  (r, C,   *kernel)    PEFT's shape, zeros at the channels of other groups
 
 What PEFT has trained is not zero there; it is read as a pair that sees all channels
-(adapters/mixed_groups.py).
+(adapters/mixed_groups.py). And PEFT makes A without the layer's dilation, and pads its input with
+zeros whatever the layer's `padding_mode`: other functions, which no file can make equal.
 """
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapter
 from lora_core.adapters.forms import ConvForm
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.mixed_groups import MixedConvForm, mixed_pair
+from lora_core.targets import sites, unwrap
 
-__all__ = ["as_written", "from_disk", "is_grouped", "mixed"]
+__all__ = [
+    "as_written",
+    "check_padding",
+    "from_disk",
+    "is_grouped",
+    "mixed",
+    "unlike_peft",
+]
 
 _KEY = "lora_A.weight"
+
+
+def unlike_peft(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, str]:
+    """Pairs at convolutions that PEFT computes otherwise.
+
+    Args:
+        model: the model.
+        adapters: by site.
+
+    Returns:
+        {site: what PEFT does}.
+    """
+    modules = dict(sites(model))
+    found = {}
+    for site, adapter in adapters.items():
+        module = unwrap(modules[site])
+        if not isinstance(getattr(adapter, "form", None), ConvForm):
+            continue
+        if set(getattr(module, "dilation", ())) != {1}:
+            found[site] = "PEFT leaves the layer's dilation out of A, and cannot run it"
+        elif (mode := getattr(module, "padding_mode", "zeros")) != "zeros":
+            found[site] = f"PEFT pads A's input with zeros, where the layer's padding is {mode!r}"
+    return found
+
+
+def check_padding(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """Refuse an adapter that PEFT trained as another function; ValueError names the layer."""
+    for site, why in unlike_peft(model, adapters).items():
+        raise ValueError(f"{why} ({site!r}): such an adapter has no counterpart here")
 
 
 def is_grouped(adapter: Adapter) -> bool:

@@ -114,7 +114,7 @@ def export_adapter(
     written, stored = read_adapter(target)
     readers = [name for name in LOADERS if name not in refused and (bake or name == "peft")]
     errors = {name: _checked(name, written, stored, true) for name in readers}
-    notes = misread(written, stored, {})
+    notes = misread(written, stored)
     if resume.loftq_base is not None:
         notes.append("the adapter is for the 4-bit base that init='loftq' made, and for no other")
     return ExportReport(target, record["r"] if bake else None, errors, refused, notes, conversion)

@@ -22,12 +22,12 @@ from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig
 from lora_core.checkpoint.adapter_files import PEFT_VERSION, AdapterFormat, check_tensors
 from lora_core.checkpoint.base_copies import without_base_copies
-from lora_core.checkpoint.conv_groups import as_written, from_disk, mixed
+from lora_core.checkpoint.conv_groups import as_written, check_padding, from_disk, mixed
 from lora_core.checkpoint.lora_options import PEFT_PREFIX, lora_config, pair_sites
-from lora_core.checkpoint.lora_resume import Resume, read_resume, write_resume
+from lora_core.checkpoint.lora_resume import RESUME, Resume, read_resume, write_resume
 from lora_core.checkpoint.lora_scaling import scaling_record
 from lora_core.checkpoint.lora_starts import is_start, is_subtracted, repeated_starts
-from lora_core.checkpoint.misread import misread
+from lora_core.checkpoint.misread import saving_notes
 from lora_core.quant import NF4Linear
 from lora_core.targets import nearest, sites
 
@@ -114,6 +114,8 @@ def _read(
     resume = read_resume(folder, raw)
     config = resume.training or lora_config(model, raw, tensors)
     built = _empty(model, config, resume)
+    if not (folder / RESUME).is_file():
+        check_padding(model, built)
     starts = {} if resume.training is not None else repeated_starts(model, config)
     tensors = without_base_copies(model, tensors, lora_tensors(built).keys())
     check_tensors(lora_tensors(built), tensors)
@@ -160,4 +162,4 @@ def _empty(model: nn.Module, config: LoRAConfig, resume: Resume) -> dict[str, Ad
     return built
 
 
-LORA = AdapterFormat(LoRAConfig, lora_tensors, lora_record, _read, write_resume, misread)
+LORA = AdapterFormat(LoRAConfig, lora_tensors, lora_record, _read, write_resume, saving_notes)

@@ -9,51 +9,71 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapter
-from lora_core.adapters.forms import ConvForm, EmbeddingForm
+from lora_core.adapters.forms import ConvForm
 from lora_core.adapters.lora import LoRA
+from lora_core.checkpoint.conv_groups import unlike_peft
 from lora_core.checkpoint.loaders import LOADERS, Applied, Refused, read_as_peft
 
-__all__ = ["misread", "refusals"]
+__all__ = ["misread", "refusals", "saving_notes"]
 
 _PROGRAMS = {"vllm": "vLLM", "llama.cpp": "llama.cpp", "sglang": "SGLang"}
 
 
-def misread(
-    record: Mapping[str, Any], tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
+def saving_notes(
+    model: nn.Module,
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    adapters: Mapping[str, Adapter],
 ) -> list[str]:
     """Notes for whoever saves an adapter; mostly none.
 
     Args:
+        model: the model that has it.
         record: adapter_config.json.
         tensors: by key.
         adapters: by site.
 
     Returns:
-        One line each.
+        One line each: what PEFT 0.21.2 does not load or computes otherwise, what others misread.
     """
-    notes = _by_peft(record, adapters)
-    if _is_loftq(adapters):
+    notes = []
+    if record.get("lora_bias") and record.get("use_dora"):
+        notes.append("lora_bias with use_dora: PEFT refuses the two together")
+    pairs = {site: a for site, a in adapters.items() if isinstance(a, LoRA)}
+    grouped = [s for s, p in pairs.items() if isinstance(p.form, ConvForm) and p.form.groups > 1]
+    if grouped and record.get("use_dora"):
+        notes.append(f"use_dora at {grouped[0]!r}, a convolution in groups: PEFT cannot run it")
+    notes += [f"{site!r}: {why}" for site, why in unlike_peft(model, pairs).items()][:1]
+    if any(getattr(adapter.config, "init", None) == "loftq" for adapter in adapters.values()):
         notes.append(
             "init='loftq' made the 4-bit base that this adapter is for: load_adapter makes it "
             "again from the 16-bit model; other programs need it saved (unload_adapters(model); "
             "save_model(model, directory, quantized=True))"
         )
+    return notes + misread(record, tensors)
+
+
+def misread(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What programs that load an adapter scale otherwise than PEFT: a line, or none.
+
+    Args:
+        record: adapter_config.json.
+        tensors: by key.
+
+    Returns:
+        A line that names the options and the programs, or none.
+    """
     true = read_as_peft(record, tensors)
     wrong = [_PROGRAMS[name] for name in _PROGRAMS if _scaled_wrong(name, record, tensors, true)]
-    if wrong:
-        options = [
-            option
-            for option in ("rank_pattern", "alpha_pattern", "use_rslora")
-            if record.get(option)
-        ]
-        notes.append(
-            f"{' and '.join(options)}: misread by {', '.join(wrong)}, in silence; PEFT reads it. "
-            "For them, write `lora-core export --baked`"
-        )
-    return notes
+    options = [key for key in ("rank_pattern", "alpha_pattern", "use_rslora") if record.get(key)]
+    line = (
+        f"{' and '.join(options)}: misread by {', '.join(wrong)}, in silence; PEFT reads it. For "
+        "them, write `lora-core export --baked`"
+    )
+    return [line] if wrong else []
 
 
 def refusals(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -79,22 +99,3 @@ def _scaled_wrong(
     except Refused:
         return False
     return any(not math.isclose(got[site].scale, true[site].scale) for site in true)
-
-
-def _is_loftq(adapters: Mapping[str, Adapter]) -> bool:
-    return any(getattr(adapter.config, "init", None) == "loftq" for adapter in adapters.values())
-
-
-def _by_peft(record: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> list[str]:
-    """What PEFT 0.21.2 does not load, or computes otherwise."""
-    pairs = {site: a for site, a in adapters.items() if isinstance(a, LoRA)}
-    notes = []
-    if record.get("lora_bias"):
-        if record.get("use_dora"):
-            notes.append("lora_bias with use_dora: PEFT refuses the two together")
-        elif any(isinstance(pair.form, EmbeddingForm) for pair in pairs.values()):
-            notes.append("lora_bias at an embedding: PEFT refuses it")
-    grouped = [s for s, p in pairs.items() if isinstance(p.form, ConvForm) and p.form.groups > 1]
-    if grouped and record.get("use_dora"):
-        notes.append(f"use_dora at {grouped[0]!r}, a convolution in groups: PEFT cannot run it")
-    return notes
