@@ -214,24 +214,53 @@ def made_up(width: int, exponents: tuple[float, ...], shares: tuple[float, ...])
     return rows
 
 
-def one_layer(width: int, exponent: float, kind: str, share: float) -> tuple[float, float]:
-    """Output errors of compensated and of plain requantization, on the inputs' true moment."""
+def one_layer(
+    width: int, exponent: float, kind: str, share: float, rows: int = 8, beams: int = 8
+) -> tuple[float, float]:
+    """Output errors of compensated and of plain requantization, on the inputs' true moment.
+
+    Args:
+        width: K.
+        exponent: a.
+        kind: "random" or "among inputs".
+        share: |D| / |W|.
+        rows: of sample inputs, as a multiple of the width (below 1: 1 / -rows).
+        beams: of the search.
+    """
     g = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(width, width, generator=g))[0]
     shape = rotation * torch.arange(1, width + 1) ** (-exponent / 2)  # (K, K)
-    x = torch.randn(8 * width, width, generator=g) @ shape.t()
     start = quantize_4bit(torch.randn(64, width, generator=g))
     weight = start.dequantize()
     down = torch.randn(16, width, generator=g)
     down = down @ shape.t() if kind == "among inputs" else down
     update = torch.randn(64, 16, generator=g) @ down
     update *= share * weight.norm() / update.norm()
+    count = width * rows if rows > 0 else width // -rows
+    x = torch.randn(count, width, generator=g) @ shape.t()
     true = shape.double() @ shape.double().t()
     moments = Moments(x.double().t() @ x.double(), true)
     wanted = weight + update
-    made = requantize_4bit(start, wanted, moments.chosen_on), quantize_4bit(wanted)
+    made = (
+        requantize_4bit(start, wanted, moments.chosen_on, beams=beams),
+        quantize_4bit(wanted),
+    )
     errors = [output_error(one.dequantize(), wanted, weight, moments) for one in made]
     return errors[0], errors[1]
+
+
+def what_helps(width: int) -> list[Row]:
+    """The third table: more search, and fewer samples."""
+    fixed = {"width": width, "exponent": 1.0, "kind": "among inputs", "share": 0.01}
+    print(f"\nwidth {width}, a = 1, among inputs, 1%; output error")
+    rows: list[Row] = []
+    for option, values in {"beams": (1, 8, 64, 256), "rows": (-4, -2, 1, 2, 8, 32)}.items():
+        found = {v: one_layer(**fixed, **{option: v})[0] for v in values}  # type: ignore[arg-type]
+        rows += [fixed | {option: v, "compensated": error} for v, error in found.items()]
+        told = (f"{v if v > 0 else f'1/{-v}'}: {error:.3f}" for v, error in found.items())
+        unit = "" if option == "beams" else f" of samples, in multiples of {width}"
+        print(f"{option}{unit}   " + "   ".join(told), flush=True)
+    return rows
 
 
 def main() -> None:
@@ -245,6 +274,7 @@ def main() -> None:
     exponents = (1.5,) if args.smoke else (0.0, 0.5, 1.0, 1.5, 2.0)
     for width in (64,) if args.smoke else (256, 1024):
         rows += made_up(width, exponents, (0.01, 0.02) if width < 1024 else (0.01,))
+    rows += what_helps(64 if args.smoke else 256)
     if not args.smoke:
         about = {"benchmark": "merging"} | harness.machine()
         harness.record(harness.results_file(), [about | row for row in rows])
