@@ -77,7 +77,7 @@ def net() -> Net:
 KINDS = {
     "higher rank": {"r": 6, "use_rslora": True, "targets": ["fused", "mix"]},
     "parts": {"r": 3, "parts": {"fused": [3, 5, 7]}, "targets": ["fused"]},
-    "conv": {"r": 3, "targets": ["conv", "grouped"]},
+    "conv": {"r": 3, "targets": ["conv", "grouped"], "rank_pattern": {"grouped": 6}},
     "embedding": {"r": 5, "targets": ["embed"]},
     "pissa": {"r": 3, "init": "pissa", "targets": ["fused", "mix", "conv"]},
     "dora": {"r": 3, "use_dora": True, "targets": ["fused", "mix", "conv"]},
@@ -98,7 +98,7 @@ def test_each_kind_becomes_a_lora(net, shake, kind) -> None:
     full = convert_to_lora(net, "old", 12, "full")
     assert full.error < 16 * F32
     small = convert_to_lora(net, "old", 3, "small")
-    assert small.error > 16 * F32 or kind in ("conv", "rows")
+    assert small.error > 16 * F32 or kind == "rows"
     for report, name in ((full, "full"), (small, "small")):
         hosts = dict(adapted_modules(net))
         assert {layer.name for layer in report.layers} == {
@@ -108,7 +108,7 @@ def test_each_kind_becomes_a_lora(net, shake, kind) -> None:
             pair = hosts[layer.name].adapters[name]
             assert type(pair) is LoRA
             assert pair.scaling == 1
-            assert pair.r == layer.rank
+            assert pair.r == layer.rank <= (12 if name == "full" else 3)
             wanted, got = delta_of_kind(net, layer.name), delta(net, layer.name, name)
             error = float((got - wanted).norm() / wanted.norm())
             assert math.isclose(error, layer.error, rel_tol=1e-6, abs_tol=4 * F32)
