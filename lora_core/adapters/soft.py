@@ -23,7 +23,7 @@ sees no prompt. Attentions on request keep their P + T columns.
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -334,7 +334,8 @@ def unhook(model: nn.Module) -> None:
     Args:
         model: any module.
     """
-    if any(True for _ in _prompts_in(model)):
+    left = (a for _, host in adapted_modules(model) for a in host.adapters.values())
+    if any(isinstance(adapter, SoftPrompt) for adapter in left):
         return
     for module in model.modules():
         for hooks, extra in (
@@ -344,8 +345,3 @@ def unhook(model: nn.Module) -> None:
             for key in [k for k, known in hooks.items() if isinstance(known, _Before | _After)]:
                 del hooks[key]
                 extra.pop(key, None)
-
-
-def _prompts_in(model: nn.Module) -> Iterator[SoftPrompt]:
-    for _, host in adapted_modules(model):
-        yield from (a for a in host.adapters.values() if isinstance(a, SoftPrompt))

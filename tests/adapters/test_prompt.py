@@ -30,6 +30,7 @@ from lora_core.adapters import (
 from lora_core.models import CausalLM, ModelConfig
 from lora_core.models.cache import KVCache
 from lora_core.models.generate import generate_ids, left_pad
+from lora_core.quant import quantize_model
 from lora_core.testing.bounds import exceeds, gamma
 
 EXACT = 2.0**-53  # unit roundoff of float64, in which both sides of a formula are computed
@@ -432,6 +433,7 @@ def test_autocast_leaves_the_encoder_in_float32(kind: str) -> None:
     outputs = [lambda: sites[-1].states()[0]] if kind == "network" else [sites[0].embeddings]
     for output in outputs:
         plain = output()
+        assert plain.dtype == torch.float32
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(output(), plain)
 
@@ -537,6 +539,18 @@ def test_a_model_inside_another_is_found() -> None:
     assert report.sites == ("lm.model.embed_tokens",)
     assert model(x).shape == before.shape
     assert not torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_4_bit_base(kind: str) -> None:
+    model, x = decoder(), ids()
+    quantize_model(model)
+    before = model(x).logits
+    add_adapter(model, KINDS[kind])
+    model(x, labels=x).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with disable_adapters(model):
+        assert torch.equal(model(x).logits, before)
 
 
 # --- errors ---

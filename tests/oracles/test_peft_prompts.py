@@ -256,6 +256,13 @@ def test_a_static_cache(model: str) -> None:
     x, mask = left_pad([[5, 6, 7, 8], [9, 10]])
     wanted = prefix.generate(x, attention_mask=mask, **options)
     assert torch.equal(prefix.generate(x, attention_mask=mask, **options, **static), wanted)
+    # several tokens and no mask: the cache's unused part is not looked at
+    from transformers import StaticCache
+
+    with torch.no_grad():
+        first = StaticCache(config=prefix.config, max_cache_len=12)
+        got = prefix(IDS, past_key_values=first).logits
+        assert torch.equal(got, prefix(IDS).logits)
     add_adapter(prompt, OURS["prompt"])
     with pytest.raises(ValueError, match=r"a prompt needs an attention_mask \(B, past \+ T\)"):
         prompt.generate(x, attention_mask=mask, **options, **static)
@@ -264,7 +271,10 @@ def test_a_static_cache(model: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_their_gradient_checkpointing(model: str, kind: str, attention: str) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_their_gradient_checkpointing(
+    model: str, kind: str, attention: str, reentrant: bool
+) -> None:
     """PEFT refuses it for prefixes."""
     ours = made(model).train()
     for module in ours.modules():
@@ -279,7 +289,9 @@ def test_their_gradient_checkpointing(model: str, kind: str, attention: str) -> 
         return [p.grad.clone() for p in leaves(ours)]
 
     plain = gradients()
-    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        ours.enable_input_require_grads()
     for again, first in zip(gradients(), plain, strict=True):
         # to the bit, but for GPT-2's eager attention, whose gradients differ without a prompt too:
         # forward and backward are some 32 sums of 32 numbers one after the other
