@@ -103,7 +103,7 @@ class Adapter(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no merged(weight, bias)")
 
     def rebase(self, base: nn.Module) -> None:
-        """Take from the base anew what was derived from its weight: it has loaded other weights."""
+        """Take anew what was derived from the base's weight: `load_state_dict` changed it."""
 
     def replace(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output in the base's place; for a kind that `replaces`.

@@ -44,7 +44,7 @@ class DoRA(LoRA):
 
     Attributes:
         magnitude: m, (N,) float32.
-        lengths: |W| by rows, (N,) float32; measured, not saved.
+        lengths: |W| by rows, (N,) float32; measured, and no part of what `save_adapter` writes.
     """
 
     additive = False
@@ -55,21 +55,31 @@ class DoRA(LoRA):
         super().__init__(*args, **kwargs)
         ones = torch.ones(self.form.out_features, dtype=torch.float32, device="cpu")
         self.magnitude = nn.Parameter(ones)
-        self.register_buffer("lengths", ones.clone(), persistent=False)
+        self.register_buffer("lengths", ones.clone())
         self.lengths: Tensor
+        self._loaded = False  # whether the lengths came with the weights that were loaded last
 
     @torch.no_grad()
     def begin(self, base: nn.Module) -> None:
         """Take the lengths of the rows of V from the layer, whose device the pair moves to."""
         self.to(next(chain(base.parameters(), base.buffers())).device)
-        self.rebase(base)
+        self.measure(base)
         # through the identity, so that m / c is exactly 1 at the start
         self.magnitude.copy_(self.norms(base))
 
     @torch.no_grad()
-    def rebase(self, base: nn.Module) -> None:
-        """Measure the rows of the base's weight."""
+    def measure(self, base: nn.Module) -> None:
+        """Measure the rows of the base's weight, if not `load_state_dict` changed it."""
         self.lengths = _row_lengths(self.form.matrix(dense_weight(base))).to(self.magnitude)
+
+    def rebase(self, base: nn.Module) -> None:
+        """Measure weights that were loaded without their lengths."""
+        if not self._loaded:
+            self.measure(base)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._loaded = f"{prefix}lengths" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def norms(self, base: nn.Module) -> Tensor:

@@ -135,6 +135,9 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert pair.magnitude[1] == 0
     x = torch.randn(2, 8)
     assert torch.equal(host(x), base(x))
+    host.merge()
+    assert torch.equal(host(x), base(x))
+    host.unmerge()
     pair.B.data.fill_(0.5)
     y = host(x)
     assert torch.equal(y[:, 1], base.bias[1].expand(2))
@@ -214,7 +217,7 @@ def test_training_on_4_bits_expands_no_weight(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(NF4Linear, "dense_weight", refuse)
     monkeypatch.setattr(NF4Linear, "quantized", property(refuse))
     with pytest.raises(AssertionError, match="a dense weight was made"):
-        host.adapter("default").rebase(host.base)  # the watch works
+        host.adapter("default").measure(host.base)  # the watch works
     again = host(x)
     assert torch.equal(again, y)
     again.square().sum().backward()
@@ -249,6 +252,20 @@ def test_other_weights_are_measured_when_they_are_loaded() -> None:
         model.load_state_dict(alone, strict=False)  # the base's weights alone
         lengths = dense_weight(other.base).norm(dim=1)
         assert ((host.adapter("default").lengths - lengths).abs() <= 1e-6 * lengths).all()
+
+
+def test_what_was_measured_travels_with_the_state(same_bits: Same) -> None:
+    """|W| is that of the float32 weights; rounded ones would measure a little else."""
+    torch.manual_seed(0)
+    hosts = [adapted(nn.Linear(64, 8)).to(torch.bfloat16) for _ in range(2)]
+    x = torch.randn(3, 64).bfloat16()
+    hosts[1].load_state_dict(hosts[0].state_dict())
+    assert same_bits(hosts[1](x), hosts[0](x))
+    fresh = adapted(nn.Linear(64, 8)).to(torch.bfloat16)
+    assert same_bits(torch.func.functional_call(fresh, hosts[0].state_dict(), (x,)), hosts[0](x))
+    before = hosts[0].adapter("default").lengths.clone()
+    hosts[0].adapter("default").measure(hosts[0].base)
+    assert not torch.equal(hosts[0].adapter("default").lengths, before)
 
 
 def test_copies_pickles_checkpoints_and_compilation(same_bits: Same) -> None:

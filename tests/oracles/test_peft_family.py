@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapters import LoRAConfig, adapted_modules, add_adapter, merge_adapters
+from lora_core.adapters.dora import DoRA
 from lora_core.adapters.lora import LoRA
 
 pytestmark = [
@@ -268,7 +269,8 @@ def precise(model: nn.Module) -> nn.Module:
         for adapter in host.adapters.values():
             if isinstance(adapter, LoRA):
                 adapter._scale = torch.full((1,), adapter.scaling, dtype=torch.float64)
-                adapter.rebase(host.base)
+            if isinstance(adapter, DoRA):
+                adapter.measure(host.base)
     return wide
 
 

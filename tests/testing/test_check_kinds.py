@@ -44,7 +44,7 @@ def test_every_kind_passes(kind: str, four_bit: bool, full_run: bool) -> None:
         made(**options),
         base,
         exact_start="init" not in options,
-        examples=100 if full_run else 8,
+        examples=100 if full_run else 4,
     )
 
 
@@ -84,7 +84,7 @@ class BiasInDirection(DoRA):
 class WrongLength(DoRA):
     """Reads the length of the base's rows from their sum."""
 
-    def rebase(self, base: nn.Module) -> None:
+    def measure(self, base: nn.Module) -> None:
         self.lengths = base.weight.detach().float().abs().sum(1)
 
 
