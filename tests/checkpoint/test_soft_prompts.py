@@ -193,6 +193,18 @@ def test_the_configuration_is_pefts_and_comes_back(
     assert back == wanted
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_in_the_middle_of_training(kind: str, tmp_path: Path) -> None:
+    """What is written is what evaluation uses, dropout off, and training goes on."""
+    model = decoder()
+    add_adapter(model, KINDS[kind])
+    quiet = adapter_state_dict(model)["prompt_embeddings"].clone()
+    model.train()
+    assert torch.equal(adapter_state_dict(model)["prompt_embeddings"], quiet)
+    save_adapter(model, tmp_path)
+    assert all(module.training for module in model.modules())
+
+
 def test_several_at_once(tmp_path: Path) -> None:
     model = decoder()
     for kind, config in KINDS.items():
