@@ -56,7 +56,8 @@ def without_base_copies(
         elif own.shape != tensor.shape or not torch.equal(own.cpu(), tensor.to(own.dtype)):
             raise ValueError(
                 f"{key!r} is not the {parameter} that {site!r} has: the adapter belongs to another "
-                "base, or to one whose vocabulary was changed"
+                "base, or to one whose vocabulary was changed; if the file's rows are meant, copy "
+                "them into the model first"
             )
     return rest
 

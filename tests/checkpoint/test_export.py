@@ -180,6 +180,14 @@ def test_each_program_scales_by_its_own_rules(
             },
         ),
         (
+            {"trainable_token_indices": {"embed": [1]}},
+            {
+                "vllm": "embed.token_adapter.trainable_tokens_delta'; `lora-core merge` puts it",
+                "llama.cpp": "trainable_tokens_delta'; `lora-core merge` puts it into the model",
+                "sglang": "trainable_tokens_delta' in silence; `lora-core merge`",
+            },
+        ),
+        (
             {"targets": ["conv"]},
             {
                 "vllm": "vLLM has no LoRA for the convolution 'conv'",
