@@ -46,7 +46,7 @@ def without_base_copies(
     modules = dict(sites(model))
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if key not in wanted and _is_double(key, tensor, tensors):
+        if _is_double(key, tensor, tensors):
             continue
         name = None if key in wanted else _parameter_name(key)
         site, _, parameter = (name or "").rpartition(".")

@@ -60,7 +60,11 @@ class Resume:
         if self.loftq_base is None:
             return
         site, wanted = self.loftq_base
-        adapter = adapters[site]
+        adapter = adapters.get(site)
+        if adapter is None:
+            raise ValueError(
+                f"{RESUME} names the module {site!r}, at which the adapter has nothing"
+            )
         made = adapter.new_base if isinstance(adapter, LoRA) else ()
         base = made[0] if made else unwrap(dict(sites(model))[site])
         if not isinstance(base, NF4Linear) or _checksum(base) != wanted:

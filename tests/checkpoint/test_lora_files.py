@@ -227,6 +227,10 @@ def test_the_precision_of_the_base_comes_back(base: nn.Module, tmp_path: Path) -
     [
         ({"trained_on": 3}, "lora_core.json is malformed"),
         ({"loftq_base": {"site": "x"}}, "lora_core.json is malformed: KeyError"),
+        (
+            {"loftq_base": {"site": "x", "checksum": 1}},
+            "names the module 'x', at which the adapter",
+        ),
         ({"training": {"rank": 3}}, "LoRAConfig has no option 'rank'; nearest names: "),
         ({"training": {"init": "pisa"}}, "init must be one of"),
         ({"training": {}, "written": {"r": 3}}, r"is of another adapter \(r = 3\) than"),
