@@ -83,38 +83,43 @@ def merged_layer(
     Raises:
         ValueError: an adapter that does not fit the weight, or numbers that are not finite.
     """
-    whole = next((host.adapter(n) for n in names if host.adapter(n).replaces), None)
-    start = host.base
-    if whole is not None:
-        own = whole.merged_module(host.base, torch.float32)
-        if own is None:
-            raise ValueError(f"{type(whole).__name__} at {site!r} has no module to merge")
-        start = own
-    rest = [name for name in names if not host.adapter(name).replaces]
-    trained = [host.adapter(name).trained_on for name in names]
+    start, rest = _start(site, host, names)
     facts = LayerMerge(
-        site, 1.0, 0.0, False, trained_on=trained[0], merged_onto=precision_of(host.base)
+        *(site, 1.0, 0.0, False),
+        trained_on=host.adapter(names[0]).trained_on,
+        merged_onto=precision_of(host.base),
     )
-    if whole is not None and not rest:
+    if not rest:
         return _whole_module(start, dtype, host.base, facts)
     old = dense_weight(start)
     weight, bias = _added(site, host, rest, start, old)
-    if whole is None and isinstance(host.base, NF4Linear) and method != "dense":
+    if start is not host.base:
+        return _whole_module(_module(start, weight, bias), dtype, host.base, facts)
+    if isinstance(host.base, NF4Linear) and method != "dense":
         return _four_bit(host.base, weight, bias, dtype, facts, method, moments)
-    if whole is not None:
-        module = _module(start, weight, bias)
-        return _whole_module(module, dtype, host.base, facts)
     stored = weight.to(dtype)
     _check_finite(site, stored, bias, dtype)
     module = _module(start, stored, None if bias is None else bias.to(dtype))
     facts = _with_weight(facts, dense_weight(module), weight, old, start, bias, module)
-    if moments is not None and weight.dim() == 2:
-        facts = replace(facts, output_error=_output_error(stored, weight, old, moments.held_out))
-        if isinstance(host.base, NF4Linear):
-            plain = _requantized(host.base, weight).dequantize()
-            error = _output_error(plain, weight, old, moments.held_out)
-            facts = replace(facts, plain_output_error=error)
-    return MergedLayer(module, facts)
+    if moments is None:
+        return MergedLayer(module, facts)
+    error, plain = _output_error(stored, weight, old, moments.held_out), None
+    if isinstance(host.base, NF4Linear):
+        rounded = _requantized(host.base, weight).dequantize()
+        plain = _output_error(rounded, weight, old, moments.held_out)
+    return MergedLayer(module, replace(facts, output_error=error, plain_output_error=plain))
+
+
+def _start(site: str, host: Adapted, names: Sequence[str]) -> tuple[nn.Module, list[str]]:
+    """What adapters are added to, the base or a full copy of it, and which are left to add."""
+    rest = [name for name in names if not host.adapter(name).replaces]
+    if len(rest) == len(names):
+        return host.base, rest
+    whole = next(host.adapter(name) for name in names if host.adapter(name).replaces)
+    own = whole.merged_module(host.base, torch.float32)
+    if own is None:
+        raise ValueError(f"{type(whole).__name__} at {site!r} has no module to merge")
+    return own, rest
 
 
 def _added(
