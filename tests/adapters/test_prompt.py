@@ -462,7 +462,7 @@ def test_compiled_equals_eager(kind: str) -> None:
     model, x = decoder(), ids()
     add_adapter(model, KINDS[kind])
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(x).logits, model(x).logits)
         with disable_adapters(model):
