@@ -27,6 +27,7 @@ from lora_core.adapters import (
     unmerge_adapters,
 )
 
+FULL = os.environ.get("LORA_TEST_FULL") == "1"
 Same = Callable[[Tensor, Tensor], bool]
 
 
@@ -62,7 +63,7 @@ def test_autocast(chosen: Any, same_bits: Same) -> None:
     assert away is None or (out - truth).abs().max() < away  # nearer than the base is
 
 
-@pytest.mark.parametrize("key", ["parts", "dora-biases", "pissa", "full", "bottleneck"])
+@pytest.mark.parametrize("key", ["dora-biases", "full", *(["parts", "pissa"] if FULL else [])])
 def test_compiled_into_one_graph(key: str, adopt: Callable, same_bits: Same) -> None:
     subject = adopt("perceptron", key)
     subject.add("other", seed=2)
@@ -86,7 +87,7 @@ WHOLE = [
     ("unet", "lora", "aot_eager"),
     pytest.param("llama", "lora", "eager", marks=pytest.mark.oracle),
 ]
-if os.environ.get("LORA_TEST_FULL") == "1":
+if FULL:
     WHOLE += [
         ("convnet", "convolutions", "aot_eager"),
         pytest.param("llama", "lora", "aot_eager", marks=pytest.mark.oracle),
