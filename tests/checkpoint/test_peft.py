@@ -159,7 +159,7 @@ def test_saving_again_gives_the_same_files(base: Net, saved: tuple[nn.Module, Pa
         assert (folder.parent / "b" / file).read_bytes() == (folder / file).read_bytes()
 
 
-@pytest.mark.parametrize("crash_at", range(8))
+@pytest.mark.parametrize("crash_at", range(12))
 def test_a_crash_while_saving_never_mixes_two_adapters(
     crash_at: int,
     base: Net,

@@ -331,3 +331,25 @@ def test_a_start_that_peft_took_from_the_base_is_taken_here(
     saved(ours, tmp_path / "again")
     back = in_peft(peft, base, tmp_path / "again")(IDS)
     assert (back - wanted).abs().max() <= 64 * torch.finfo(torch.float32).eps * size
+
+
+def test_whole_modules_of_a_16_bit_model(base: nn.Module, peft: ModuleType, tmp_path: Path) -> None:
+    """PEFT keeps their copies in the base's dtype; here they are widened, and cast when called."""
+    narrow = base.bfloat16()
+    config = peft.LoraConfig(r=2, target_modules=["fused"], modules_to_save=["lm_head"])
+    theirs = peft.get_peft_model(copy.deepcopy(narrow), config).eval()
+    shake([p for p in theirs.parameters() if p.requires_grad])
+    theirs.save_pretrained(tmp_path)
+    key = "base_model.model.lm_head.weight"
+    assert read_adapter(tmp_path)[1][key].dtype == torch.bfloat16
+    ours = copy.deepcopy(narrow)
+    load_adapter(ours, tmp_path, trainable=True)
+    kept = dict(adapted_modules(ours))["lm_head"].adapter("default").tensors()["weight"]
+    assert kept.dtype == torch.float32
+    assert torch.equal(kept, read_adapter(tmp_path)[1][key].float())
+    y, wanted = ours(IDS), theirs(IDS)
+    assert y.dtype == torch.bfloat16
+    truth = copy.deepcopy(theirs).double()(IDS)
+    error = (wanted.double() - truth).abs().max()
+    allowed = 2 * error + 4 * torch.finfo(torch.bfloat16).eps * truth.abs().max()
+    assert (y.double() - truth).abs().max() <= allowed
