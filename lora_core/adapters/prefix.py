@@ -19,7 +19,7 @@ real cache's, and with a mask that is P columns wider. So the real cache holds t
 activation checkpointing needs nothing: the prefix is made inside the layer that is recomputed. PEFT
 makes a cache for the whole model out of the prefix, which is why it refuses checkpointing. A
 passive site at the embedding (`PrefixTokens`) holds what layers share and moves positions on by P
-(soft.py), as a cache of P tokens would; keys of the prefix are not rotated, again as PEFT's.
+(soft_call.py), as a cache of P tokens would; keys of the prefix are not rotated, again as PEFT's.
 
 The trade-off: keys and values are copied once per layer and call to stand behind the prefix, also
 when one token looks back at a long cache. In a model with sliding windows the prefix stays visible
@@ -40,14 +40,8 @@ from torch import Tensor, nn
 from lora_core.adapters.base import Adapter
 from lora_core.adapters.config import register_adapter
 from lora_core.adapters.ptuning import check_width
-from lora_core.adapters.soft import (
-    CACHES,
-    SoftPrompt,
-    check_tokens,
-    embedding_size,
-    hook,
-    unhook,
-)
+from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size
+from lora_core.adapters.soft_call import CACHES, hook, unhook
 from lora_core.targets import sites, unwrap
 
 __all__ = ["Prefix", "PrefixTokens", "PrefixTuningConfig", "attention_modules"]

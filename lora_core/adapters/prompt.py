@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapter
 from lora_core.adapters.config import register_adapter
-from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size, hook, unhook
+from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size
+from lora_core.adapters.soft_call import hook, unhook
 
 __all__ = ["Prompt", "PromptTuningConfig"]
 

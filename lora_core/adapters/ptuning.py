@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapter
 from lora_core.adapters.config import register_adapter
-from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size, hook, unhook
+from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size
+from lora_core.adapters.soft_call import hook, unhook
 
 __all__ = ["EncodedPrompt", "PTuningConfig", "check_width"]
 

@@ -335,6 +335,24 @@ def test_a_lora_beside_a_prefix(model: str) -> None:
     assert all(p.grad is not None for p in leaves(ours))
 
 
+@pytest.mark.parametrize("kind", IN_CALLS)
+def test_a_text_beyond_the_table_of_positions(kind: str) -> None:
+    ours = made("gpt2")
+    add_adapter(ours, OURS[kind])
+    x = torch.full((1, 64 - P), 5)
+    assert ours(x).logits.shape == (1, 64 - P, 120)
+    longer = torch.full((1, 65 - P), 5)
+    with pytest.raises(ValueError, match="need 65 positions, the model has 64: shorten") as caught:
+        ours(longer)
+    assert "\n" not in str(caught.value)
+    mask = torch.ones_like(longer)
+    mask[0, 0] = 0  # one column more, no position more
+    assert ours(longer, attention_mask=mask).logits.shape == (1, 65 - P, 120)
+    rotary = made("llama")
+    add_adapter(rotary, OURS[kind])
+    assert rotary(torch.full((1, 70), 5)).logits.shape == (1, 70, 120)
+
+
 def test_flash_attention_is_refused_with_the_way_out() -> None:
     ours = made("llama")
     add_adapter(ours, OURS["prefix"])
