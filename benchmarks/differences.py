@@ -129,6 +129,63 @@ def misspelt() -> tuple[str, str]:
     return ours, outcome(lambda: peft_model(torch.float32, target_modules=wrong))
 
 
+def averaged() -> tuple[str, str]:
+    """The mean of two rsLoRA adapters, against the exact mean of their updates."""
+    options = {"use_rslora": True}
+    ours, theirs = Tiny(torch.float32), peft_model(torch.float32, **options)
+    import peft
+
+    config = lc.LoRAConfig(r=RANK, alpha=2 * RANK, **options)
+    lc.add_adapter(ours, config, "a")
+    lc.add_adapter(ours, config, "b")
+    targets = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(NAMES)}
+    theirs.add_adapter("other", peft.LoraConfig(**targets, **options))
+    exact = {}
+    torch.manual_seed(4)
+    for name in NAMES:
+        host, layer = getattr(ours, name), getattr(theirs.model, name)
+        for pair, key in (("a", "default"), ("b", "other")):
+            for factor in (host.adapter(pair).A, host.adapter(pair).B):
+                nn.init.normal_(factor, std=0.02)
+            layer.lora_A[key].weight.data.copy_(host.adapter(pair).A)
+            layer.lora_B[key].weight.data.copy_(host.adapter(pair).B)
+        exact[name] = sum(host.adapter(pair).delta_weight(torch.float64) / 2 for pair in "ab")
+    lc.combine_adapters(ours, ["a", "b"], [0.5, 0.5])
+    theirs.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean", "linear")
+
+    def off(deltas: dict[str, Tensor]) -> str:
+        worst = max(float((deltas[n] - exact[n]).norm() / exact[n].norm()) for n in NAMES)
+        return f"{worst:.1e} off" if worst < 1e-3 else f"{worst:.0%} off"
+
+    mine = {n: getattr(ours, n).adapter("combined").delta_weight() for n in NAMES}
+    return off(mine), off({n: getattr(theirs.model, n).get_delta_weight("mean") for n in NAMES})
+
+
+def disabled() -> tuple[str, str]:
+    """Outputs with the adapter disabled after its biases were trained, against the base's."""
+    x = torch.randn(8, K)
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(K, N))
+
+    plain = base()(x)
+    import peft
+
+    ours, config = base(), {"r": RANK, "bias": "all"}
+    lc.add_adapter(ours, lc.LoRAConfig(targets=["0"], **config))
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["0"], **config))
+    for model in (ours, theirs):
+        randomize(model)
+    with lc.disable_adapters(ours):
+        mine = ours(x)
+    with theirs.disable_adapter():
+        other = theirs(x)
+    found = [float((y - plain).abs().max()) for y in (mine, other)]
+    first, second = ("bit-equal" if gap == 0 else f"differs by {gap:.1e}" for gap in found)
+    return first, second
+
+
 def double_quant() -> tuple[str, str]:
     """Double quantization: scales whose 8-bit code is not the nearest entry of the map."""
     import bitsandbytes.functional as bnb
@@ -200,6 +257,8 @@ ROWS: dict[str, tuple[str, Callable[[], tuple[str, str]]]] = {
     "merge, unmerge, bfloat16": ("PEFT", lambda: unmerge(torch.bfloat16)),
     "merge into bfloat16": ("PEFT", rounding),
     "one target misspelt": ("PEFT", misspelt),
+    "mean of two rsLoRA adapters": ("PEFT, linear", averaged),
+    "disabled, trained biases": ("PEFT", disabled),
     "double quantization": ("bitsandbytes", double_quant),
     "NF4, rows no multiple of the block": ("bitsandbytes, CPU", odd_rows),
     "4-bit state_dict after one evaluation": ("bitsandbytes, CPU", after_eval),
