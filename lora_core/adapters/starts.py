@@ -8,7 +8,8 @@ The papers then train y = (W - s·B0 A0) x + s·B A x with the residual in the b
 base stays and the start is subtracted beside it, y = W x + s (B A - B0 A0) x: the same function and
 the same gradients, without rounding W - s·B0 A0 to 16 bits, without changing the base under other
 adapters, and what is saved is a plain LoRA of rank 2r for the plain base. It costs a second frozen
-pair. LoftQ is about the quantized base itself, so there the base is replaced: by Q.
+pair. LoftQ is about the quantized base itself, so there the base is replaced: by Q, which is left
+when the adapter is deleted or unloaded.
 
 PEFT leaves s out of LoftQ, so that its start is right for alpha = r alone; here s·B A is the fit.
 

@@ -102,6 +102,7 @@ def convolutions(draw: Any, dims: Any = (1, 2, 3)) -> tuple[nn.Module, Tensor, i
     return layer, torch.randn(*batch, channels[0], *size), g
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(
     case=convolutions(),
     dtype=st.sampled_from(DTYPES),

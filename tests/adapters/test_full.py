@@ -245,15 +245,16 @@ def test_keywords_and_several_inputs_reach_the_copy() -> None:
     assert torch.equal(model(x), x)
 
 
-def test_the_parts_of_a_copied_block_keep_their_modes() -> None:
-    model = Net().train()
-    model.block[3].eval()
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_parts_of_a_copied_block_keep_their_modes(mode: bool) -> None:
+    model = Net().train(mode)
+    model.block[3].train(not mode)
     modes = [m.training for m in model.block.modules()]
     add_adapter(model, config("block"))
     assert [m.training for m in model.block.base.modules()] == modes
     assert [m.training for m in model.block.adapter("default").copy.modules()] == modes
-    model.eval()
-    assert not any(m.training for m in model.block.modules())
+    model.train(not mode)
+    assert all(m.training is not mode for m in model.block.modules())
 
 
 # --- beside other adapters ----------------------------------------------------------------------
