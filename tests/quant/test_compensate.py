@@ -218,6 +218,23 @@ def spectrum(k: int, exponent: float, seed: int) -> Tensor:
     return rotation * torch.arange(1, k + 1) ** (-exponent / 2)
 
 
+def test_rows_that_the_search_makes_worse_keep_their_own_codes() -> None:
+    """GPTQ by itself misses small random updates by more than leaving them out does."""
+    start, target, _ = problem(64, 128, 1, 3, share=0.03)
+    shape = spectrum(128, 1.0, 0).double()
+    moment = shape @ shape.t()
+    made = requantize_4bit(start, target, moment, beams=1, sweeps=0)
+    metric = damped(moment, 0.01)
+    now = output_cost(made.dequantize().double() - target, metric)
+    then = output_cost(start.dequantize().double() - target, metric)
+    kept = (made.dequantize() == start.dequantize()).all(1)
+    assert (now <= then).all()
+    assert kept.sum() > 10
+    assert not kept.all()
+    by_rows = made.packed.view(64, -1) == start.packed.view(64, -1)
+    assert by_rows[kept].all()
+
+
 def test_what_was_gained_holds_on_inputs_that_were_not_seen() -> None:
     start, target, _ = problem(64, 128, 1, 3)
     shape, g = spectrum(128, 2.0, 0), torch.Generator().manual_seed(1)
