@@ -16,7 +16,9 @@ An operator of its own would save the gathered copies between forward and backwa
 row they are R / T of x, which is saved in any case, so plain PyTorch does.
 """
 
-from typing import NamedTuple
+import functools
+import operator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +41,13 @@ class Stacks(NamedTuple):
 
 def is_grouped(adapter: Adapter) -> bool:
     """Whether an adapter's output is what `LoRA` computes from `factors` and `bias_change`."""
-    kind = type(adapter)
-    return (
-        isinstance(adapter, LoRA)
-        and adapter.mixes == "grouped"
-        and all(
-            getattr(kind, own) is getattr(LoRA, own) for own in ("forward", "update", "product")
-        )
-    )
+    return adapter.mixes == "grouped" and _computes_as_lora(cast(Any, type(adapter)))
+
+
+@functools.cache
+def _computes_as_lora(kind: type[Adapter]) -> bool:
+    own = ("forward", "update", "product")
+    return issubclass(kind, LoRA) and all(getattr(kind, k) is getattr(LoRA, k) for k in own)
 
 
 class PairStacks:
@@ -56,39 +57,41 @@ class PairStacks:
         pairs: the L pairs.
         slots: (H,) int64, which pair each of the H rows takes.
         per_row: whether stacks have an entry a row, not one a pair.
+        in_order: whether row i takes pair i, so that an entry a pair is an entry a row.
 
     Attributes:
         single: whether there is one pair, which needs no batched product.
         dropout: the largest probability of dropping an element among the pairs.
     """
 
-    def __init__(self, pairs: list[LoRA], slots: Tensor, per_row: bool) -> None:
-        self.pairs, self.slots = pairs, slots
+    def __init__(self, pairs: list[LoRA], slots: Tensor, per_row: bool, in_order: bool) -> None:
+        self.pairs, self.slots, self.in_order = pairs, slots, in_order
         self.form = pairs[0].form
         self.single = len(pairs) == 1
         # of an embedding's A, (R, V), a row of the batch needs a few columns
         self.looks_up = isinstance(self.form, EmbeddingForm)
         self.per_row = per_row and not self.single and not self.looks_up
+        self._plain = all(_is_plain(pair) for pair in pairs)
+        self._own = [pair._parameters for pair in pairs]
+        # where the tensors are that the stacks are made of
+        self._dicts, self._keys = _places(pairs, self._plain)
+        self.frozen = not self._trains()
+        self.kept: Stacks | None = None
+        self._from: list[Any] = []
+        self._versions: object = None
+        self._dtype: torch.dtype | None = None
         rates = [pair.dropout for pair in pairs]
         self.dropout, self._alike = max(rates), min(rates) == max(rates)
-        self.kept: Stacks | None = None
-        self._stamp: object = None
-        self._places = [
-            (own, key)
-            for pair in pairs
-            for own in (pair._parameters, pair._buffers)
-            for key, tensor in own.items()
-            if tensor is not None
-        ]
-        self.frozen = not self._trains()
-        kept_share = torch.tensor([1 - rate for rate in rates], device=slots.device)
-        self._keep = kept_share.index_select(0, slots)  # (H,)
+        if not self._alike:
+            kept_share = torch.tensor([1 - rate for rate in rates], device=slots.device)
+            self._keep = kept_share.index_select(0, slots)  # (H,)
 
     def keep(self, dtype: torch.dtype = torch.float32) -> None:
         """Make the stacks that are used without gradients now, for a compiled model to find."""
         with torch.inference_mode(False), torch.no_grad():
             self.kept = self._made(dtype)
-        self._stamp = self._state(dtype)
+        self._dtype, self._from = dtype, [*map(dict.get, self._dicts, self._keys)]
+        self._versions = _versions(self._from)
 
     def stacks(self, dtype: torch.dtype) -> Stacks:
         """Return the stacks in the dtype of the computation."""
@@ -98,8 +101,7 @@ class PairStacks:
             return self._cast(self.kept, dtype)
         if torch.is_grad_enabled() and self._trains():
             return self._made(dtype)
-        state = self._state(dtype)
-        if self.kept is None or state is None or state != self._stamp:
+        if self.kept is None or dtype != self._dtype or self._changed():
             self.keep(dtype)
         assert self.kept is not None
         return self.kept
@@ -137,21 +139,48 @@ class PairStacks:
 
     def _made(self, dtype: torch.dtype) -> Stacks:
         """Stack the pairs."""
-        factors = [pair.factors() for pair in self.pairs]
-        g, rank = self.form.groups, max(len(down) for down, _ in factors)
-        down = _stacked([_padded_down(down, rank, g) for down, _ in factors])  # (L, R, K)
-        up = _stacked([F.pad(up, (0, rank // g - up.shape[1])) for _, up in factors])
-        scale = torch.cat([pair.scale() for pair in self.pairs])  # (L,)
-        up = up * scale[:, None, None]  # (L, N, R/g)
-        changes = [pair.bias_change() for pair in self.pairs]
-        bias = None
-        if any(change is not None for change in changes):
-            zero = torch.zeros(len(up[0]), dtype=up.dtype, device=up.device)
-            bias = torch.stack([zero if c is None else c for c in changes])  # (L, N)
-        made = self._cast(Stacks(down, up, bias), dtype)
-        if not self.per_row:
+        pairs = self.pairs
+        if self._plain and not torch.compiler.is_compiling():  # past nn.Module's slow look-up
+            factors: list[Any] = [(own["A"], own["B"]) for own in self._own]
+            moved = pairs[0]._scale.device != factors[0][0].device
+            scales = [pair.scale() if moved else pair._scale for pair in pairs]
+        else:
+            factors = [pair.factors() for pair in pairs]
+            scales = [pair.scale() for pair in pairs]
+        up = self._wide([up for _, up in factors])  # (L, N, R/g)
+        up = up * torch.cat(scales)[:, None, None]
+        down = self._long([down for down, _ in factors])  # (L, R, K)
+        made = self._cast(Stacks(down, up, self._biases(up)), dtype)
+        if not self.per_row or self.in_order:
             return made
         return Stacks(*(None if t is None else t.index_select(0, self.slots) for t in made))  # type: ignore[arg-type]
+
+    def _wide(self, ups: list[Any]) -> Tensor:
+        """Stack B, with columns of zeros up to the largest rank."""
+        widths = [up.shape[1] for up in ups]
+        if min(widths) < max(widths):
+            ups = [F.pad(up, (0, max(widths) - up.shape[1])) for up in ups]
+        return _stacked(ups)
+
+    def _long(self, downs: list[Any]) -> Tensor:
+        """Stack A, with rows of zeros, in each group, up to the largest rank."""
+        ranks, g = [down.shape[0] for down in downs], self.form.groups
+        if min(ranks) < max(ranks):
+            blocks = [down.view(g, -1, down.shape[1]) for down in downs]  # (g, r/g, K)
+            most = max(ranks) // g
+            padded = [F.pad(block, (0, 0, 0, most - block.shape[1])) for block in blocks]
+            downs = [block.flatten(0, 1) for block in padded]
+        return _stacked(downs)
+
+    def _biases(self, up: Tensor) -> Tensor | None:
+        """What trained biases add, (L, N), or None."""
+        if self._plain:
+            return None
+        changes = [pair.bias_change() for pair in self.pairs]
+        if all(change is None for change in changes):
+            return None
+        zero = torch.zeros(up.shape[1], dtype=up.dtype, device=up.device)
+        return torch.stack([zero if change is None else change for change in changes])
 
     def _cast(self, made: Stacks, dtype: torch.dtype) -> Stacks:
         """In the dtype of the computation; an embedding casts the columns that it looks up."""
@@ -159,17 +188,15 @@ class PairStacks:
         return Stacks(down, made.up.to(dtype), None if made.bias is None else made.bias.to(dtype))
 
     def _trains(self) -> bool:
-        tensors = (own[key] for own, key in self._places)
+        tensors = map(dict.get, self._dicts, self._keys)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
-    def _state(self, dtype: torch.dtype) -> object:
-        """What the kept stacks depend on, to compare; None where that cannot be told."""
-        tensors = [own.get(key) for own, key in self._places]
-        try:
-            versions = [0 if tensor is None else tensor._version for tensor in tensors]
-        except RuntimeError:  # made in inference mode: no version is counted
-            return None
-        return dtype, [*map(id, tensors)], versions, [pair.scaling for pair in self.pairs]
+    def _changed(self) -> bool:
+        """Whether a tensor that the kept stacks came from is another one, or was written to."""
+        now = [*map(dict.get, self._dicts, self._keys)]
+        return not all(map(operator.is_, now, self._from)) or (
+            self._versions is None or _versions(now) != self._versions
+        )
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Dropout with each row's own probability."""
@@ -184,10 +211,29 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
 
-def _padded_down(down: Tensor, rank: int, groups: int) -> Tensor:
-    """A (r, K) with rows of zeros, in each group, up to the rank."""
-    more = (rank - len(down)) // groups
-    if not more:
-        return down
-    blocks = down.view(groups, -1, down.shape[1])  # (g, r/g, K)
-    return F.pad(blocks, (0, 0, 0, more)).view(rank, -1)
+def _is_plain(pair: LoRA) -> bool:
+    """Whether what is applied is s·B A of the pair's own A and B, and nothing more."""
+    return pair._buffers["A0"] is None and not pair.parts and pair.is_pair
+
+
+def _places(pairs: list[LoRA], plain: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """Dictionaries and keys under which modules hold what the stacks are made of, s included."""
+    places = [
+        (own, key)
+        for pair in pairs
+        for own, keys in (
+            (pair._parameters, ("A", "B") if plain else tuple(pair._parameters)),
+            (pair._buffers, () if plain else tuple(pair._buffers)),
+            (vars(pair), ("_scale",)),
+        )
+        for key in keys
+    ]
+    return [own for own, _ in places], [key for _, key in places]
+
+
+def _versions(tensors: list[Any]) -> int | None:
+    """How often tensors were written to, together; None where that is not counted."""
+    try:
+        return sum([tensor._version for tensor in tensors if tensor is not None])
+    except RuntimeError:  # made in inference mode
+        return None

@@ -21,13 +21,12 @@ Ref: Chen et al. 2023, Punica, arXiv:2310.18547; Sheng et al. 2023, S-LoRA, arXi
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_core.adapters.base import Adapted, Adapter, adapted_modules, compute_dtype, spelt
-from lora_core.adapters.inject import adapter_names
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_linear import dtypes_with_rows
 from lora_core.adapters.row_stacks import PairStacks, is_grouped
@@ -58,21 +57,20 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         ValueError: no names, an unknown one, a kind that rows cannot name (a full copy of a module,
             a soft prompt), a merged model; in a forward, a batch of another size.
     """
-    rows = _checked(model, names)
-    hosts = [host for _, host in adapted_modules(model)]
-    batch = _Batch(rows)
-    made = [SiteRows(site, host, batch) for site, host in adapted_modules(model)]
-    before = [host.mixture for host in hosts]
+    hosts = list(adapted_modules(model))
+    batch = _Batch(_checked(hosts, names))
+    made = [SiteRows(site, host, batch) for site, host in hosts]
+    before = [host.mixture for _, host in hosts]
     try:
-        for host, mixture in zip(hosts, made, strict=True):
+        for (_, host), mixture in zip(hosts, made, strict=True):
             host.mixture = mixture
         yield
     finally:
-        for host, mixture_before in zip(hosts, before, strict=True):
+        for (_, host), mixture_before in zip(hosts, before, strict=True):
             host.mixture = mixture_before
 
 
-def _checked(model: nn.Module, names: Sequence[str | None]) -> Names:
+def _checked(hosts: list[tuple[str, Adapted]], names: Sequence[str | None]) -> Names:
     """The names, after all that can be checked before a batch is there."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(
@@ -81,7 +79,7 @@ def _checked(model: nn.Module, names: Sequence[str | None]) -> Names:
         )
     if not names:
         raise ValueError("adapter_rows needs a name, or None, for each row of the batch; got none")
-    known = adapter_names(model)
+    known = list(dict.fromkeys(name for _, host in hosts for name in host.adapters))
     for row, name in enumerate(names):
         if name is not None and not isinstance(name, str):
             raise TypeError(f"row {row} must name an adapter, or be None; got {name!r}")
@@ -90,36 +88,54 @@ def _checked(model: nn.Module, names: Sequence[str | None]) -> Names:
                 f"row {row} names {name!r}, but no adapter of the model is called so; "
                 f"{nearest(name, known)}"
             )
-    for site, host in adapted_modules(model):
+    wanted = set(names)
+    for site, host in hosts:
         if host.merged is not None:
             raise ValueError(
                 f"adapter_rows while {spelt(site)} is merged: {host.merged.way_back} first"
             )
-        for name in host.adapters:
-            if name in names and host.adapter(name).mixes is None:
-                kind = type(host.adapter(name)).__name__
+        for name, adapter in host.adapters.items():
+            if name in wanted and cast(Adapter, adapter).mixes is None:
                 raise ValueError(
-                    f"rows of a batch cannot name {name!r}: it has a {kind} at {spelt(site)}, "
-                    "which works on whole batches; call set_adapters instead"
+                    f"rows of a batch cannot name {name!r}: it has a {type(adapter).__name__} at "
+                    f"{spelt(site)}, which works on whole batches; call set_adapters instead"
                 )
     return tuple(names)
+
+
+class _Indices(NamedTuple):
+    """Which rows take which of some adapters; int64."""
+
+    slots: Tensor  # (B,): which one, -1 for none
+    taken: Tensor  # (H,): the same of the H rows that take one
+    rows: Tensor | None  # (H,): these rows; None: all of them
+    in_order: bool  # whether row i takes adapter i
 
 
 class _Batch:
     """The rows' names, and index tensors that sites share."""
 
     def __init__(self, names: Names) -> None:
-        self.names = names
-        self._made: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self.names, self.wanted = names, {name for name in names if name is not None}
+        self._indices: dict[tuple[tuple[str, ...], torch.device], _Indices] = {}
         self._of_tokens: dict[tuple[int, torch.Size], Tensor] = {}
 
-    def index(self, values: Sequence[int], device: torch.device) -> Tensor:
-        """Indices as an int64 tensor, the same one for all sites that need these."""
-        key = (tuple(values), device)
-        if key not in self._made:
-            with torch.inference_mode(False):  # or training could not use what evaluation made
-                self._made[key] = torch.tensor(values, dtype=torch.int64, device=device)
-        return self._made[key]
+    def indices(self, some: tuple[str, ...], device: torch.device) -> _Indices:
+        """Index tensors for adapters in this order; the same for all sites that have these."""
+        key = (some, device)
+        if key not in self._indices:
+            order: dict[str | None, int] = {name: slot for slot, name in enumerate(some)}
+            slots = [order.get(name, -1) for name in self.names]
+            rows = [row for row, slot in enumerate(slots) if slot >= 0]
+            taken = [slots[row] for row in rows]
+            # not in inference mode, or training could not use what evaluation made
+            with torch.inference_mode(False):
+                made = (torch.tensor(values, device=device) for values in (slots, taken, rows))
+                first, second, third = made
+            all_rows = len(rows) == len(slots)
+            in_order = taken == list(range(len(some)))
+            self._indices[key] = _Indices(first, second, None if all_rows else third, in_order)
+        return self._indices[key]
 
     def of_tokens(self, slots: Tensor, lead: torch.Size) -> Tensor:
         """Slots (B,) for each token of inputs (*lead, K), int32, the same for all sites."""
@@ -146,19 +162,18 @@ class SiteRows:
 
     def __init__(self, site: str, host: Adapted, batch: _Batch) -> None:
         self.site, self.batch, self.size = site, batch, len(batch.names)
-        here = [name for name in host.adapters if name in batch.names]
-        pairs = {n: pair for n in here if isinstance(pair := host.adapter(n), LoRA)}
-        pairs = {n: pair for n, pair in pairs.items() if is_grouped(pair)}
+        here = {n: cast(Adapter, a) for n, a in host.adapters.items() if n in batch.wanted}
+        pairs = {n: cast(LoRA, adapter) for n, adapter in here.items() if is_grouped(adapter)}
         form = next((pair.form for pair in pairs.values()), None)
-        pairs = {n: pair for n, pair in pairs.items() if pair.form == form}
+        pairs = {n: pair for n, pair in pairs.items() if pair.form is form or pair.form == form}
         self.pairs: PairStacks | None = None
         self.chosen: Tensor | None = None  # the rows with a pair; None: all have one
         self.dtypes: tuple[torch.dtype, ...] = ()  # in which the base does all in one product
         if pairs:
             self._group(host, pairs)
         self.others = [
-            (host.adapter(name), self._rows_of([name], host.adapter(name)))
-            for name in here
+            (adapter, batch.indices((name,), _device(adapter)).rows)
+            for name, adapter in here.items()
             if name not in pairs
         ]
         self.idle = not here
@@ -170,28 +185,16 @@ class SiteRows:
 
     def _group(self, host: Adapted, pairs: dict[str, LoRA]) -> None:
         """Prepare the pairs of all rows."""
-        order = {name: slot for slot, name in enumerate(pairs)}
-        slots = [order.get(name, -1) for name in cast(Sequence[str], self.batch.names)]
-        device = next(iter(pairs.values())).A.device
-        taken = [slot for slot in slots if slot >= 0]
-        self.chosen = self._rows_of(list(pairs), next(iter(pairs.values())))
-        if all(pair.is_pair for pair in pairs.values()):
-            self.dtypes = dtypes_with_rows(host.base)
-        self.slots = self.batch.index(slots, device)  # (B,), -1 for none
-        self.ones = torch.ones(len(pairs), device=device)
+        some = list(pairs.values())
+        indices = self.batch.indices(tuple(pairs), some[0].A.device)
+        self.slots, self.chosen = indices.slots, indices.rows
+        if all(pair.is_pair for pair in some) and (dtypes := dtypes_with_rows(host.base)):
+            self.dtypes, self.ones = dtypes, torch.ones(len(some), device=self.slots.device)
         # an entry a row costs no more than twice an entry a pair, and saves gathering
-        per_row = not self.dtypes and len(pairs) > 1 and len(taken) <= 2 * len(pairs)
-        self.pairs = PairStacks(list(pairs.values()), self.batch.index(taken, device), per_row)
+        per_row = not self.dtypes and len(indices.taken) <= 2 * len(some)
+        self.pairs = PairStacks(some, indices.taken, per_row, indices.in_order)
         if self.pairs.frozen or not torch.is_grad_enabled():
             self.pairs.keep()
-
-    def _rows_of(self, names: list[str], adapter: Adapter) -> Tensor | None:
-        """The rows that name one of these, where the adapter is; None: all."""
-        rows = [row for row, name in enumerate(self.batch.names) if name in names]
-        if len(rows) == self.size:
-            return None
-        tensor = next((t for t in (*adapter.parameters(), *adapter.buffers())), None)
-        return self.batch.index(rows, torch.device("cpu") if tensor is None else tensor.device)
 
     def __call__(self, host: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output of the whole batch."""
@@ -239,6 +242,11 @@ class SiteRows:
         rows = self.chosen
         update = pairs.update(x.index_select(0, rows), y, host.base, host.training)
         return y.index_add(0, rows, 0.0 - update.to(y.dtype), alpha=-1)
+
+
+def _device(adapter: Adapter) -> torch.device:
+    tensor = next((t for t in (*adapter.parameters(), *adapter.buffers())), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _on_rows(adapter: Adapter, rows: Tensor | None, x: Tensor, y: Any, base: nn.Module) -> Any:
