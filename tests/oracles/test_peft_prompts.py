@@ -182,6 +182,55 @@ def test_peft_reads_what_is_written_here(
     assert text[:, -4:].tolist() == generate_ids(ours, IDS, max_new_tokens=4)
 
 
+FAMILIES = {
+    "Qwen3": {"head_dim": 16},
+    "Gemma3Text": {"head_dim": 16},
+    "Phi": {"num_key_value_heads": 4},
+    "Mistral": {"sliding_window": 32},
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_other_families(family: str, kind: str, peft: ModuleType, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = getattr(transformers, family + "Config")(**sizes | heads | ends | FAMILIES[family])
+    torch.manual_seed(1)
+    bare = getattr(transformers, family.removesuffix("Text") + "ForCausalLM")(config).eval()
+    name, options = THEIRS[kind]
+    wanted = getattr(peft, name)(task_type="CAUSAL_LM", num_virtual_tokens=P, **options)
+    theirs = peft.get_peft_model(copy.deepcopy(bare), wanted).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(bare)
+    load_adapter(ours, tmp_path)
+    exact = copy.deepcopy(ours).double()
+    with torch.no_grad():
+        same(*(real(m(input_ids=IDS).logits, None) for m in (ours, theirs, exact)))
+    x, mask = left_pad([[5, 6, 7, 8], [9, 10]])
+    text = ours.generate(x, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert text[:, 4:].tolist() == generate_ids(ours, x, mask, max_new_tokens=4)
+
+
+def test_attention_of_another_make_is_refused() -> None:
+    import transformers
+
+    config = transformers.GPTNeoXConfig(
+        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = transformers.GPTNeoXForCausalLM(config)
+    with pytest.raises(ValueError, match="GPTNeoXForCausalLM has none") as caught:
+        add_adapter(model, OURS["prefix"])
+    assert "\n" not in str(caught.value)
+    assert not list(adapted_modules(model))
+    add_adapter(model, OURS["prompt"])
+
+
 @pytest.mark.parametrize("kind", THEIRS)
 def test_our_decoder_gives_what_peft_gives_on_transformers(
     kind: str, llama_folder: Path, peft: ModuleType, tmp_path: Path
