@@ -16,15 +16,14 @@ An operator of its own would save the gathered copies between forward and backwa
 row they are R / T of x, which is saved in any case, so plain PyTorch does.
 """
 
-import functools
 import operator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.adapters.base import Adapter, compute_dtype
+from lora_core.adapters.base import compute_dtype
 from lora_core.adapters.forms import EmbeddingForm
 from lora_core.adapters.lora import LoRA
 
@@ -39,13 +38,8 @@ class Stacks(NamedTuple):
     bias: Tensor | None  # what trained biases add, (E, N)
 
 
-def is_grouped(adapter: Adapter) -> bool:
-    """Whether an adapter's output is what `LoRA` computes from `factors` and `bias_change`."""
-    return adapter.mixes == "grouped" and _computes_as_lora(cast(Any, type(adapter)))
-
-
-@functools.cache
-def _computes_as_lora(kind: type[Adapter]) -> bool:
+def is_grouped(kind: type) -> bool:
+    """Whether adapters of a class compute as `LoRA` does from `factors` and `bias_change`."""
     own = ("forward", "update", "product")
     return issubclass(kind, LoRA) and all(getattr(kind, k) is getattr(LoRA, k) for k in own)
 
@@ -213,22 +207,22 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 def _is_plain(pair: LoRA) -> bool:
     """Whether what is applied is s·B A of the pair's own A and B, and nothing more."""
-    return pair._buffers["A0"] is None and not pair.parts and pair.is_pair
+    if pair._buffers["A0"] is not None or pair.parts:
+        return False
+    return pair.is_pair
 
 
 def _places(pairs: list[LoRA], plain: bool) -> tuple[list[dict[str, Any]], list[str]]:
     """Dictionaries and keys under which modules hold what the stacks are made of, s included."""
-    places = [
-        (own, key)
-        for pair in pairs
-        for own, keys in (
-            (pair._parameters, ("A", "B") if plain else tuple(pair._parameters)),
-            (pair._buffers, () if plain else tuple(pair._buffers)),
-            (vars(pair), ("_scale",)),
-        )
-        for key in keys
-    ]
-    return [own for own, _ in places], [key for _, key in places]
+    dicts: list[dict[str, Any]] = []
+    keys: list[str] = []
+    for pair in pairs:
+        own, buffers = pair._parameters, pair._buffers
+        names = ("A", "B") if plain else (*own, *buffers)
+        dicts += [own if key in own else buffers for key in names]
+        dicts.append(vars(pair))
+        keys += (*names, "_scale")
+    return dicts, keys
 
 
 def _versions(tensors: list[Any]) -> int | None:

@@ -21,7 +21,7 @@ Ref: Chen et al. 2023, Punica, arXiv:2310.18547; Sheng et al. 2023, S-LoRA, arXi
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def _checked(hosts: list[tuple[str, Adapted]], names: Sequence[str | None]) -> N
         )
     if not names:
         raise ValueError("adapter_rows needs a name, or None, for each row of the batch; got none")
-    known = list(dict.fromkeys(name for _, host in hosts for name in host.adapters))
+    known = list(dict.fromkeys(name for _, host in hosts for name in host.adapters._modules))
     for row, name in enumerate(names):
         if name is not None and not isinstance(name, str):
             raise TypeError(f"row {row} must name an adapter, or be None; got {name!r}")
@@ -94,8 +94,8 @@ def _checked(hosts: list[tuple[str, Adapted]], names: Sequence[str | None]) -> N
             raise ValueError(
                 f"adapter_rows while {spelt(site)} is merged: {host.merged.way_back} first"
             )
-        for name, adapter in host.adapters.items():
-            if name in wanted and cast(Adapter, adapter).mixes is None:
+        for name, adapter in host.adapters._modules.items():
+            if name in wanted and adapter is not None and adapter.mixes is None:
                 raise ValueError(
                     f"rows of a batch cannot name {name!r}: it has a {type(adapter).__name__} at "
                     f"{spelt(site)}, which works on whole batches; call set_adapters instead"
@@ -162,10 +162,13 @@ class SiteRows:
 
     def __init__(self, site: str, host: Adapted, batch: _Batch) -> None:
         self.site, self.batch, self.size = site, batch, len(batch.names)
-        here = {n: cast(Adapter, a) for n, a in host.adapters.items() if n in batch.wanted}
-        pairs = {n: cast(LoRA, adapter) for n, adapter in here.items() if is_grouped(adapter)}
-        form = next((pair.form for pair in pairs.values()), None)
-        pairs = {n: pair for n, pair in pairs.items() if pair.form is form or pair.form == form}
+        wanted, adapters = batch.wanted, host.adapters._modules
+        here: dict[str, Any] = {n: adapter for n, adapter in adapters.items() if n in wanted}
+        kinds = {kind: is_grouped(kind) for kind in {*map(type, here.values())}}
+        pairs = {n: a for n, a in here.items() if kinds[type(a)] and a.mixes == "grouped"}
+        # at one module forms differ in their class alone
+        form = next((type(pair.form) for pair in pairs.values()), None)
+        pairs = {n: pair for n, pair in pairs.items() if type(pair.form) is form}
         self.pairs: PairStacks | None = None
         self.chosen: Tensor | None = None  # the rows with a pair; None: all have one
         self.dtypes: tuple[torch.dtype, ...] = ()  # in which the base does all in one product
@@ -188,7 +191,7 @@ class SiteRows:
         some = list(pairs.values())
         indices = self.batch.indices(tuple(pairs), some[0].A.device)
         self.slots, self.chosen = indices.slots, indices.rows
-        if all(pair.is_pair for pair in some) and (dtypes := dtypes_with_rows(host.base)):
+        if (dtypes := dtypes_with_rows(host.base)) and all(pair.is_pair for pair in some):
             self.dtypes, self.ones = dtypes, torch.ones(len(some), device=self.slots.device)
         # an entry a row costs no more than twice an entry a pair, and saves gathering
         per_row = not self.dtypes and len(indices.taken) <= 2 * len(some)
