@@ -195,6 +195,44 @@ def test_enough_beams_find_the_optimum(seed: int) -> None:
         assert torch.equal(ranks[i].long(), every[cost.argmin()])
 
 
+def test_beams_are_carried_whole_from_block_to_block() -> None:
+    """Beginnings that change places at the end of a block keep their own codes."""
+    start, target, moment = problem(32, 192, 600, 2)
+    metric = damped(moment, 0.01)
+    order, unit, weight = factor(metric)
+    levels = start.code.table()
+    scale = start.absmax.view(32, 3).repeat_interleave(64, 1)[:, order]
+    costs = {}
+    for beams in (1, 8):
+        ranks = search(target[:, order], scale, unit, weight, levels, beams)
+        error = levels[ranks.int()] * scale - target[:, order]
+        costs[beams] = output_cost(error, metric[order][:, order])
+    assert costs[8].sum() < 0.9 * costs[1].sum()
+    assert (costs[8] <= costs[1]).sum() >= 30
+
+
+def test_8_bit_scales_are_those_of_their_own_group() -> None:
+    """More than 256 blocks whose scales differ in size: two groups with scales of their own."""
+    g = torch.Generator().manual_seed(0)
+    size = torch.where(torch.arange(80) < 50, 1.0, 10.0)[:, None]
+    start = quantize_4bit(torch.randn(80, 256, generator=g) * size)
+    assert start.scales.numel() == 320
+    update = size * torch.randn(80, 3, generator=g) @ torch.randn(3, 256, generator=g)
+    target = start.dequantize() + 0.01 * update
+    shape = spectrum(256, 1.0, 0).double()
+    metric = damped(shape @ shape.t(), 0.01)
+    costs = []
+    for sweeps in (1, 2):
+        made = requantize_4bit(start, target, shape @ shape.t(), beams=1, sweeps=sweeps)
+        costs.append(output_cost(made.dequantize().double() - target, metric))
+    then = output_cost(start.dequantize().double() - target, metric)
+    for cost in costs:
+        assert (cost <= then).all()
+    assert (costs[1] <= costs[0]).all()
+    for group in (slice(0, 50), slice(50, 80)):
+        assert costs[1][group].sum() < 0.99 * costs[0][group].sum()
+
+
 def test_descent_only_improves() -> None:
     start, target, moment = problem(40, 128, 500, 7)
     metric = damped(moment, 0.01)
