@@ -146,7 +146,7 @@ class Dense:
         self.s = pair.alpha / (pair.r**0.5 if pair.use_rslora else pair.r)
 
     def terms(self, x: Tensor) -> Terms:
-        found = {k: p for k, p in self.pair.named_parameters()}
+        found: Terms = dict(self.pair.named_parameters())
         found |= {k: b for k, b in self.pair.named_buffers() if k != "lengths"}
         if x.is_floating_point():
             found["x"] = x
