@@ -66,13 +66,14 @@ class PairStacks:
         self.looks_up = isinstance(self.form, EmbeddingForm)
         self.per_row = per_row and not self.single and not self.looks_up
         self._plain = all(_is_plain(pair) for pair in pairs)
-        self._own = [pair._parameters for pair in pairs]
+        self._own, self._vars = [pair._parameters for pair in pairs], [*map(vars, pairs)]
         # where the tensors are that the stacks are made of
         self._dicts, self._keys = _places(pairs, self._plain)
         self.frozen = not self._trains()
         self.kept: Stacks | None = None
         self._from: list[Any] = []
         self._versions: object = None
+        self._scaled: list[float] = []
         self._dtype: torch.dtype | None = None
         rates = [pair.dropout for pair in pairs]
         self.dropout, self._alike = max(rates), min(rates) == max(rates)
@@ -85,7 +86,7 @@ class PairStacks:
         with torch.inference_mode(False), torch.no_grad():
             self.kept = self._made(dtype)
         self._dtype, self._from = dtype, [*map(dict.get, self._dicts, self._keys)]
-        self._versions = _versions(self._from)
+        self._versions, self._scaled = _versions(self._from), self._scalings()
 
     def stacks(self, dtype: torch.dtype) -> Stacks:
         """Return the stacks in the dtype of the computation."""
@@ -136,13 +137,13 @@ class PairStacks:
         pairs = self.pairs
         if self._plain and not torch.compiler.is_compiling():  # past nn.Module's slow look-up
             factors: list[Any] = [(own["A"], own["B"]) for own in self._own]
-            moved = pairs[0]._scale.device != factors[0][0].device
-            scales = [pair.scale() if moved else pair._scale for pair in pairs]
         else:
             factors = [pair.factors() for pair in pairs]
-            scales = [pair.scale() for pair in pairs]
         up = self._wide([up for _, up in factors])  # (L, N, R/g)
-        up = up * torch.cat(scales)[:, None, None]
+        if torch.compiler.is_compiling() or len(scalings := {*self._scalings()}) > 1:
+            up = up * torch.cat([pair.scale() for pair in pairs])[:, None, None]
+        else:
+            up = up * scalings.pop()
         down = self._long([down for down, _ in factors])  # (L, R, K)
         made = self._cast(Stacks(down, up, self._biases(up)), dtype)
         if not self.per_row or self.in_order:
@@ -187,10 +188,13 @@ class PairStacks:
 
     def _changed(self) -> bool:
         """Whether a tensor that the kept stacks came from is another one, or was written to."""
+        if self._versions is None or self._scalings() != self._scaled:
+            return True
         now = [*map(dict.get, self._dicts, self._keys)]
-        return not all(map(operator.is_, now, self._from)) or (
-            self._versions is None or _versions(now) != self._versions
-        )
+        return not all(map(operator.is_, now, self._from)) or _versions(now) != self._versions
+
+    def _scalings(self) -> list[float]:
+        return [own["_scaling"] for own in self._vars]
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Dropout with each row's own probability."""
@@ -213,15 +217,14 @@ def _is_plain(pair: LoRA) -> bool:
 
 
 def _places(pairs: list[LoRA], plain: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """Dictionaries and keys under which modules hold what the stacks are made of, s included."""
+    """Dictionaries and keys under which modules hold the tensors that the stacks are made of."""
     dicts: list[dict[str, Any]] = []
     keys: list[str] = []
     for pair in pairs:
         own, buffers = pair._parameters, pair._buffers
         names = ("A", "B") if plain else (*own, *buffers)
         dicts += [own if key in own else buffers for key in names]
-        dicts.append(vars(pair))
-        keys += (*names, "_scale")
+        keys += names
     return dicts, keys
 
 
