@@ -22,7 +22,7 @@ cross terms Bᵢ Aⱼ of adapters that never met, of the size of the sum itself,
 "exact" is the linear combination, "svd" the one of rank r.
 
 Ref: Yadav et al. 2023, TIES-Merging, arXiv:2306.01708, algorithm 1; Yu et al. 2023, DARE,
-arXiv:2311.03099, equations 2 to 4.
+arXiv:2311.03099, section 3.
 """
 
 import math

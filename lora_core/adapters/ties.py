@@ -3,8 +3,8 @@
     TIES    τ̂ᵢ = the largest of τᵢ;  γ = sgn(Σ wᵢ τ̂ᵢ);  mean of the wᵢ τ̂ᵢ that have the sign γ
     DARE    τ̃ᵢ = mᵢ τᵢ / p,  mᵢ ~ Bernoulli(p), so that the expectation is τᵢ
 
-Ref: Yadav et al. 2023, arXiv:2306.01708, algorithm 1; Yu et al. 2023, arXiv:2311.03099, equations
-2 to 4; Halko et al. 2011, arXiv:0909.4061, algorithm 4.4, for the sketch of a large matrix.
+Ref: Yadav et al. 2023, arXiv:2306.01708, algorithm 1; Yu et al. 2023, arXiv:2311.03099, section 3;
+Halko et al. 2011, arXiv:0909.4061, algorithm 4.4, for the sketch of a large matrix.
 """
 
 import math
