@@ -44,11 +44,10 @@ FORWARDS = 8  # in one context
 Names = list[str | None]
 
 
-def base_model(smoke: bool) -> nn.Module:
+def base_model(hidden: int, layers: int) -> nn.Module:
     """The model that everything is added to."""
     import transformers
 
-    hidden, layers = (64, 2) if smoke else (256, 12)
     config = transformers.LlamaConfig(
         vocab_size=512,
         hidden_size=hidden,
@@ -195,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapters", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rank", type=int, default=8, help="of every adapter (default 8)")
+    parser.add_argument("--hidden", type=int, default=64, help="width (default 64)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens a row (default 16)")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls (default 15)")
     parser.add_argument("--threads", type=int, help="threads of the process")
@@ -205,7 +205,7 @@ def main() -> None:
         args.repeats, args.adapters = 1, [1, 4]
     if args.threads:
         torch.set_num_threads(args.threads)
-    base = base_model(args.smoke)
+    base = base_model(args.hidden, 2 if args.smoke else 12)
     if args.four_bit:
         quantize_model(base)
     model = copy.deepcopy(base)
@@ -213,7 +213,13 @@ def main() -> None:
     peer = None if args.four_bit else in_peft(model, names, base)
     described = machine() | {"peft": version("peft"), "transformers": version("transformers")}
     print(", ".join(f"{key} {value}" for key, value in described.items()))
-    shape = {"batch": BATCH, "tokens": args.tokens, "rank": args.rank, "four_bit": args.four_bit}
+    shape = {
+        "batch": BATCH,
+        "hidden": args.hidden,
+        "tokens": args.tokens,
+        "rank": args.rank,
+        "four_bit": args.four_bit,
+    }
     print(", ".join(f"{key} {value}" for key, value in shape.items()))
     for count in args.adapters:
         ids = torch.randint(512, (BATCH, args.tokens))
