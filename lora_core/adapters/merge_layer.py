@@ -118,7 +118,9 @@ def _start(site: str, host: Adapted, names: Sequence[str]) -> tuple[nn.Module, l
     whole = next(host.adapter(name) for name in names if host.adapter(name).replaces)
     own = whole.merged_module(host.base, torch.float32)
     if own is None:
-        raise ValueError(f"{type(whole).__name__} at {site!r} has no module to merge")
+        raise ValueError(
+            f"{type(whole).__name__} at {spelt(site)} makes no module: it cannot be merged"
+        )
     return own, rest
 
 

@@ -255,6 +255,28 @@ def test_copies_that_cannot_be_ordered_are_refused(
     assert host.merged is None
 
 
+class Stand(Adapter):
+    """Stands in the base's place, and has no module to show for it."""
+
+    replaces = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1))
+
+    def replace(self, base: nn.Module, args: tuple[Tensor, ...], kwargs: object) -> Tensor:
+        return base(*args) * self.factor
+
+
+def test_a_kind_that_replaces_the_base_needs_a_module_to_merge() -> None:
+    host = host_of(nn.Linear(6, 4), Stand())
+    with pytest.raises(
+        ValueError, match="Stand at this layer makes no module: it cannot be merged"
+    ):
+        merge_adapters(host)
+    assert host.merged is None
+
+
 def test_a_copy_that_overflows_is_refused(mlp: nn.Module) -> None:
     add_adapter(mlp.half(), LoRAConfig(r=2, targets=["inp"], modules_to_save=["head"]))
     mlp.head.adapter("default").copy.weight.data.fill_(1e6)

@@ -21,6 +21,7 @@ from lora_core.adapters import (
     set_adapters,
     unmerge_adapters,
 )
+from lora_core.adapters.merge_layer import merged_layer
 from lora_core.quant import NF4Linear, quantize_4bit, quantize_model
 
 Shake = Callable[..., None]
@@ -242,6 +243,34 @@ def test_an_update_that_cannot_be_had_is_not_made_worse(shake: Shake) -> None:
     assert first.output_error <= 1.0
     assert first.output_error < first.plain_output_error
     assert any("more than half of the update's effect is missing" in w for w in report.warnings)
+
+
+def test_codes_that_do_worse_on_the_held_out_rows_are_not_taken(shake: Shake) -> None:
+    """Chosen on one direction, judged on all: the base's own codes are nearer."""
+    net = make(shake)
+    one = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).double()
+    moments = merge_samples.Moments(one.t() @ one, torch.eye(64).double(), rows=64)
+    made = merged_layer("first", net.first, ["default"], torch.float32, "compensated", moments)
+    assert made.report.method == "unchanged"
+    assert made.report.output_error == 1.0
+    assert made.report.kept == 0.0
+    base = net.first.base.state_dict()
+    assert all(torch.equal(t, base[key]) for key, t in made.module.state_dict().items())
+    report = MergeReport((made.report,), ("the update is lost there",))
+    assert "unchanged" in str(report)
+
+
+def test_a_lost_update_is_told(shake: Shake) -> None:
+    net = make(shake)
+    line = torch.randn(300, 1) @ torch.randn(1, 64)  # chosen on one direction
+    samples = [torch.cat((line, torch.randn(100, 64)))]  # judged on all
+    report = merge_adapters(net, requantize=True, samples=samples)
+    assert report.layers[0].method == "unchanged"
+    lost = sum(layer.method == "unchanged" for layer in report.layers)
+    assert any(
+        f"at {lost} layers nothing was nearer to the update than the base's own codes" in warning
+        for warning in report.warnings
+    )
 
 
 def test_the_report_as_data_and_as_a_table(shake: Shake) -> None:
