@@ -197,7 +197,9 @@ class SiteRows:
         per_row = not self.dtypes and len(indices.taken) <= 2 * len(some)
         self.pairs = PairStacks(some, indices.taken, per_row, indices.in_order)
         if self.pairs.frozen or not torch.is_grad_enabled():
-            self.pairs.keep()
+            if not self.pairs.keep_as(host.stacks):
+                self.pairs.keep()
+            host.stacks = self.pairs
 
     def __call__(self, host: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output of the whole batch."""

@@ -4,6 +4,7 @@ Weights and inputs are small whole numbers and scalings powers of two, so that e
 is exact in float32 whatever its order: equal means equal in every bit, gradients included.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -316,6 +317,39 @@ def two(mlp: nn.Module, shake: Callable[..., None]) -> nn.Module:
 
 
 ROWS = ["a", None, "b", "a"]
+
+
+def test_stacks_are_kept_for_the_next_batch_with_the_same_adapters(
+    two: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.dtype] = []
+    original = PairStacks._made
+
+    def counted(self: PairStacks, dtype: torch.dtype) -> Any:
+        made.append(dtype)
+        return original(self, dtype)
+
+    x = torch.randn(5, 12)
+
+    def checked(names: list[str | None]) -> int:
+        """Stacks made for a batch, whose output has to be that of a model that kept none."""
+        with adapter_rows(fresh := copy.deepcopy(two), names):
+            wanted = fresh(x)
+        made.clear()
+        with adapter_rows(two, names):
+            assert torch.equal(two(x), wanted)
+        return len(made)
+
+    monkeypatch.setattr(PairStacks, "_made", counted)
+    with torch.no_grad():
+        assert checked(["a", None, "b", "a", "b"]) == 2  # one a site
+        assert checked(["b", "b", "a", None, None]) == 0
+        two.inp.adapter("b").B.mul_(3)
+        assert checked(["b", "a", "a", "a", None]) == 1  # at the site that changed
+        assert checked(["a", "a", None, None, "a"]) == 2  # other adapters
+    delete_adapter(two, "b")
+    assert all(host.stacks is None for _, host in adapted_modules(two))
+    assert all(host.stacks is None for _, host in adapted_modules(copy.deepcopy(two)))
 
 
 def test_without_gradients_stacks_are_made_once_and_again_when_something_changed(
