@@ -25,6 +25,7 @@ from lora_core.adapters.base import Adapter
 from lora_core.adapters.config import register_adapter
 from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size
 from lora_core.adapters.soft_call import hook, unhook
+from lora_core.targets import sites, unwrap
 
 __all__ = ["Prompt", "PromptTuningConfig"]
 
@@ -110,13 +111,12 @@ class PromptTuningConfig:
         Raises:
             ValueError: a vocabulary that is too small, or token ids beyond it.
         """
-        weight: Tensor = module.weight  # type: ignore[assignment]  # build_all checked
-        return Prompt(self._start(name, weight))
+        return Prompt(self._start(name, module))
 
     def build_all(self, model: nn.Module) -> dict[str, Adapter]:
         """Return the one site, the model's input embedding; see `add_adapter`."""
-        name, weight = embedding_size(model)
-        return {name: Prompt(self._start(name, weight))}
+        name, _ = embedding_size(model)
+        return {name: self.build(name, unwrap(dict(sites(model))[name]))}
 
     def installed(self, model: nn.Module) -> None:
         """Hook the model; `add_adapter` calls this last."""
@@ -126,8 +126,9 @@ class PromptTuningConfig:
         """Take the hooks away with the last soft prompt."""
         unhook(model)
 
-    def _start(self, name: str, weight: Tensor) -> Tensor:
+    def _start(self, name: str, module: nn.Module) -> Tensor:
         """What the virtual tokens start as, (P, C) float32 on the CPU."""
+        weight: Tensor = module.weight  # type: ignore[assignment]  # build_all checked
         count, (rows, size) = self.num_virtual_tokens, weight.shape
         if self.init == "random":
             return torch.empty(count, size, device="cpu").uniform_(-RANGE, RANGE)
@@ -148,4 +149,6 @@ class PromptTuningConfig:
                 raise ValueError(f"token_ids: {wrong[0]} is not in the {rows} rows of {name!r}")
             every = torch.tensor(self.token_ids, dtype=torch.int64, device="cpu")
             ids = every.repeat(-(-count // len(every)))[:count]
-        return weight.detach()[ids.to(weight.device)].float().cpu()
+        with torch.no_grad():  # called, not read: Gemma's embedding multiplies rows by √C
+            found: Tensor = module(ids.to(weight.device))
+        return found.float().cpu()

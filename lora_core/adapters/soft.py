@@ -15,6 +15,7 @@ from lora_core.adapters.tokens import module_name
 from lora_core.targets import sites, unwrap
 
 __all__ = [
+    "Hook",
     "SoftPrompt",
     "active_prompts",
     "check_tokens",
@@ -22,6 +23,10 @@ __all__ = [
     "language_model",
     "parameter_names",
 ]
+
+
+class Hook:
+    """A hook of soft prompts on a model, told by its class."""
 
 
 class SoftPrompt(Adapter):
@@ -109,9 +114,11 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def embedding_size(model: nn.Module) -> tuple[str, Tensor]:
-    """Name and weight (V, C) of a model's input embedding; ValueError if it has no such weight."""
+    """Name and weight (V, C) of a model's input embedding; ValueError if no prompt can go there."""
     part, name = language_model(model)
-    embedding = unwrap(part.get_input_embeddings())  # type: ignore[operator]  # language_model asked
+    host = part.get_input_embeddings()  # type: ignore[operator]  # language_model asked
+    _refuse_other_hooks(part, host)
+    embedding = unwrap(host)
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
@@ -119,6 +126,18 @@ def embedding_size(model: nn.Module) -> tuple[str, Tensor]:
             f"({type(embedding).__name__}) has none"
         )
     return name, weight
+
+
+def _refuse_other_hooks(part: nn.Module, host: nn.Module) -> None:
+    """Refuse a model whose soft prompts came in through another: both would put them in."""
+    hooked = any(isinstance(known, Hook) for known in part._forward_pre_hooks.values())
+    while isinstance(host, Adapted):
+        if not hooked and any(isinstance(known, SoftPrompt) for known in host.adapters.values()):
+            raise ValueError(
+                f"{type(part).__name__} shares its embedding with a model around it or inside it, "
+                "which has soft prompts already: add this one through the same model"
+            )
+        host = host.base
 
 
 def active_prompts(model: nn.Module) -> list[SoftPrompt]:

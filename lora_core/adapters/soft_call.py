@@ -28,25 +28,33 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapters.base import adapted_modules
-from lora_core.adapters.soft import SoftPrompt, active_prompts, language_model, parameter_names
+from lora_core.adapters.soft import (
+    Hook,
+    SoftPrompt,
+    active_prompts,
+    language_model,
+    parameter_names,
+)
 from lora_core.targets import unwrap
 
 __all__ = ["CACHES", "hook", "unhook"]
 
 CACHES = ("cache", "past_key_values")
+STATES = ("cache_params", "state", "mems")  # of models without attention, or with another cache
 IGNORED = -100  # a label that is not graded
 
 
-class _Before:
+class _Before(Hook):
     """Forward pre-hook: put the prompts into the call.
 
     Args:
         names: the forward's parameters, in order, for what the caller passes by position.
         table: rows of the model's table of positions, or None: it has none (rotary, ALiBi).
+        first: position of a text's first token; RoBERTa's tables have rows for padding before it.
     """
 
-    def __init__(self, names: tuple[str, ...], table: int | None) -> None:
-        self.names, self.table = names, table
+    def __init__(self, names: tuple[str, ...], table: int | None, first: int = 0) -> None:
+        self.names, self.table, self.first = names, table, first
 
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -59,18 +67,19 @@ class _Before:
             return None  # the model itself says what is wrong
         front = [prompt.embeddings() for prompt in prompts if prompt.prepended]
         if front:
-            call = _prepended(model, call, torch.cat(front))
+            _refuse_state(self.names, call)
+            call = _prepended(model, call, torch.cat(front), self.first)
         shift = sum(prompt.tokens for prompt in prompts if not prompt.prepended)
         if shift:
-            call["position_ids"] = _positions(call) + shift
+            call["position_ids"] = _positions(call, self.first) + shift
         if "position_ids" not in self.names:  # a model without positions of its own (ALiBi)
             call.pop("position_ids", None)
         if self.table is not None:
-            _check_length(call, shift, self.table)
+            _check_length(call, shift + self.first, self.table)
         return (), call
 
 
-class _After:
+class _After(Hook):
     """Forward hook: give back the caller's positions."""
 
     def __call__(
@@ -81,6 +90,7 @@ class _After:
         # by now a cache holds this call's tokens; more of them, and the prompt came in earlier
         if not extra or x is None or _past(kwargs) > x.shape[1]:
             return None
+        _refuse_pooled(model, output)
         return _trimmed(output, x.shape[1], extra)
 
 
@@ -97,37 +107,55 @@ def _trimmed(value: Any, total: int, extra: int) -> Any:
     return value
 
 
-def _prepended(model: nn.Module, call: dict[str, Any], prompt: Tensor) -> dict[str, Any]:
+def _prepended(
+    model: nn.Module, call: dict[str, Any], prompt: Tensor, first: int
+) -> dict[str, Any]:
     """The call with virtual tokens (P, C) in front, or, after the first tokens, wider by P."""
     ids, x, mask = (call.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-    count, past, positions = len(prompt), _past(call), call.get("position_ids")
-    _refuse(call, mask, past)
+    count, past = len(prompt), _past(call)
     given: Tensor = ids if x is None else x  # type: ignore[assignment]  # the caller checked
-    batch, tokens = given.shape[:2]
+    _refuse(call, mask, past)
+    _check_cache(call, past, given.shape[1], count, first)
     changed = dict(call)
     if isinstance(mask, Tensor):
         mask = changed["attention_mask"] = _wider(mask, count, 1)
-    if positions is not None:
-        changed["position_ids"] = positions + count
-    elif mask is not None:
-        changed["position_ids"] = _counted(mask)[:, past:]
+    changed["position_ids"] = _moved(call.get("position_ids"), mask, past, count, first)
     if past:  # the prompt came in with the first tokens
         return changed
     if x is None:
         x = model.get_input_embeddings()(ids)  # type: ignore[operator]  # active_prompts asked
-    front = prompt.to(x.device, x.dtype).expand(batch, -1, -1)  # (B, P, C)
+    front = prompt.to(x.device, x.dtype).expand(len(x), -1, -1)  # (B, P, C)
     changed |= {"input_ids": None, "inputs_embeds": torch.cat([front, x], 1)}  # (B, P + T, C)
-    if positions is not None:
-        first = torch.arange(count, device=positions.device).expand(len(positions), -1)
-        changed["position_ids"] = torch.cat([first, positions + count], 1)
     if isinstance(labels := call.get("labels"), Tensor):
+        if labels.shape != given.shape[:2]:
+            raise ValueError(_pooled(model))
         changed["labels"] = _wider(labels, count, IGNORED)
     keep = call.get("logits_to_keep")
     if isinstance(keep, Tensor):
         changed["logits_to_keep"] = torch.where(keep < 0, keep, keep + count)
     elif keep is not None:
-        changed["logits_to_keep"] = min(keep, tokens)
+        changed["logits_to_keep"] = min(keep, given.shape[1])
     return changed
+
+
+def _moved(
+    positions: Tensor | None, mask: Tensor | None, past: int, count: int, first: int
+) -> Tensor | None:
+    """Positions behind a prompt, its own before them in the first call; None: the model's own.
+
+    Args:
+        positions: the caller's, (B or 1, T), or None.
+        mask: widened already, (B, P + S), or None.
+        past: tokens in the cache.
+        count: P.
+        first: position of a text's first token.
+    """
+    if positions is None:
+        return None if mask is None else _counted(mask)[:, past:] + first
+    if past:
+        return positions + count
+    own = torch.arange(first, first + count, device=positions.device)
+    return torch.cat([own.expand(len(positions), -1), positions + count], 1)  # (B or 1, P + T)
 
 
 def _refuse(call: Mapping[str, Any], mask: object, past: int) -> None:
@@ -153,6 +181,50 @@ def _refuse(call: Mapping[str, Any], mask: object, past: int) -> None:
             f"a prompt needs an attention_mask (B, past + T), got {shape}; a static cache makes "
             "others: use the model's default cache, or PrefixTuningConfig"
         )
+
+
+def _check_cache(call: Mapping[str, Any], past: int, tokens: int, count: int, first: int) -> None:
+    """Refuse a cache that does not hold the prompt, as far as the mask or positions tell."""
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    text = past - count if past else 0  # of the cache
+    fits = text >= 0
+    if isinstance(mask, Tensor):
+        fits &= mask.shape[1] == text + tokens
+    elif past and isinstance(positions, Tensor) and not torch.compiler.is_compiling():
+        fits &= text <= int(positions[0, 0]) <= text + first
+    if not fits:
+        # transformers' generate() takes all that a cache holds for text, and cuts too much
+        raise ValueError(
+            f"{tokens} new tokens do not follow a cache of {past} positions, {count} of them the "
+            "prompt's: fill a cache with the prompt active, and give generate() no old cache"
+        )
+
+
+def _refuse_state(names: tuple[str, ...], call: Mapping[str, Any]) -> None:
+    """Refuse a cache in which this module could not see whether the prompt is there already."""
+    if any(name in names for name in CACHES):
+        return
+    if call.get("use_cache") or any(call.get(name) is not None for name in STATES):
+        raise ValueError(
+            "a prompt needs a cache with a length (past_key_values), which this model has not: "
+            "use_cache=False runs it on the whole text at each step"
+        )
+
+
+def _refuse_pooled(model: nn.Module, output: Any) -> None:
+    """Refuse an output without positions: the model finds its place in input_ids, which went."""
+    fields = vars(output).values() if dataclasses.is_dataclass(output) else output
+    parts = [output] if isinstance(output, Tensor) else list(fields)
+    sizes = {part.dim() for part in parts if isinstance(part, Tensor)}
+    if 2 in sizes and 3 not in sizes:
+        raise ValueError(_pooled(model))
+
+
+def _pooled(model: nn.Module) -> str:
+    return (
+        f"a prompt needs logits and labels for every token; {type(model).__name__} has others, "
+        "taken from a place in the text: use PrefixTuningConfig or LoRAConfig"
+    )
 
 
 def _check_length(call: Mapping[str, Any], shift: int, table: int) -> None:
@@ -186,7 +258,7 @@ def _counted(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _positions(call: Mapping[str, Any]) -> Tensor:
+def _positions(call: Mapping[str, Any], first: int) -> Tensor:
     """The positions that the text has without a prefix, (B or 1, T)."""
     if call.get("position_ids") is not None:
         return call["position_ids"]
@@ -195,20 +267,24 @@ def _positions(call: Mapping[str, Any]) -> Tensor:
     past, tokens, device = _past(call), given.shape[1], given.device
     index = torch.arange(past, past + tokens, device=device)[None]  # (1, T)
     if isinstance(documents, Tensor):
-        first = torch.ones_like(documents, dtype=torch.bool)
-        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        return index - torch.where(first, index, 0).cummax(1).values
+        starts = torch.ones_like(documents, dtype=torch.bool)
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        return index - torch.where(starts, index, 0).cummax(1).values
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        return _counted(mask)[:, past:]
-    return index
+        return _counted(mask)[:, past:] + first
+    return index + first
 
 
-def _table(part: nn.Module) -> int | None:
-    """Rows of a model's table of positions, told by its size; None: it has none."""
+def _table(part: nn.Module) -> tuple[int | None, int]:
+    """Rows of a model's table of positions, told by its size, and the first that a token has."""
     rows = getattr(getattr(part, "config", None), "max_position_embeddings", None)
     words = part.get_input_embeddings()  # type: ignore[operator]  # language_model asked
-    tables = (m for m in part.modules() if isinstance(m, nn.Embedding) and m is not unwrap(words))
-    return rows if any(table.num_embeddings == rows for table in tables) else None
+    for table in part.modules():
+        if not isinstance(table, nn.Embedding) or table is unwrap(words):
+            continue
+        if table.num_embeddings == rows:
+            return rows, 0 if table.padding_idx is None else table.padding_idx + 1
+    return None, 0
 
 
 def hook(model: nn.Module) -> None:
@@ -218,9 +294,9 @@ def hook(model: nn.Module) -> None:
         model: as of `language_model`.
     """
     part, _ = language_model(model)
-    if not any(isinstance(known, _Before) for known in part._forward_pre_hooks.values()):
+    if not any(isinstance(known, Hook) for known in part._forward_pre_hooks.values()):
         part.register_forward_pre_hook(
-            _Before(parameter_names(part), _table(part)), with_kwargs=True
+            _Before(parameter_names(part), *_table(part)), with_kwargs=True
         )
         part.register_forward_hook(_After(), with_kwargs=True)
 
@@ -239,6 +315,6 @@ def unhook(model: nn.Module) -> None:
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
-            for key in [k for k, known in hooks.items() if isinstance(known, _Before | _After)]:
+            for key in [k for k, known in hooks.items() if isinstance(known, Hook)]:
                 del hooks[key]
                 extra.pop(key, None)

@@ -184,7 +184,10 @@ def read_soft_prompt(
         raise ValueError(f"{FURTHER}: {error}") from None
     _take_further(built, network)
     made = flat_tensors(built)[KEY].cpu()
-    if made.shape != prompt.shape or (made - prompt).abs().max() > _SAME * prompt.abs().max():
+    near = made.shape == prompt.shape and (
+        (made - prompt).abs().max() <= _SAME * prompt.abs().max()  # never where there is a NaN
+    )
+    if not near:
         raise ValueError(
             f"{FURTHER} does not give the prompt in adapter_model.safetensors, which "
             f"another program has written: remove {FURTHER} to train on from the flat prompt"

@@ -271,6 +271,11 @@ def reshape(folder: Path, name: str, **tensors: Tensor | None) -> None:
             lambda d: reshape(d, FURTHER, inputs=torch.zeros(3, 32)),
             FURTHER + " does not give the prompt in adapter_model.safetensors",
         ),
+        (
+            "mlp",
+            lambda d: reshape(d, FURTHER, inputs=torch.full((3, 32), torch.nan)),
+            FURTHER + " does not give the prompt in adapter_model.safetensors",
+        ),
         ("mlp", lambda d: reshape(d, FURTHER, inputs=None), FURTHER + ": the key 'inputs' is miss"),
     ],
 )
