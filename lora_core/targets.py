@@ -18,7 +18,7 @@ name of what it wraps, and a second adapter finds the same names as the first.
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 from torch import nn
@@ -30,6 +30,7 @@ __all__ = [
     "pattern_value",
     "select_modules",
     "sites",
+    "targets_for",
     "unwrap",
 ]
 
@@ -103,6 +104,33 @@ def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> V
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
+
+
+def targets_for(model: nn.Module, names: Iterable[str]) -> list[str] | str:
+    """Return the option that means modules of these names and no others, as text can hold it.
+
+    Args:
+        model: the module they are in.
+        names: theirs.
+
+    Returns:
+        Last parts of the names; the whole names, where last parts would mean more; a regular
+        expression, where a whole name is also the end of another's (`"0"` and `"1.0"`).
+    """
+    chosen = set(names)
+    every = [name for name, _ in sites(model) if name]
+    for listed in ({name.rsplit(".", 1)[-1] for name in chosen}, chosen):
+        if {name for name in every if not listed.isdisjoint(_ends(name))} == chosen:
+            return sorted(listed)
+    return "|".join(re.escape(name) for name in sorted(chosen))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A name and its dotted suffixes."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def select_modules(

@@ -9,6 +9,7 @@ from lora_core.targets import (
     pattern_value,
     select_modules,
     sites,
+    targets_for,
     unwrap,
 )
 
@@ -77,6 +78,27 @@ def test_a_suffix_is_dotted_and_a_regex_matches_whole_names() -> None:
         select_modules(Net(), ["proj"], kind=linear)
     with pytest.raises(ValueError, match="matches no module"):
         select_modules(Net(), r"up_proj", kind=linear)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["0", "1.0"], ["0"]),
+        (["1.0"], ["1.0"]),
+        (["0"], "0"),  # as a name it is the end of '1.0', as an expression it is not
+        (["1.a+b", "0"], r"0|1\.a\+b"),
+        (["1.a+b", "1.0"], ["1.0", "1.a+b"]),
+        (["a+b", "1.a+b"], ["a+b"]),
+    ],
+)
+def test_an_option_is_found_for_modules(names: list[str], expected: object) -> None:
+    part = nn.Sequential(nn.Linear(1, 1))
+    part.add_module("a+b", nn.Linear(1, 1))
+    model = nn.Sequential(nn.Linear(1, 1), part)
+    model.add_module("a+b", nn.Linear(1, 1))
+    found = targets_for(model, names)
+    assert found == expected
+    assert set(select_modules(model, found, kind=linear)) == set(names)
 
 
 def test_exclude_takes_the_same_forms() -> None:

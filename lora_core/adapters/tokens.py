@@ -142,7 +142,15 @@ def _checked(model: nn.Module, name: str, ids: list[int]) -> Tensor:
 
 
 def _add_rows(model: nn.Module, name: str, index: Tensor, built: dict[str, Adapter]) -> None:
-    """Add the adapter of one named module and those of the modules tied to it."""
+    """Add the adapter of one named module and those of the modules tied to it.
+
+    The rows belong to the embedding where there is one, also where its head was named: PEFT takes
+    rows of an embedding for its head's too, but not the other way round.
+    """
+    modules = {site: unwrap(module) for site, module in sites(model)}
+    if not isinstance(modules[name], nn.Embedding):
+        tied = tied_modules(model, modules[name])
+        name = next((other for other, m in tied if isinstance(m, nn.Embedding)), name)
     if name in built:
         known = built[name]
         assert isinstance(known, TrainableTokens)
@@ -152,13 +160,13 @@ def _add_rows(model: nn.Module, name: str, index: Tensor, built: dict[str, Adapt
                 "both need the same ids"
             )
         return
-    module = unwrap(dict(sites(model))[name])
+    module = modules[name]
     weight: Tensor = module.weight  # type: ignore[assignment]  # checked by the caller
     start = weight.detach()[index.to(weight.device)].float().cpu()
     first = TrainableTokens(start, index, len(weight), head=not isinstance(module, nn.Embedding))
     built[name] = first
-    for other, tied in tied_modules(model, module):
-        head = not isinstance(tied, nn.Embedding)
+    for other, tied_module in tied_modules(model, module):
+        head = not isinstance(tied_module, nn.Embedding)
         built[other] = TrainableTokens(first.rows, index, len(weight), head, follows=True)
 
 

@@ -20,6 +20,7 @@ from lora_core.adapters.forms import TransposedForm
 from lora_core.adapters.full import FullCopy
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig
+from lora_core.adapters.tokens import TrainableTokens, tied_modules
 from lora_core.checkpoint.adapter_files import PEFT_VERSION, AdapterFormat, check_tensors
 from lora_core.checkpoint.base_copies import without_base_copies
 from lora_core.checkpoint.conv_groups import as_written, check_padding, from_disk, mixed
@@ -29,7 +30,7 @@ from lora_core.checkpoint.lora_scaling import scaling_record
 from lora_core.checkpoint.lora_starts import is_start, is_subtracted, repeated_starts
 from lora_core.checkpoint.misread import saving_notes
 from lora_core.quant import NF4Linear
-from lora_core.targets import nearest, sites
+from lora_core.targets import nearest, sites, targets_for, unwrap
 
 __all__ = ["LORA", "lora_record", "lora_tensors"]
 
@@ -85,18 +86,23 @@ def lora_record(
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "revision": None,
-        "target_modules": _shortest(list(pairs), [name for name, _ in sites(model) if name]),
+        "target_modules": targets_for(model, pairs),
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("CausalLM") else None,
-        "trainable_token_indices": config.trainable_token_indices,
+        "trainable_token_indices": _token_indices(config, adapters),
         "use_dora": config.use_dora,
     }
 
 
-def _shortest(targets: list[str], names: list[str]) -> list[str]:
-    """The last parts of the targets' names, where these mean the targets and nothing else."""
-    last = {target.rsplit(".", 1)[-1] for target in targets}
-    same = {name for name in names if name.rsplit(".", 1)[-1] in last} == set(targets)
-    return sorted(last) if same else sorted(targets)
+def _token_indices(
+    config: LoRAConfig, adapters: Mapping[str, Adapter]
+) -> list[int] | dict[str, list[int]] | None:
+    """The option as it stands, or by the modules whose rows they are: a tied head has none."""
+    given = config.trainable_token_indices
+    rows = {s: a for s, a in adapters.items() if isinstance(a, TrainableTokens)}
+    own = {site: a.index.tolist() for site, a in rows.items() if not a.follows}
+    named = given if isinstance(given, dict) else {}
+    owners = all(any(f".{site}".endswith(f".{key}") for site in own) for key in named)
+    return given if owners else own
 
 
 # --- reading ---
@@ -118,6 +124,7 @@ def _read(
         check_padding(model, built)
     starts = {} if resume.training is not None else repeated_starts(model, config)
     tensors = without_base_copies(model, tensors, lora_tensors(built).keys())
+    _check_ties(model, raw, built, tensors, trainable)
     check_tensors(lora_tensors(built), tensors)
     for site, adapter in built.items():
         first = f"{PEFT_PREFIX}{site}."
@@ -142,6 +149,33 @@ def _check_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"the adapter is for another model: it has pairs for {len(own)} modules, {own[0]!r} "
             f"the first, and none of these is in this one; {nearest(own[0], names)}"
         )
+
+
+def _check_ties(
+    model: nn.Module,
+    raw: Mapping[str, Any],
+    built: Mapping[str, Adapter],
+    tensors: Mapping[str, Tensor],
+    trainable: bool,
+) -> None:
+    """Refuse what PEFT does to one of two tied modules, or to both as one, and this library not."""
+    for site, adapter in built.items():
+        key = f"{PEFT_PREFIX}{site}.token_adapter.trainable_tokens_delta"
+        if isinstance(adapter, TrainableTokens) and adapter.follows and key in tensors:
+            raise ValueError(
+                f"the file has token rows of {site!r} alone, whose weight is the embedding's here "
+                "too: load it into a model whose head has a weight of its own"
+            )
+    if not (trainable and raw.get("ensure_weight_tying")):
+        return
+    modules = dict(sites(model))
+    for site, adapter in built.items():
+        others = (name for name, _ in tied_modules(model, unwrap(modules[site])))
+        if not isinstance(adapter, TrainableTokens) and (other := set(others) & built.keys()):
+            raise ValueError(
+                f"ensure_weight_tying=True trains {site!r} and {min(other)!r} as one, here each is "
+                "trained by itself: load it with trainable=False"
+            )
 
 
 def _empty(model: nn.Module, config: LoRAConfig, resume: Resume) -> dict[str, Adapter]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lora_core.adapters.forms import form_of
 from lora_core.adapters.lora_config import LoRAConfig
-from lora_core.targets import nearest, sites, unwrap
+from lora_core.adapters.tokens import tied_modules
+from lora_core.targets import nearest, sites, targets_for, unwrap
 
 __all__ = ["PEFT_PREFIX", "leaves_base_alone", "lora_config", "pair_sites"]
 
@@ -85,11 +86,12 @@ def lora_config(
         told = ", ".join(f"{key}={raw[key]!r}" for key in options)
         near = nearest(options[0], sorted(_READ))
         raise ValueError(f"options that are not supported here: {told}; {near}")
+    copies = _copies(model, raw, tensors)
     return LoRAConfig(
         r=raw.get("r", 8),
         alpha=raw.get("lora_alpha", 8),
         dropout=raw.get("lora_dropout") or 0.0,
-        targets=_targets(model, raw, tensors),
+        targets=_targets(model, raw, tensors, copies or []),
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
         use_rslora=raw.get("use_rslora") or False,
@@ -97,7 +99,7 @@ def lora_config(
         init=_start(raw.get("init_lora_weights", True)),
         bias=raw.get("bias") or "none",
         lora_bias=raw.get("lora_bias") or False,
-        modules_to_save=_copies(model, raw.get("modules_to_save")),
+        modules_to_save=copies,
         trainable_token_indices=raw.get("trainable_token_indices"),
     )
 
@@ -121,23 +123,29 @@ def _start(start: Any) -> str:
 
 
 def _targets(
-    model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], copies: list[str]
 ) -> str | list[str]:
     """The targets in our terms: as they stand, or the modules that the keys name.
 
     PEFT passes over entries that match nothing, so they may be in a good file; the keys are still
-    compared with what the others match.
+    compared with what the others match. Where other options say more of what is meant (PEFT takes
+    no target inside a copied module), the keys alone tell.
     """
     targets = raw.get("target_modules")
-    narrowed = raw.get("layers_to_transform") is not None or raw.get("exclude_modules")
+    modules = [name for name, module in sites(model) if form_of(unwrap(module)) is not None]
+    narrowed = (
+        raw.get("layers_to_transform") is not None
+        or raw.get("exclude_modules")
+        or raw.get("ensure_weight_tying")
+        or any(f"{name}.".startswith(f"{copy}.") for name in modules for copy in copies)
+    )
     if targets is None or narrowed:
-        return sorted(pair_sites(tensors))
+        return targets_for(model, pair_sites(tensors)) or []
     if isinstance(targets, str):
         return targets
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise ValueError(f"target_modules must be a list of names or a string, got {targets!r}")
-    names = [name for name, module in sites(model) if form_of(unwrap(module)) is not None]
-    known = [t for t in targets if any(n == t or n.endswith(f".{t}") for n in names)]
+    known = [t for t in targets if any(n == t or n.endswith(f".{t}") for n in modules)]
     return known or list(targets)
 
 
@@ -147,11 +155,16 @@ def pair_sites(keys: Iterable[str]) -> set[str]:
     return {match[1] for name in keys if (match := key.fullmatch(name))}
 
 
-def _copies(model: nn.Module, patterns: Any) -> list[str] | None:
+def _copies(
+    model: nn.Module, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> list[str] | None:
     """The modules that PEFT copies: every one whose name ends with an entry, dot or no dot.
 
-    Entries without a match are passed over: PEFT adds the usual names of heads by itself.
+    Entries without a match are passed over: PEFT adds the usual names of heads by itself. What
+    ends with an entry without a dot is taken where the file has it, since PEFT's rule is not meant
+    to reach it. With `ensure_weight_tying` the file has the modules tied to them, too.
     """
+    patterns = raw.get("modules_to_save")
     if not patterns:
         return None
     if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
@@ -159,7 +172,23 @@ def _copies(model: nn.Module, patterns: Any) -> list[str] | None:
     found: list[str] = []
     for name, module in sites(model):
         nested = any(name.startswith(f"{outer}.") for outer in found)
-        held = next(unwrap(module).parameters(), None) is not None
-        if name and held and not nested and name.endswith(tuple(patterns)):
+        if not name or nested or next(unwrap(module).parameters(), None) is None:
+            continue
+        dotted = f".{name}".endswith(tuple(f".{pattern}" for pattern in patterns))
+        if dotted or (name.endswith(tuple(patterns)) and _holds(tensors, name)):
             found.append(name)
+    if raw.get("ensure_weight_tying"):
+        modules = dict(sites(model))
+        tied = {n for outer in found for n, _ in tied_modules(model, unwrap(modules[outer]))}
+        found += sorted(n for n in tied - set(found) if _holds(tensors, n))
     return found or list(patterns)
+
+
+def _holds(tensors: Mapping[str, Tensor], site: str) -> bool:
+    """Whether a file has a copy of a module: its state under its own names."""
+    first = f"{PEFT_PREFIX}{site}."
+    odd = (".base_layer.", ".token_adapter.", ".lora_")
+    return any(
+        key.startswith(first) and not any(part in f".{key.removeprefix(first)}" for part in odd)
+        for key in tensors
+    )

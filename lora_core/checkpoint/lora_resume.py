@@ -29,7 +29,7 @@ from lora_core.checkpoint.lora_starts import is_start
 from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.files import atomic_write
 from lora_core.quant import NF4Linear
-from lora_core.targets import nearest, sites, unwrap
+from lora_core.targets import nearest, sites, targets_for, unwrap
 
 __all__ = ["RESUME", "Resume", "read_resume", "write_resume"]
 
@@ -87,7 +87,7 @@ def write_resume(model: nn.Module, folder: Path, adapters: Mapping[str, Adapter]
     content: dict[str, Any] = {"trained_on": _by_precision(adapters)}
     pairs = {site: a for site, a in adapters.items() if isinstance(a, LoRA)}
     if is_start(config.init) or any(pair.parts for pair in pairs.values()):
-        content["training"] = _fields(config, list(pairs))
+        content["training"] = _fields(config, targets_for(model, pairs))
         content["written"] = scaling_record(config, pairs)
     modules = dict(sites(model))
     base = next((s for s in pairs if isinstance(unwrap(modules[s]), NF4Linear)), None)
@@ -143,7 +143,7 @@ def _config(
     return LoRAConfig(**fields)
 
 
-def _fields(config: LoRAConfig, targets: list[str]) -> dict[str, Any]:
+def _fields(config: LoRAConfig, targets: list[str] | str) -> dict[str, Any]:
     """The configuration as JSON holds it, its targets by name."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {**fields, "targets": targets, "exclude": None}

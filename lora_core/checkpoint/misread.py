@@ -45,7 +45,13 @@ def saving_notes(
     pairs = {site: a for site, a in adapters.items() if isinstance(a, LoRA)}
     grouped = [s for s, p in pairs.items() if isinstance(p.form, ConvForm) and p.form.groups > 1]
     if grouped and record.get("use_dora"):
-        notes.append(f"use_dora at {grouped[0]!r}, a convolution in groups: PEFT cannot run it")
+        notes.append(f"use_dora at {grouped[0]!r}, a convolution in groups: PEFT mixes up its rows")
+    for copy in record.get("modules_to_save") or []:
+        notes += [
+            f"modules_to_save={copy!r}: PEFT takes {site!r}, which ends so, for another of them"
+            for site in pairs
+            if site.endswith(copy)
+        ][:1]
     notes += [f"{site!r}: {why}" for site, why in unlike_peft(model, pairs).items()][:1]
     if any(getattr(adapter.config, "init", None) == "loftq" for adapter in adapters.values()):
         notes.append(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_core.adapters.base import Adapter
 from lora_core.adapters.config import build_all, kind_of, registered
 from lora_core.checkpoint.adapter_files import AdapterFormat, check_tensors, keyed
-from lora_core.targets import nearest
+from lora_core.targets import nearest, targets_for
 
 __all__ = ["OWN", "OWN_KIND"]
 
@@ -38,7 +38,8 @@ def _record(
         )
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if callable(fields.get("targets")):
-        fields["targets"] = list(adapters)
+        named = targets_for(model, adapters)
+        fields["targets"] = named if isinstance(named, str) else list(adapters)
     own = {"peft_type": OWN_KIND + kind, "base_model_name_or_path": base_model}
     if taken := sorted(fields.keys() & own.keys()):
         raise ValueError(f"{type(config).__name__} may not have a field called {taken[0]!r}")

@@ -20,6 +20,7 @@ from lora_core.checkpoint.conv_groups import as_written, from_disk
 from lora_core.checkpoint.lora_files import LORA
 from lora_core.checkpoint.lora_options import PEFT_PREFIX
 from lora_core.checkpoint.peft import adapters_named, built_from, format_of
+from lora_core.targets import targets_for
 
 __all__ = ["swap_adapter"]
 
@@ -65,7 +66,7 @@ def _from_state(
         prefix = PEFT_PREFIX if form is LORA else ""
         return {site: _filled(adapter, prefix + site, given) for site, adapter in own.items()}
     config = next(iter(own.values())).config
-    raw = {**form.record(model, config, own, None), **_ranks(own, given)}
+    raw = {**form.record(model, config, own, None), **_ranks(model, own, given)}
     return form.read(model, raw, given, Path(os.devnull), False)[1]  # nothing lies beside a state
 
 
@@ -77,7 +78,9 @@ def _filled(adapter: Adapter, site: str, state: Mapping[str, Tensor]) -> Adapter
     return twin
 
 
-def _ranks(own: Mapping[str, Adapter], state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _ranks(
+    model: nn.Module, own: Mapping[str, Adapter], state: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """PEFT's options for pairs of the ranks that a state has, with the scalings of the own ones."""
     ranks: dict[str, int] = {}
     for site, pair in own.items():
@@ -92,5 +95,5 @@ def _ranks(own: Mapping[str, Adapter], state: Mapping[str, Tensor]) -> dict[str,
             f"^{re.escape(site)}": rank * scalings[site] for site, rank in ranks.items()
         },
         "use_rslora": False,
-        "target_modules": list(ranks),
+        "target_modules": targets_for(model, ranks),
     }

@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_core.adapters import (
@@ -17,7 +19,7 @@ from lora_core.adapters import (
     unload_adapters,
     unmerge_adapters,
 )
-from lora_core.checkpoint import adapter_state_dict
+from lora_core.checkpoint import adapter_state_dict, load_adapter, read_adapter, save_adapter
 from lora_core.models import CausalLM, ModelConfig
 
 Make = Callable[[bool], nn.Module]
@@ -227,3 +229,27 @@ def test_rows_that_a_tied_head_shares_are_saved_once(tied: bool, make_token_mode
     assert rows == [
         f"base_model.model.{site}.token_adapter.trainable_tokens_delta" for site in sites
     ]
+
+
+@pytest.mark.parametrize("named", ["head", "embed"])
+def test_rows_of_a_tied_head_are_the_embeddings(
+    named: str, make_token_model: Make, shake: Shake, same_bits: Same, tmp_path: Path
+) -> None:
+    """PEFT takes an embedding's rows for the head's too, not the other way round."""
+    base = make_token_model(True)
+    model = copy.deepcopy(base)
+    add_adapter(model, LoRAConfig(**LORA, trainable_token_indices={named: [3, 5]}))
+    shake(model)
+    save_adapter(model, tmp_path)
+    record, tensors = read_adapter(tmp_path)
+    assert record["trainable_token_indices"] == {"embed": [3, 5]}
+    again, ids = copy.deepcopy(base), torch.arange(11)
+    load_adapter(again, tmp_path)
+    assert same_bits(again(ids), model(ids))
+    # a file of PEFT's that trains the head's rows alone
+    key = "base_model.model.{}.token_adapter.trainable_tokens_delta"
+    tensors[key.format("head")] = tensors.pop(key.format("embed"))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="token rows of 'head' alone, whose weight is the embedd"):
+        load_adapter(base, tmp_path)
+    assert not list(adapted_modules(base))

@@ -349,6 +349,95 @@ def test_pefts_leniences_about_whole_modules(
     assert torch.equal(base(IDS), model(IDS))
 
 
+class Doubled(nn.Module):
+    """Modules whose whole names are ends of others': 'head' of 'part.head' and of 'overhead'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(9, 9)
+        self.overhead = nn.Linear(9, 9)
+        self.part = nn.Sequential()
+        for name in ("head", "overhead"):
+            self.part.add_module(name, nn.Linear(9, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.head, self.overhead, self.part):
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"targets": "head", "bias": "all"},
+        {"targets": ["head", "overhead"], "exclude": ["part.head", "part.overhead"]},
+        {"targets": "head", "init": "pissa"},
+        {"targets": ["overhead"], "modules_to_save": ["part.head"]},
+        {"targets": lambda name, _: name in ("head", "part.overhead")},
+    ],
+    ids=["regex", "excluding", "pissa", "copy", "callable"],
+)
+def test_names_that_are_ends_of_others(options: dict[str, Any], tmp_path: Path) -> None:
+    base, x = Doubled(), torch.randn(2, 9)
+    model = saved(base, tmp_path / "a", **options)
+    load_adapter(base, tmp_path / "a", trainable=True)
+    assert torch.equal(base(x), model(x))
+    save_adapter(base, tmp_path / "b")
+    for file in (CONFIG, WEIGHTS, RESUME):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_target_that_ends_as_a_copy(tmp_path: Path) -> None:
+    """PEFT takes 'overhead' for another 'head', and fails at it: said; read here as it is meant."""
+    base, x = Doubled(), torch.randn(2, 9)
+    model = copy.deepcopy(base)
+    add_adapter(model, LoRAConfig(r=2, targets=["overhead"], modules_to_save=["head"]))
+    with pytest.warns(UserWarning, match="modules_to_save='head': PEFT takes 'overhead', which"):
+        save_adapter(shaken(model), tmp_path)
+    load_adapter(base, tmp_path)
+    assert torch.equal(base(x), model(x))
+
+
+def test_a_target_inside_a_copy_is_none(tmp_path: Path, other_program: Callable[..., Path]) -> None:
+    """PEFT copies the module and passes over what is in it."""
+    base, x = Doubled(), torch.randn(2, 9)
+    model = saved(base, tmp_path, targets=["overhead"], exclude=["part.overhead"])
+    copied = {f"{PREFIX}part.{key}": t.clone() for key, t in base.part.state_dict().items()}
+    bias = copied[f"{PREFIX}part.head.bias"]
+    more = {f"{PREFIX}part.original_module.head.bias": bias.clone()}
+    bias += 1
+    more[f"{PREFIX}part.modules_to_save.default.head.bias"] = bias.clone()
+    other_program(
+        tmp_path,
+        lambda tensors: {**tensors, **copied, **more},
+        target_modules=["overhead"],
+        modules_to_save=["part"],
+    )
+    with torch.no_grad():
+        model.part.head.bias += 1
+    load_adapter(base, tmp_path)
+    assert torch.equal(base(x), model(x))
+
+
+@pytest.mark.parametrize("wide", ["file", "model"])
+def test_a_copy_of_the_base_in_another_precision(
+    wide: str, base: nn.Module, tmp_path: Path, other_program: Callable[..., Path]
+) -> None:
+    """Trained on the base in 16 bits and loaded in 32, or the other way round."""
+    saved(base, tmp_path, targets=["embed"])
+    own = base.embed.weight.detach().clone()
+    if wide == "file":
+        base.to(torch.bfloat16)
+    else:
+        own = own.bfloat16()
+    key = f"{PREFIX}embed.base_layer.weight"
+    other_program(tmp_path, lambda tensors: {**tensors, key: own + 1})
+    with pytest.raises(ValueError, match="another base"):
+        load_adapter(base, tmp_path)
+    other_program(tmp_path, lambda tensors: {**tensors, key: own})
+    load_adapter(base, tmp_path)
+
+
 def test_doubles_and_copies_of_base_weights_are_left_out(
     base: nn.Module, tmp_path: Path, other_program: Callable[..., Path]
 ) -> None:
