@@ -26,7 +26,6 @@ arXiv:2311.03099, section 3.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +37,7 @@ from lora_core.adapters.base import Adapted, Adapter, adapted_modules, spelt
 from lora_core.adapters.biases import TrainedBias
 from lora_core.adapters.inject import adapter_names, attach_built, refuse_name
 from lora_core.adapters.lora import LoRA
-from lora_core.adapters.lora_config import LoRAConfig
+from lora_core.adapters.lora_config import LoRAConfig, config_of_ranks
 from lora_core.adapters.ties import mixed_matrix, sketched
 from lora_core.adapters.truncate import truncated
 from lora_core.adapters.update import Update, minus, update_of
@@ -290,17 +289,7 @@ def _built(
     placed = {site for site in pairs if getattr(unwrap(hosts[site]), "bias", None) is not None}
     beside = any(bias == "none" or site not in placed for site in changed)
     ranks = {site: len(down) for site, (down, _) in pairs.items()}
-    r = max(ranks.values())
-    fewer = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != r}
-    config = LoRAConfig(
-        r=r,
-        alpha=r,
-        targets=list(pairs),
-        rank_pattern=fewer,
-        alpha_pattern=dict(fewer),
-        bias=bias,
-        lora_bias=beside,
-    )
+    config = config_of_ranks(ranks, bias=bias, lora_bias=beside)
     built: dict[str, Adapter] = {}
     for site, pair in made.items():
         module, change = unwrap(hosts[site]), changes[site]

@@ -19,7 +19,6 @@ Ref: Eckart and Young 1936, "The approximation of one matrix by another of lower
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -37,7 +36,7 @@ from lora_core.adapters.base import (
 from lora_core.adapters.forms import TransposedForm, form_of
 from lora_core.adapters.inject import adapter_names, attach_built, refuse_name
 from lora_core.adapters.lora import LoRA
-from lora_core.adapters.lora_config import LoRAConfig
+from lora_core.adapters.lora_config import LoRAConfig, config_of_ranks
 from lora_core.adapters.truncate import ConversionReport, Factors, truncated
 from lora_core.adapters.update import Update, difference, update_of, with_bias
 from lora_core.targets import Targets, nearest, select_modules, sites, unwrap
@@ -243,7 +242,8 @@ def _add(
             biases[site] = change
     if not pairs:
         raise ValueError("nothing to convert: the update is zero in every layer")
-    config = _config({site: pair.entry.rank for site, pair in pairs.items()}, bool(biases))
+    ranks = {site: pair.entry.rank for site, pair in pairs.items()}
+    config = config_of_ranks(ranks, lora_bias=bool(biases))
     built = {
         site: _lora(config, site, modules[site], pair, biases.get(site))
         for site, pair in pairs.items()
@@ -281,17 +281,3 @@ def _lora(
     if lora.up_bias is not None and bias is not None:
         lora.up_bias.copy_(bias)
     return lora
-
-
-def _config(ranks: Mapping[str, int], biases: bool) -> LoRAConfig:
-    """A configuration whose scaling is 1 in every layer."""
-    r = max(ranks.values())
-    fewer = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != r}
-    return LoRAConfig(
-        r=r,
-        alpha=r,
-        targets=list(ranks),
-        rank_pattern=fewer,
-        alpha_pattern=dict(fewer),
-        lora_bias=biases,
-    )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lora_core.adapters.starts import check_start, start_pair
 from lora_core.adapters.tokens import token_rows
 from lora_core.targets import Targets, nearest, pattern_value, select_modules, sites, unwrap
 
-__all__ = ["LoRAConfig"]
+__all__ = ["LoRAConfig", "config_of_ranks"]
 
 BIASES = ("none", "all", "lora_only")
 
@@ -236,3 +236,25 @@ def _check_patterns(option: str, patterns: object) -> None:
             re.compile(key)
         except re.error as error:
             raise ValueError(f"{option}: {key!r} is no regular expression: {error}") from None
+
+
+def config_of_ranks(ranks: Mapping[str, int], **options: Any) -> LoRAConfig:
+    """Make the configuration of pairs whose scaling is 1.
+
+    Args:
+        ranks: {module name: rank}, at least one.
+        **options: further fields of LoRAConfig.
+
+    Returns:
+        The configuration, its targets these modules.
+    """
+    r = max(ranks.values())
+    fewer = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != r}
+    return LoRAConfig(
+        r=r,
+        alpha=r,
+        targets=list(ranks),
+        rank_pattern=fewer,
+        alpha_pattern=dict(fewer),
+        **options,
+    )

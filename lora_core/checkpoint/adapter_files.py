@@ -138,7 +138,8 @@ def write_adapter(
     folder: Path,
     record: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    write_further: Callable[[Path], None],
+    write_further: Callable[[Path], None] = lambda _: None,
+    weights: str = WEIGHTS,
 ) -> None:
     """Write the two files and what goes beside them.
 
@@ -147,6 +148,7 @@ def write_adapter(
         record: what adapter_config.json is to hold.
         tensors: by key.
         write_further: called with the folder once the weights are there.
+        weights: name of the file that the tensors go to.
 
     Raises:
         TypeError: JSON cannot hold the record.
@@ -163,7 +165,7 @@ def write_adapter(
         (folder / CONFIG).unlink(missing_ok=True)
         sync(folder)
 
-    atomic_write(folder / WEIGHTS, write_weights)
+    atomic_write(folder / weights, write_weights)
     write_further(folder)
     atomic_write(folder / CONFIG, text)
 

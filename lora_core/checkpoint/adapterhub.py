@@ -15,7 +15,6 @@ over keys that are missing or left over; here both are errors. docs/formats.md l
 options.
 """
 
-import json
 import os
 import re
 import warnings
@@ -29,14 +28,12 @@ from lora_core.adapters.adapterhub import LAYOUTS, AdapterHubConfig, Layout, Pla
 from lora_core.adapters.base import Adapter, adapted_modules
 from lora_core.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, Tap
 from lora_core.adapters.inject import AdapterReport, adapter_names, attach_built
+from lora_core.checkpoint.adapter_files import write_adapter
 from lora_core.checkpoint.adapterhub_config import config_from, config_to
 from lora_core.checkpoint.safetensors_folder import (
-    Pending,
     read_header,
     read_json_object,
-    write_safetensors,
 )
-from lora_core.files import atomic_write, sync
 from lora_core.targets import nearest
 
 __all__ = ["load_adapterhub", "save_adapterhub"]
@@ -155,24 +152,7 @@ def save_adapterhub(
         "name": name,
         "version": VERSION,
     }
-    _write(folder, record, tensors)
-
-
-def _write(folder: Path, record: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Weights, then the configuration; it is gone in between, so that the two never mix."""
-    pending = [
-        Pending(key, tuple(tensor.shape), tensor.dtype, lambda t=tensor: t)  # type: ignore[misc]
-        for key, tensor in sorted(tensors.items())
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write_weights(aside: Path) -> None:
-        write_safetensors(aside, pending)
-        (folder / CONFIG).unlink(missing_ok=True)
-        sync(folder)
-
-    atomic_write(folder / WEIGHTS, write_weights)
-    atomic_write(folder / CONFIG, json.dumps(record, indent=2, sort_keys=True) + "\n")
+    write_adapter(folder, record, tensors, weights=WEIGHTS)
 
 
 # --- reading ---

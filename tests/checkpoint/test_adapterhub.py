@@ -274,19 +274,19 @@ def test_left_out_layers_are_written(maker, tmp_path):
 
 
 def test_a_crash_leaves_no_old_configuration_with_new_weights(maker, tmp_path, monkeypatch):
-    from lora_core.checkpoint import adapterhub
+    from lora_core.checkpoint import adapter_files
 
     model = maker.tiny("bert")
     load_adapterhub(model, FILES / "bert-seq_bn")
     save_adapterhub(model, tmp_path)
-    real = adapterhub.atomic_write
+    real = adapter_files.atomic_write
 
     def full_disk(path, content):
         if path.name == "adapter_config.json":
             raise OSError("no space")
         real(path, content)
 
-    monkeypatch.setattr(adapterhub, "atomic_write", full_disk)
+    monkeypatch.setattr(adapter_files, "atomic_write", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_adapterhub(model, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json"):
