@@ -26,6 +26,7 @@ from lora_core.adapters.forms import EmbeddingForm, Form
 __all__ = ["LoRA", "check_lora"]
 
 INITS = ("kaiming", "gaussian")
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class LoRA(Adapter):
@@ -326,8 +327,10 @@ def check_lora(r: int, alpha: float, dropout: float, init: str) -> None:
     """Check the settings of one LoRA pair; ValueError names the one that is wrong."""
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r must be a whole number of at least 1, got {r!r}")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or alpha != alpha or abs(alpha) == math.inf:
         raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+    if abs(alpha) > _LARGEST:
+        raise ValueError(f"alpha must be in float32's range, up to {_LARGEST:.1e}; it is above")
     if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
     if init not in INITS:

@@ -103,7 +103,7 @@ def export_adapter(
     conversion = None
     if to_lora is not None and model is not None:
         record, tensors, conversion = _converted(model, folder, record, to_lora)
-    true = read_as_peft(record, tensors)
+    true = _read_true(folder, record, tensors)
     if bake:
         _check_start(record)
         record, tensors = baked(record, tensors, rank)
@@ -136,6 +136,18 @@ def _check_options(
         raise ValueError("to_lora decomposes updates of weights: give the base, --model (model)")
     if loader is not None:
         loader_named(loader)
+
+
+def _read_true(
+    folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Applied]:
+    try:
+        true = read_as_peft(record, tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if not true:
+        raise ValueError(f"{folder} has no pair of A and B: there is nothing to export")
+    return true
 
 
 def _check_start(record: Mapping[str, Any]) -> None:

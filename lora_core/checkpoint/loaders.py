@@ -28,9 +28,10 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.checkpoint.lora_options import PEFT_PREFIX
-from lora_core.targets import nearest, pattern_value
+from lora_core.checkpoint.lora_scaling import stated_scalings
+from lora_core.targets import nearest
 
-__all__ = ["LOADERS", "Applied", "Refused", "loader_named"]
+__all__ = ["LOADERS", "Applied", "Refused", "check_pair", "loader_named"]
 
 _ENDS = {
     ".lora_A.weight": "A",
@@ -73,14 +74,14 @@ def read_as_peft(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
 
     Returns:
         {module: what is applied}; magnitudes, biases and whole modules are left out.
+
+    Raises:
+        ValueError: what PEFT would not load either: half a pair, other ranks than A's, a value of
+            another type or out of range.
     """
-    found = {}
-    for site, (down, up) in _pairs(tensors)[0].items():
-        r = pattern_value(raw.get("rank_pattern") or {}, site, raw.get("r", 8))
-        alpha = pattern_value(raw.get("alpha_pattern") or {}, site, raw.get("lora_alpha", 8))
-        scale = alpha / math.sqrt(r) if raw.get("use_rslora") else alpha / r
-        found[site] = Applied(down, up, scale)
-    return found
+    pairs = _pairs(tensors)[0]
+    scalings = stated_scalings(raw, {site: len(down) for site, (down, _) in pairs.items()})
+    return {site: Applied(down, up, scalings[site]) for site, (down, up) in pairs.items()}
 
 
 def read_as_vllm(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Applied]:
@@ -94,7 +95,7 @@ def read_as_vllm(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
     pairs, rest = _pairs(tensors)
     if other := [key for key in rest if not key.endswith(_EMBEDDINGS)]:
         raise Refused(f"vLLM refuses the key {other[0]!r}")
-    r, alpha = raw["r"], raw["lora_alpha"]
+    r, alpha = _needed("vLLM", raw, "r"), _needed("vLLM", raw, "lora_alpha")
     scale = alpha / math.sqrt(r) if raw.get("use_rslora") else alpha / r
     _no_convolutions("vLLM", pairs)
     for site, (down, _) in pairs.items():
@@ -113,7 +114,7 @@ def read_as_llama_cpp(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
             raise Refused(f"llama.cpp takes {key!r} for the norm's own weight")
         raise Refused(f"llama.cpp's convert_lora_to_gguf.py stops at the key {key!r}")
     _no_convolutions("llama.cpp", pairs)
-    alpha = float(raw["lora_alpha"])
+    alpha = _needed("llama.cpp", raw, "lora_alpha")
     return {site: Applied(a, b, alpha / b.shape[-1]) for site, (a, b) in pairs.items()}
 
 
@@ -124,14 +125,14 @@ def read_as_sglang(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
     pairs, rest = _pairs(tensors)
     if other := [key for key in rest if not key.endswith(_COPY)]:
         raise Refused(f"SGLang drops the key {other[0]!r} in silence")
-    r = raw["r"]
+    r, alpha = _needed("SGLang", raw, "r"), _needed("SGLang", raw, "lora_alpha")
     _no_convolutions("SGLang", pairs)
     for site, (down, _) in pairs.items():
         if len(down) != r:
             raise Refused(
                 f"SGLang stacks pairs of one rank, r = {r}; at {site!r} it is {len(down)}"
             )
-    return {site: Applied(a, b, raw["lora_alpha"] / r) for site, (a, b) in pairs.items()}
+    return {site: Applied(a, b, alpha / r) for site, (a, b) in pairs.items()}
 
 
 LOADERS: dict[str, Reader] = {
@@ -149,6 +150,20 @@ def loader_named(name: str) -> Reader:
     return LOADERS[name]
 
 
+def _needed(program: str, raw: Mapping[str, Any], key: str) -> Any:
+    if key not in raw:
+        raise Refused(f"{program} needs {key} in the configuration, and does not take PEFT's own")
+    return raw[key]
+
+
+def check_pair(site: str, down: Tensor, up: Tensor) -> None:
+    """Refuse tensors that no A and B are; ValueError names the module."""
+    sound = all(t.dim() > 1 and t.numel() and t.is_floating_point() for t in (down, up))
+    if not sound or len(down) % up.shape[1]:
+        told = " and ".join(f"{tuple(t.shape)} {t.dtype}" for t in (down, up))
+        raise ValueError(f"A and B of {site!r} are no pair: {told}")
+
+
 def _no_convolutions(program: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     for site, (down, _) in pairs.items():
         if down.dim() != 2:
@@ -156,7 +171,7 @@ def _no_convolutions(program: str, pairs: Mapping[str, tuple[Tensor, Tensor]]) -
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """{module: (A, B)} and the keys that are neither."""
+    """{module: (A, B)} and the keys that are neither; ValueError if A and B are no pair."""
     found: dict[str, dict[str, Tensor]] = {}
     rest = []
     for key, tensor in tensors.items():
@@ -166,4 +181,8 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
             continue
         site = key.removesuffix(end).removeprefix(PEFT_PREFIX)
         found.setdefault(site, {})[_ENDS[end]] = tensor
+    for site, both in found.items():
+        if len(both) < 2:
+            raise ValueError(f"{site!r} has only one of A and B")
+        check_pair(site, both["A"], both["B"])
     return {site: (both["A"], both["B"]) for site, both in found.items()}, rest

@@ -30,7 +30,7 @@ from lora_core.checkpoint.lora_scaling import scaling_record
 from lora_core.checkpoint.lora_starts import is_start, is_subtracted, repeated_starts
 from lora_core.checkpoint.misread import saving_notes
 from lora_core.quant import NF4Linear
-from lora_core.targets import nearest, sites, targets_for, unwrap
+from lora_core.targets import nearest, pattern_value, sites, targets_for, unwrap
 
 __all__ = ["LORA", "lora_record", "lora_tensors"]
 
@@ -119,6 +119,7 @@ def _read(
     _check_model(model, tensors)
     resume = read_resume(folder, raw)
     config = resume.training or lora_config(model, raw, tensors)
+    _check_ranks(config, tensors)
     built = _empty(model, config, resume)
     if not (folder / RESUME).is_file():
         check_padding(model, built)
@@ -149,6 +150,19 @@ def _check_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"the adapter is for another model: it has pairs for {len(own)} modules, {own[0]!r} "
             f"the first, and none of these is in this one; {nearest(own[0], names)}"
         )
+
+
+def _check_ranks(config: LoRAConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a rank that no A in the file has, before a pair of it is made; ValueError names it."""
+    ends = (".lora_A.weight", ".lora_embedding_A")
+    rows = [len(t) for key, t in tensors.items() if key.endswith(ends) and t.dim()]
+    for site in sorted(pair_sites(tensors)):
+        r = pattern_value(config.rank_pattern, site, config.r)
+        if r > max(rows, default=r):
+            raise ValueError(
+                f"the configuration says rank {r} for {site!r}, no A in the file has more than "
+                f"{max(rows)} rows"
+            )
 
 
 def _check_ties(

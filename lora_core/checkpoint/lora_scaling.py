@@ -17,7 +17,7 @@ from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig
 from lora_core.targets import pattern_value
 
-__all__ = ["applied_rank", "scaling_record"]
+__all__ = ["applied_rank", "scaling_record", "stated_scalings"]
 
 
 def applied_rank(pair: LoRA) -> int:
@@ -55,6 +55,38 @@ def scaling_record(config: LoRAConfig, pairs: Mapping[str, LoRA]) -> dict[str, A
         "alpha_pattern": alpha_pattern,
         "use_rslora": False,
     }
+
+
+def stated_scalings(raw: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Scaling of each pair in a file, as PEFT computes it.
+
+    Args:
+        raw: adapter_config.json.
+        ranks: rows of A by site.
+
+    Returns:
+        {site: s}.
+
+    Raises:
+        ValueError: a value of another type or out of range, or a rank that A does not have.
+    """
+    try:
+        stated = LoRAConfig(
+            r=raw.get("r", 8),
+            alpha=raw.get("lora_alpha", 8),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+        )
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    found = {}
+    for site, rows in ranks.items():
+        r = pattern_value(stated.rank_pattern, site, stated.r)
+        alpha = pattern_value(stated.alpha_pattern, site, stated.alpha)
+        if r != rows:
+            raise ValueError(f"the configuration says rank {r} for {site!r}, its A has {rows} rows")
+        found[site] = float(alpha / math.sqrt(r) if raw.get("use_rslora") else alpha / r)
+    return found
 
 
 def whole(value: float) -> float:

@@ -6,7 +6,6 @@ full copy need the base's weight for their update too, and without it are left o
 `adapter_spectrum` (adapters/spectrum.py, which has the definitions) does the same on a model.
 """
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +18,9 @@ from lora_core.adapters.spectrum import LayerSpectrum, SpectrumReport, layer_spe
 from lora_core.adapters.update import Update, difference, low_rank, with_bias
 from lora_core.checkpoint.adapter_files import CONFIG, read_adapter
 from lora_core.checkpoint.bnb import packed_layers, read_layer
+from lora_core.checkpoint.loaders import check_pair
+from lora_core.checkpoint.lora_scaling import stated_scalings
 from lora_core.checkpoint.safetensors_folder import SafetensorsFolder
-from lora_core.targets import pattern_value
 
 __all__ = ["read_spectrum"]
 
@@ -130,30 +130,21 @@ def _pair(
     """
     if "down" not in parts or "up" not in parts:
         raise ValueError(f"{site!r} has only one of A and B")
+    check_pair(site, parts["down"], parts["up"])
     down, up = parts["down"].flatten(1), parts["up"].flatten(1)
     rank = len(down)
-    if up.shape[1] < 1 or rank % up.shape[1]:
-        raise ValueError(f"A and B of {site!r} have ranks {rank} and {up.shape[1]}")
     if up.shape[1] < rank:  # a grouped convolution: B block by block, A of all channels
         blocks = up.chunk(rank // up.shape[1])
         up = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]  # torch's
-    update = low_rank(down, up, _scaling(site, rank, raw))
+    scaling = stated_scalings(raw, {site: rank})[site]
+    update = low_rank(down, up, scaling)
     found = weights.of(site, update.shape)
     if "lengths" in parts:
         update = _dora(update, parts, found, bool(raw.get("fan_in_fan_out")))
     if "bias" in parts:
-        update = with_bias(update, parts["bias"].double() * _scaling(site, rank, raw))
+        update = with_bias(update, parts["bias"].double() * scaling)
     norm = None if found is None else float(torch.linalg.vector_norm(found, dtype=torch.float64))
     return layer_spectrum(site, "DoRA" if "lengths" in parts else "LoRA", update, norm)
-
-
-def _scaling(site: str, rank: int, raw: Mapping[str, Any]) -> float:
-    """s as PEFT computes it."""
-    r = pattern_value(raw.get("rank_pattern") or {}, site, raw.get("r", 8))
-    alpha = pattern_value(raw.get("alpha_pattern") or {}, site, raw.get("lora_alpha", 8))
-    if r != rank:
-        raise ValueError(f"the configuration says rank {r} for {site!r}, its A has {rank} rows")
-    return float(alpha / math.sqrt(r) if raw.get("use_rslora") else alpha / r)
 
 
 def _dora(

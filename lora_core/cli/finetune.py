@@ -28,6 +28,7 @@ from lora_core.adapters import (
 )
 from lora_core.checkpoint import adapter_state_dict, load_model, save_adapter, save_model
 from lora_core.checkpoint.peft import read_adapter
+from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.cli.flags import add_dataclass_flags, given
 from lora_core.cli.opening import (
     ADAPTER_FILE,
@@ -382,7 +383,7 @@ def _read_config(path: str | None) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"--config {path}: no such file")
-    run = read_run(file.parent) if file.name == "run.json" else json.loads(file.read_text())
+    run = read_run(file.parent) if file.name == "run.json" else read_json_object(file)
     recorded = run.get("sha256", {}).get("data", {})
     for name, digest in recorded.items():
         if not Path(name).is_file():

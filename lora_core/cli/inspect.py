@@ -115,7 +115,7 @@ def _named_base(adapter: Path) -> tuple[Path | None, str | None]:
     if not file.is_file():
         return None, None  # what reads the folder says what is wrong with it
     named = read_json_object(file).get("base_model_name_or_path")
-    if not named:
+    if not named or not isinstance(named, str):
         return None, "the adapter names no base: give --model for |ΔW| / |W|"
     if not any(Path(named).glob("*.safetensors")):
         return None, f"the base {named!r} is no model folder here: give --model for |ΔW| / |W|"

@@ -79,7 +79,7 @@ def merged_folder(opened: Opened, out: str | Path, dtype: torch.dtype | None = N
 def run(args: argparse.Namespace) -> int:
     """Merge, write, load again, compare."""
     out = Path(args.out)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty: choose a new folder for the merged model")
     trained = open_model(args.model, args.adapter, device=args.device)
     ids = trained.tok.encode(_PROBE)

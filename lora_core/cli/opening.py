@@ -6,7 +6,6 @@ use the adapter follow it, and say so where a flag goes against it.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lora_core.adapters import (
     PromptTuningConfig,
 )
 from lora_core.checkpoint import load_adapter, load_model
+from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.data import Tokenizer, load_template, load_tokenizer
 from lora_core.device import default_device
 from lora_core.models import CausalLM
@@ -79,12 +79,9 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     file = Path(directory) / RUN_FILE
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object; got {type(content).__name__}")
+    content = read_json_object(file)
+    if "base" in content and not isinstance(content["base"], dict):
+        raise ValueError(f"{file}: base must be a JSON object; got {content['base']!r}")
     return content
 
 
@@ -93,8 +90,8 @@ def _base_of(adapter: Path) -> Path:
     file = adapter / ADAPTER_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter: {ADAPTER_FILE} is missing")
-    named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not named:
+    named = read_json_object(file).get("base_model_name_or_path")
+    if not named or not isinstance(named, str):
         raise ValueError(f"{file} names no base model: give --model")
     if not Path(named).is_dir():
         raise FileNotFoundError(f"the adapter's base {named!r} is no folder here: give --model")

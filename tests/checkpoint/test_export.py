@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_core.adapters import LoRAConfig, adapted_modules, adapter_names, add_adapter
+from lora_core.adapters import LoRAConfig, adapter_names, add_adapter
 from lora_core.checkpoint import export_adapter, load_adapter, read_adapter, save_adapter
 from lora_core.checkpoint.baking import baked, check
 from lora_core.checkpoint.loaders import LOADERS, Applied, Refused, read_as_peft
@@ -39,27 +41,21 @@ class Net(nn.Module):
 IDS = torch.arange(9)
 
 
-def shaken(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for _, host in adapted_modules(model):
-            for p in host.adapters.parameters():
-                p.add_(torch.randn_like(p), alpha=0.3)
-    return model
-
-
 @pytest.fixture
 def base() -> Net:
     return Net()
 
 
 @pytest.fixture
-def save(base: Net, tmp_path: Path) -> Callable[..., tuple[nn.Module, Path]]:
+def save(
+    shake: Callable[..., nn.Module], base: Net, tmp_path: Path
+) -> Callable[..., tuple[nn.Module, Path]]:
     """Save an adapter of a configuration; gives the adapted model and the folder."""
 
     def make(**options: Any) -> tuple[nn.Module, Path]:
         model = copy.deepcopy(base)
         add_adapter(model, LoRAConfig(**{"r": 4, "alpha": 6, "targets": ["up", "down"], **options}))
-        shaken(model)
+        shake(model)
         save_adapter(model, tmp_path / "a", base_model="some/base")
         return model, tmp_path / "a"
 
@@ -296,6 +292,62 @@ def test_options_that_do_not_fit(
     with pytest.raises(ValueError, match="is a P_TUNING adapter: only LORA ones"):
         export_adapter(folder, tmp_path / "out", bake=True)
     assert not (tmp_path / "out").exists()
+
+
+def half(key: str, tensor: Tensor | None) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Replace one tensor of a file, or take it away."""
+    changed = {} if tensor is None else {PREFIX + key: tensor}
+    return lambda tensors: {k: v for k, v in tensors.items() if k != PREFIX + key} | changed
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        ({"r": 0}, None, "r must be a whole number of at least 1, got 0"),
+        ({"r": "4"}, None, "r must be a whole number of at least 1, got '4'"),
+        ({"r": 8}, None, "the configuration says rank 8 for '(up|down)', its A has 4 rows"),
+        ({"rank_pattern": {"up": 2}}, None, "says rank 2 for 'up', its A has 4 rows"),
+        ({"rank_pattern": ["up"]}, None, "rank_pattern must be a dict of {pattern: value}"),
+        ({"rank_pattern": {"(": 4}}, None, r"rank_pattern: '\(' is no regular expression"),
+        ({"lora_alpha": float("nan")}, None, "alpha must be a finite number, got nan"),
+        ({"lora_alpha": None}, None, "alpha must be a finite number, got None"),
+        ({}, half("up.lora_B.weight", None), "'up' has only one of A and B"),
+        ({}, half("up.lora_B.weight", torch.ones(8, 3)), "A and B of 'up' are no pair: "),
+        ({}, half("up.lora_A.weight", torch.ones(4)), r"'up' are no pair: \(4,\) torch.float32"),
+        ({}, half("up.lora_A.weight", torch.ones(4, 6).int()), "are no pair: .* torch.int32"),
+        ({}, lambda _: {PREFIX + "up.bias": torch.ones(8)}, "has no pair of A and B"),
+    ],
+)
+def test_files_that_no_program_should_read(
+    config: dict[str, Any],
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None,
+    message: str,
+    save: Callable[..., tuple[nn.Module, Path]],
+    tmp_path: Path,
+) -> None:
+    """PEFT refuses these too, or scales by what is not the rank of A."""
+    _, folder = save()
+    raw, tensors = read_adapter(folder)
+    (folder / CONFIG).write_text(json.dumps({**raw, **config}))
+    if change is not None:
+        save_file(change(tensors), folder / WEIGHTS)
+    for options in ({}, {"bake": True}):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(folder))}:? .*{message}") as caught:
+            export_adapter(folder, tmp_path / "out", **options)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_programs_have_no_defaults_of_pefts(
+    save: Callable[..., tuple[nn.Module, Path]], tmp_path: Path
+) -> None:
+    _, folder = save(alpha=8)
+    raw, _ = read_adapter(folder)
+    (folder / CONFIG).write_text(json.dumps({k: raw[k] for k in raw if k != "lora_alpha"}))
+    report = export_adapter(folder, tmp_path / "plain")
+    assert set(report.refused) == set(OTHERS)
+    assert "vLLM needs lora_alpha in the configuration" in report.refused["vllm"]
+    assert not export_adapter(folder, tmp_path / "baked", bake=True).refused
 
 
 # --- the arithmetic ---

@@ -48,25 +48,17 @@ class Net(nn.Module):
         return self.embed
 
 
-def shaken(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for _, host in adapted_modules(model):
-            for p in host.adapters.parameters():
-                p.add_(torch.randn_like(p), alpha=0.3)
-    return model
-
-
 @pytest.fixture
 def base() -> Net:
     return Net()
 
 
 @pytest.fixture
-def saved(base: Net, tmp_path: Path) -> tuple[nn.Module, Path]:
+def saved(shake: Callable[..., nn.Module], base: Net, tmp_path: Path) -> tuple[nn.Module, Path]:
     """An adapted copy of `base` and the folder that its adapter was saved to."""
     model = copy.deepcopy(base)
     add_adapter(model, LoRAConfig(r=2, alpha=4, trainable_token_indices=[1, 5]))
-    shaken(model)
+    shake(model)
     assert save_adapter(model, tmp_path / "a", base_model="some/base") == []
     return model, tmp_path / "a"
 
@@ -214,7 +206,9 @@ def test_a_merged_model_saves_the_same_adapter(saved: tuple[nn.Module, Path]) ->
     assert (folder / "template.jinja").read_text() == "kept"
 
 
-def test_patterns_and_scaling_are_applied_and_warned_of(base: Net, tmp_path: Path) -> None:
+def test_patterns_and_scaling_are_applied_and_warned_of(
+    shake: Callable[..., nn.Module], base: Net, tmp_path: Path
+) -> None:
     model = copy.deepcopy(base)
     config = LoRAConfig(
         r=4,
@@ -225,7 +219,7 @@ def test_patterns_and_scaling_are_applied_and_warned_of(base: Net, tmp_path: Pat
         alpha_pattern={r"blocks\.1\..*": 7.0},
     )
     add_adapter(model, config)
-    shaken(model)
+    shake(model)
     with pytest.warns(UserWarning, match="misread by") as caught:
         notes = save_adapter(model, tmp_path)
     assert [str(w.message) for w in caught] == notes
@@ -295,9 +289,13 @@ def test_the_librarys_decoder_is_a_causal_lm(tmp_path: Path) -> None:
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base weights"),
         ({"init_lora_weights": "loftq"}, "'loftq' changes .* path_initial_model_for_weight_conv"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base weights"),
-        ({"r": 3}, r"lora_A.weight' has shape \(2, 8\), the model needs \(3, 8\)"),
+        ({"r": 1}, r"lora_A.weight' has shape \(2, 8\), the model needs \(1, 8\)"),
+        ({"r": 10**9}, "says rank 1000000000 for '.*', no A in the file has more than 2 rows"),
         ({"r": 0}, "a: r must be a whole number"),
         ({"lora_alpha": "8"}, "a: alpha must be a finite number, got '8'"),
+        ({"lora_alpha": 1e39}, "a: alpha must be in float32's range"),
+        ({"lora_alpha": 10**400}, "a: alpha must be in float32's range"),
+        ({"lora_alpha": float("nan")}, "a: alpha must be a finite number, got nan"),
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported: LORA, PROMPT_TUNING, "),
         ({"peft_type": "LORA_CORE_NONE"}, "no adapter kind 'NONE' is registered"),
         ({"peft_type": None}, "has no peft_type"),
@@ -431,7 +429,7 @@ def test_names_are_checked(base: Net, saved: tuple[nn.Module, Path]) -> None:
 
 
 def test_a_full_disk_leaves_the_old_files(
-    saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+    shake: Callable[..., nn.Module], saved: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = saved
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
@@ -440,7 +438,7 @@ def test_a_full_disk_leaves_the_old_files(
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    shaken(model)
+    shake(model)
     monkeypatch.setattr("lora_core.checkpoint.adapter_files.write_safetensors", broken)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(model, folder)
@@ -489,10 +487,12 @@ class ShiftConfig(PlainShift):
     """Registered."""
 
 
-def test_a_registered_kind_is_saved_and_loaded(base: Net, tmp_path: Path) -> None:
+def test_a_registered_kind_is_saved_and_loaded(
+    shake: Callable[..., nn.Module], base: Net, tmp_path: Path
+) -> None:
     model = copy.deepcopy(base)
     add_adapter(model, ShiftConfig(targets=lambda *_: True), "mine")
-    shaken(model)
+    shake(model)
     save_adapter(model, tmp_path, "mine")
     config, tensors = read_adapter(tmp_path)
     assert config == {

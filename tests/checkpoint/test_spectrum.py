@@ -6,41 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lora_core import LoRAConfig, add_adapter, load_model, save_adapter, save_model
 from lora_core.adapters import (
     BottleneckConfig,
     SpectrumReport,
-    adapted_modules,
     adapter_spectrum,
 )
 from lora_core.checkpoint import read_spectrum
 from lora_core.models import CausalLM, ModelConfig
 
 RELATIVE = 64 * 64 * 2.0**-53  # rounding of float64 in sums of some 64 terms, in two orders
-
-
-class Net(nn.Module):
-    """A layer of every kind whose pair has a shape of its own on disk."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.fused = nn.Linear(6, 15)
-        self.mix = nn.Linear(15, 8, bias=False)
-        self.conv = nn.Conv2d(4, 6, (3, 2))
-        self.grouped = nn.Conv1d(8, 12, 3, groups=4)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.mix(self.fused(self.embed(ids)))
-
-
-def shake(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(4)
-    for _, host in adapted_modules(model):
-        for parameter in host.adapters.parameters():
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) / 3)
 
 
 def same(ours: SpectrumReport, theirs: SpectrumReport, base: bool = True) -> None:
@@ -85,8 +62,8 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore:.*export --baked")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_and_the_model_it_came_from(kind, tmp_path) -> None:
-    model = Net()
+def test_a_folder_and_the_model_it_came_from(shake, every_form, kind, tmp_path) -> None:
+    model = every_form
     base = base_folder(model, tmp_path / "base")
     add_adapter(model, LoRAConfig(**KINDS[kind]))
     shake(model)
@@ -126,7 +103,7 @@ def decoder() -> CausalLM:
 
 
 @pytest.mark.parametrize("code", [None, "nf4"])
-def test_folders_of_models_sharded_and_in_four_bits(decoder, tmp_path, code) -> None:
+def test_folders_of_models_sharded_and_in_four_bits(shake, decoder, tmp_path, code) -> None:
     save_model(decoder, tmp_path / "dense", max_shard_size=50_000)
     model = load_model(tmp_path / "dense", quantize=code)
     where = tmp_path / "dense"
@@ -139,7 +116,7 @@ def test_folders_of_models_sharded_and_in_four_bits(decoder, tmp_path, code) -> 
     same(read_spectrum(tmp_path / "adapter", where), adapter_spectrum(model))
 
 
-def test_names_with_and_without_the_heads_prefix(decoder, tmp_path) -> None:
+def test_names_with_and_without_the_heads_prefix(shake, decoder, tmp_path) -> None:
     """A base saved as part of a larger model, or an adapter trained on a part of it."""
     add_adapter(decoder, LoRAConfig(r=2, targets=["q_proj"]))
     shake(decoder)
@@ -156,9 +133,9 @@ def test_names_with_and_without_the_heads_prefix(decoder, tmp_path) -> None:
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(shake, every_form, tmp_path):
     """A folder with an adapter, its configuration and tensors edited."""
-    model = Net()
+    model = every_form
     base_folder(model, tmp_path / "base")
     add_adapter(model, LoRAConfig(r=2, targets=["fused", "mix"]))
     shake(model)
@@ -199,6 +176,9 @@ def test_what_is_in_neither_is_named(saved) -> None:
             None,
             "init_lora_weights='pissa_niter_4': the base was changed too, so A and B are not",
         ),
+        ({"rank_pattern": [1]}, None, "rank_pattern must be a dict of {pattern: value}, got"),
+        ({"alpha_pattern": {"[": 1}}, None, r"alpha_pattern: '\[' is no regular expression"),
+        ({"lora_alpha": "4"}, None, "alpha must be a finite number, got '4'"),
         ({"r": 3}, None, "the configuration says rank 3 for 'fused', its A has 2 rows"),
         (
             {},
@@ -208,7 +188,7 @@ def test_what_is_in_neither_is_named(saved) -> None:
         (
             {},
             lambda t: t | {"base_model.model.mix.lora_B.weight": torch.ones(8, 3)},
-            "A and B of 'mix' have ranks 2 and 3",
+            r"A and B of 'mix' are no pair: \(2, 15\) torch.float32 and \(8, 3\)",
         ),
         (
             {},
@@ -228,10 +208,10 @@ def test_refusals(saved, tmp_path, config, tensors, told) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_folders_that_are_none(tmp_path) -> None:
+def test_folders_that_are_none(every_form, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         read_spectrum(tmp_path / "none")
-    model = Net()
+    model = every_form
     add_adapter(model, BottleneckConfig(2, feed_forward=["mix"]))
     save_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="holds LORA_CORE_BOTTLENECK, not LoRA"):

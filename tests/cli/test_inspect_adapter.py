@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,37 @@ def test_without_matplotlib(
 def test_usage(words: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["inspect", *words]) == code
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["inspect", "generate", "merge"])
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("adapter_config.json", "[1]", "adapter_config.json must hold a JSON object; got list"),
+        ("adapter_config.json", "{", "adapter_config.json is not valid JSON"),
+        ("adapter_config.json", '{"base_model_name_or_path": 5}', "adapter_config.json"),
+        ("run.json", '{"base": null}', "run.json: base must be a JSON object; got None"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be(
+    verb: str,
+    file: str,
+    content: str,
+    told: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if verb == "inspect" and file == "run.json":
+        return  # it does not read that one
+    wrong = shutil.copytree(folder, tmp_path / "wrong")
+    (wrong / file).write_text(content)
+    words = {"generate": ["--prompt", "x"], "merge": ["--out", str(tmp_path / "m")], "inspect": []}
+    base = [] if file == "adapter_config.json" else ["--model", str(tmp_path)]
+    assert main.main([verb, "--adapter", str(wrong), *base, *words[verb]]) == 1
+    err = capsys.readouterr().err
+    assert told in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_model_that_is_not_the_base(
