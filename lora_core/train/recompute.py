@@ -64,6 +64,12 @@ def recomputed_layers(model: nn.Module, on: bool = True) -> Iterator[None]:
 def _recomputed(forward, layer, *args, **kwargs):  # type: ignore[no-untyped-def]  # any layer's own
     if not layer.training:
         return forward(*args, **kwargs)
-    # a key/value cache that transformers passes along would be appended to twice
-    kwargs = {k: None if k.startswith("past_key_value") else v for k, v in kwargs.items()}
+    # a key/value cache that transformers passes along, by position or under one of three names,
+    # would be appended to twice
+    args = [None if _is_cache(value) else value for value in args]
+    kwargs = {k: None if _is_cache(v, k) else v for k, v in kwargs.items()}
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _is_cache(value: object, name: str = "") -> bool:
+    return name.startswith("past_key_value") or hasattr(value, "get_seq_length")

@@ -1,6 +1,7 @@
 """Prefix tuning: attention over [prefix; text] written out, masks, packing, recomputed layers."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -173,6 +174,8 @@ def test_every_document_of_a_packed_row_sees_the_prefix(lengths: list[int], netw
     with torch.no_grad():
         together = model(torch.cat(texts, 1), document_ids=documents).logits
         close(together, torch.cat([model(text).logits for text in texts], 1))
+        falling = model(torch.cat(texts, 1), document_ids=9 - documents).logits
+        assert torch.equal(falling, together)
 
 
 # --- recomputed layers ---
@@ -343,6 +346,24 @@ def test_masks_that_cannot_be_made_wider_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a prefix needs attention with a dense mask") as caught:
         attention(x, rotary, "a block mask", None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_mask_is_made_for_attention_that_looks_both_ways(causal: bool) -> None:
+    model = decoder()
+    add_adapter(model, FLAT)
+    prefix = at(model)[1]
+    prefix.call = dataclasses.replace(prefix.call, causal=causal)
+    seen: list[Any] = []
+
+    def base(x: Tensor, rotary: Any, mask: Tensor | None, cache: Any) -> None:
+        states = torch.zeros(1, 2, 4, 8)  # two more than this call's
+        seen.extend([mask, *cache.update(0, states, states)])
+
+    prefix.replace(base, (torch.zeros(1, 2, 32), None, None, None), {})
+    mask, key, value = seen
+    assert (mask is None) != causal
+    assert key.shape == value.shape == (1, 2, P + (2 if causal else 4), 8)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int64])

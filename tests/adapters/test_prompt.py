@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_core.adapters import (
+    Adapted,
     LoRAConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -263,6 +264,8 @@ def test_nothing_is_left_when_it_goes(kind: str, leave: str) -> None:
     else:
         unload_adapters(model)
     assert hooks(model) == []
+    assert not model._forward_pre_hooks_with_kwargs
+    assert not model._forward_hooks_with_kwargs
     assert [(n, id(m)) for n, m in model.named_modules()] == modules
     assert torch.equal(model(x).logits, before)
 
@@ -521,6 +524,15 @@ def test_an_exception_leaves_nothing_behind(
         model(x)
     handle.remove()
     assert state_of(model) == before
+    assert torch.equal(model(x).logits, y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_host_around_the_host_changes_nothing(kind: str) -> None:
+    model, x = decoder(), ids()
+    add_adapter(model, KINDS[kind])
+    y = model(x).logits
+    model.model.embed_tokens = Adapted(model.model.embed_tokens)
     assert torch.equal(model(x).logits, y)
 
 

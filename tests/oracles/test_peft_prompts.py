@@ -370,6 +370,10 @@ def test_outputs_of_every_form(model: str, kind: str) -> None:
     assert torch.equal(logits, y.logits)
     assert torch.equal(loss, y.loss)
     assert ours(IDS, logits_to_keep=1).logits.shape == (2, 1, 120)
+    places = torch.tensor([0, 3, -1])
+    wanted = y.logits[:, places]
+    bound = torch.full_like(wanted, gamma(2000) * wanted.abs().max().item())
+    assert exceeds(ours(IDS, logits_to_keep=places).logits, wanted, bound) is None
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -394,6 +398,9 @@ def test_a_text_beyond_the_table_of_positions(kind: str) -> None:
     with pytest.raises(ValueError, match="need 65 positions, the model has 64: shorten") as caught:
         ours(longer)
     assert "\n" not in str(caught.value)
+    cache = ours(x[:, 2:], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="need 65 positions, the model has 64: shorten"):
+        ours(x[:, :3], past_key_values=cache)
     mask = torch.ones_like(longer)
     mask[0, 0] = 0  # one column more, no position more
     assert ours(longer, attention_mask=mask).logits.shape == (1, 65 - P, 120)

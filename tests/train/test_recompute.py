@@ -65,6 +65,29 @@ def test_same_numbers_with_and_without_stopped_or_not(
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", ["GPT2", "Falcon"])
+def test_caches_that_layers_get_in_other_ways(
+    family: str, oracle: Callable[[str], ModuleType]
+) -> None:
+    """GPT-2's layers take it by position, Falcon's under another name."""
+    transformers = oracle("transformers")
+    sizes = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    made = getattr(transformers, family + "Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(made).train()
+    ids = torch.arange(8)[None]
+
+    def gradients(on: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        with recomputed_layers(model, on):
+            model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
+
+
 def test_layers_are_the_longest_list_of_one_class() -> None:
     model = nn.Module()
     model.heads = nn.ModuleList([nn.Linear(1, 1)])
