@@ -66,7 +66,7 @@ def _recomputed(forward, layer, *args, **kwargs):  # type: ignore[no-untyped-def
         return forward(*args, **kwargs)
     # a key/value cache that transformers passes along, by position or under one of three names,
     # would be appended to twice
-    args = [None if _is_cache(value) else value for value in args]
+    args = tuple(None if _is_cache(value) else value for value in args)
     kwargs = {k: None if _is_cache(v, k) else v for k, v in kwargs.items()}
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 

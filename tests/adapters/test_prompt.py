@@ -223,6 +223,15 @@ def test_a_text_is_encoded_once_and_the_tokenizer_is_not_kept() -> None:
     assert pickle.loads(pickle.dumps(config)) == config
 
 
+def test_dropout_between_lstm_layers_is_for_training() -> None:
+    model = decoder()
+    add_adapter(model, PTuningConfig(P, "lstm", hidden=5, dropout=0.5))
+    prompt = adapter(model)
+    assert torch.equal(prompt.embeddings(), prompt.embeddings())
+    model.train()
+    assert not torch.equal(prompt.embeddings(), prompt.embeddings())
+
+
 # --- the call ---
 
 

@@ -231,6 +231,17 @@ def test_attention_of_another_make_is_refused() -> None:
     add_adapter(model, OURS["prompt"])
 
 
+def test_attention_to_another_text_gets_no_prefix() -> None:
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=120, n_embd=32, n_layer=2, n_head=4, n_positions=64, add_cross_attention=True
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    report = add_adapter(model, OURS["prefix"])
+    assert report.sites[1:] == ("transformer.h.0.attn", "transformer.h.1.attn")
+
+
 @pytest.mark.parametrize("kind", THEIRS)
 def test_our_decoder_gives_what_peft_gives_on_transformers(
     kind: str, llama_folder: Path, peft: ModuleType, tmp_path: Path
