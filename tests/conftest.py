@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # one thread a process: the suite runs one process a core, and the tensors are small
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
 
 torch.set_num_threads(1)
 
@@ -69,6 +72,59 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
+@pytest.fixture(scope="session")
+def shake() -> Callable[..., nn.Module]:
+    """Give every adapter parameter in a model numbers that matter; gives the model back."""
+    from lora_core.adapters import adapted_modules
+
+    def fill(model: nn.Module, scale: float = 0.3) -> nn.Module:
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for _, host in adapted_modules(model):
+                for parameter in host.adapters.parameters():
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(noise, alpha=scale)
+        return model
+
+    return fill
+
+
+class EveryForm(nn.Module):
+    """A layer of every kind whose low-rank pair has a shape of its own, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.fused = nn.Linear(6, 15)
+        self.mix = nn.Linear(15, 8, bias=False)
+        self.conv = nn.Conv2d(4, 6, (3, 2))
+        self.grouped = nn.Conv1d(8, 12, 3, groups=4)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.mix(self.fused(self.embed(ids))))
+
+
+@pytest.fixture
+def every_form() -> nn.Module:
+    return EveryForm()
+
+
+@pytest.fixture(scope="session")
+def load_benchmark() -> Callable[[str], ModuleType]:
+    """Import a benchmark: a test run leaves the repository's root off the path."""
+    root = str(Path(__file__).parents[1])
+
+    def load(name: str) -> ModuleType:
+        sys.path.insert(0, root)
+        try:
+            return importlib.import_module(f"benchmarks.{name}")
+        finally:
+            sys.path.remove(root)
+
+    return load
+
+
 CHATML_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -106,29 +162,56 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_peer(oracle: Callable) -> Callable[..., nn.Module]:
+    """Make a random language model of transformers': "llama" or "gpt2", and what is not usual.
+
+    Hidden size 32, 2 layers, 4 heads (llama: 48 between, over 2 key/value heads), vocabulary 64.
+    """
+    usual: dict[str, dict[str, Any]] = {
+        "llama": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    }
+    ends = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": None}
+
+    def make(family: str, **options: Any) -> nn.Module:
+        transformers = oracle("transformers")
+        sizes = ends | usual[family] | options
+        if family == "llama":
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def llama_folder(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, oracle: Callable
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer_folder: Path,
+    small_peer: Callable[..., Any],
 ) -> Path:
     """A sharded folder that transformers' LlamaForCausalLM saved: random weights, real tokenizer.
 
     Hidden size 64, 3 layers, 4 heads of 16 over 2 key/value heads, vocabulary 400, float32.
     """
-    transformers = oracle("transformers")
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(1)
-    config = transformers.LlamaConfig(
+    model = small_peer(
+        "llama",
         vocab_size=400,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=512,
-        bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="150KB")
+    model.save_pretrained(folder, max_shard_size="150KB")
     for file in tokenizer_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder

@@ -84,22 +84,6 @@ def same_bits() -> Callable[[Tensor, Tensor], bool]:
 
 
 @pytest.fixture(scope="session")
-def shake() -> Callable[[nn.Module, float], None]:
-    """Give every adapter parameter in a model numbers that matter."""
-
-    def fill(model: nn.Module, scale: float = 0.3) -> None:
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for _, host in adapted_modules(model):
-                assert isinstance(host, Adapted)
-                for parameter in host.adapters.parameters():
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.add_(noise, alpha=scale)
-
-    return fill
-
-
-@pytest.fixture(scope="session")
 def state_of() -> Callable[[nn.Module], dict[str, object]]:
     """Everything that an error must leave alone: modules, tensors, flags, active adapters."""
 

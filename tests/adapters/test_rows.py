@@ -316,19 +316,26 @@ def two(mlp: nn.Module, shake: Callable[..., None]) -> nn.Module:
     return mlp
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The dtypes of the stacks that are made from now on."""
+    found: list[torch.dtype] = []
+    original = PairStacks._made
+
+    def counted(self: PairStacks, dtype: torch.dtype) -> Any:
+        found.append(dtype)
+        return original(self, dtype)
+
+    monkeypatch.setattr(PairStacks, "_made", counted)
+    return found
+
+
 ROWS = ["a", None, "b", "a"]
 
 
 def test_stacks_are_kept_for_the_next_batch_with_the_same_adapters(
-    two: nn.Module, monkeypatch: pytest.MonkeyPatch
+    two: nn.Module, made: list[torch.dtype]
 ) -> None:
-    made: list[torch.dtype] = []
-    original = PairStacks._made
-
-    def counted(self: PairStacks, dtype: torch.dtype) -> Any:
-        made.append(dtype)
-        return original(self, dtype)
-
     x = torch.randn(5, 12)
 
     def checked(names: list[str | None]) -> int:
@@ -340,7 +347,6 @@ def test_stacks_are_kept_for_the_next_batch_with_the_same_adapters(
             assert torch.equal(two(x), wanted)
         return len(made)
 
-    monkeypatch.setattr(PairStacks, "_made", counted)
     with torch.no_grad():
         assert checked(["a", None, "b", "a", "b"]) == 2  # one a site
         assert checked(["b", "b", "a", None, None]) == 0
@@ -353,16 +359,8 @@ def test_stacks_are_kept_for_the_next_batch_with_the_same_adapters(
 
 
 def test_without_gradients_stacks_are_made_once_and_again_when_something_changed(
-    two: nn.Module, monkeypatch: pytest.MonkeyPatch
+    two: nn.Module, made: list[torch.dtype]
 ) -> None:
-    made: list[torch.dtype] = []
-    original = PairStacks._made
-
-    def counted(self: PairStacks, dtype: torch.dtype) -> Any:
-        made.append(dtype)
-        return original(self, dtype)
-
-    monkeypatch.setattr(PairStacks, "_made", counted)
     x, pair = torch.randn(4, 12), two.inp.adapter("a")
 
     def fresh() -> Tensor:

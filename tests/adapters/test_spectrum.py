@@ -40,24 +40,6 @@ def near(ours, theirs, size: float, n: int) -> None:
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=False)) <= bound
 
 
-class Net(nn.Module):
-    """A layer of every kind that has a form."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.fused = nn.Linear(6, 15)
-        self.mix = nn.Linear(15, 8, bias=False)
-        self.conv = nn.Conv2d(4, 6, (3, 2))
-        self.grouped = nn.Conv1d(8, 12, 3, groups=4)
-        self.norm = nn.LayerNorm(8)
-
-
-@pytest.fixture
-def net() -> Net:
-    return Net()
-
-
 KINDS = {
     "plain": {"r": 4},
     "grouped": {"r": 8, "targets": ["grouped"]},
@@ -70,12 +52,12 @@ KINDS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_layer_against_the_dense_update(net, shake, kind) -> None:
+def test_every_layer_against_the_dense_update(every_form, shake, kind) -> None:
     options = {"targets": ["embed", "fused", "mix", "conv", "grouped"], **KINDS[kind]}
-    add_adapter(net, LoRAConfig(**options))
-    shake(net)
-    report = adapter_spectrum(net)
-    hosts = dict(adapted_modules(net))
+    add_adapter(every_form, LoRAConfig(**options))
+    shake(every_form)
+    report = adapter_spectrum(every_form)
+    hosts = dict(adapted_modules(every_form))
     assert [layer.name for layer in report.layers] == list(hosts)
     assert report.left_out == ()
     for layer in report.layers:
@@ -125,13 +107,13 @@ def test_no_dense_update_is_formed() -> None:
     assert update.singular_values()[0] > 0
 
 
-def test_a_start_that_is_subtracted_is_nothing(net) -> None:
+def test_a_start_that_is_subtracted_is_nothing(every_form) -> None:
     """PiSSA begins at ΔW = 0, whose factors are large: rounding is not mistaken for an update."""
-    add_adapter(net, LoRAConfig(r=4, init="pissa", targets=["fused", "mix"]))
-    for layer in adapter_spectrum(net).layers:
+    add_adapter(every_form, LoRAConfig(r=4, init="pissa", targets=["fused", "mix"]))
+    for layer in adapter_spectrum(every_form).layers:
         assert layer.singular_values == ()
         assert (layer.norm, layer.rank, layer.effective_rank, layer.stable_rank) == (0, 0, 0, 0)
-    assert "0.000%" in str(adapter_spectrum(net))
+    assert "0.000%" in str(adapter_spectrum(every_form))
 
 
 def test_the_two_ranks() -> None:

@@ -1,8 +1,6 @@
 """The benchmark of merging: its made-up layers tell what they are meant to tell."""
 
-import importlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,11 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def merging() -> Iterator[ModuleType]:
-    """The benchmark: the repository's root is not on the path of a test run."""
-    sys.path.insert(0, str(ROOT))
-    yield importlib.import_module("benchmarks.merging")
-    sys.path.remove(str(ROOT))
+def merging(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("merging")
 
 
 def test_uncorrelated_inputs_are_the_limit_and_a_steep_spectrum_is_not(

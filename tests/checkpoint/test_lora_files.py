@@ -20,6 +20,7 @@ from lora_core.checkpoint.lora_scaling import scaling_record
 from lora_core.quant import NF4Linear, quantize_model
 from lora_core.targets import pattern_value
 
+Make = Callable[..., nn.Module]
 CONFIG, WEIGHTS, RESUME = "adapter_config.json", "adapter_model.safetensors", "lora_core.json"
 PREFIX = "base_model.model."
 
@@ -64,25 +65,22 @@ def other_program(tmp_path: Path) -> Callable[..., Path]:
     return change
 
 
-def shaken(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for _, host in adapted_modules(model):
-            for p in host.adapters.parameters():
-                p.add_(torch.randn_like(p), alpha=0.3)
-    return model
+@pytest.fixture
+def saved(shake: Make) -> Make:
+    """Save an adapter of an adapted copy of the base to a folder; gives the copy."""
+
+    def make(base: nn.Module, folder: Path, **options: Any) -> nn.Module:
+        model = copy.deepcopy(base)
+        add_adapter(model, LoRAConfig(**{"r": 2, "alpha": 4, **options}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save_adapter(shake(model), folder)
+        return model
+
+    return make
 
 
-def saved(base: nn.Module, folder: Path, **options: Any) -> nn.Module:
-    """An adapted copy of the base, and its adapter in the folder."""
-    model = copy.deepcopy(base)
-    add_adapter(model, LoRAConfig(**{"r": 2, "alpha": 4, **options}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        save_adapter(shaken(model), folder)
-    return model
-
-
-def test_keys_and_shapes_of_every_kind(base: nn.Module, tmp_path: Path) -> None:
+def test_keys_and_shapes_of_every_kind(saved: Make, base: nn.Module, tmp_path: Path) -> None:
     saved(
         base,
         tmp_path,
@@ -132,7 +130,7 @@ def test_keys_and_shapes_of_every_kind(base: nn.Module, tmp_path: Path) -> None:
     ids=["dora", "biases", "pissa", "olora", "parts", "loftq"],
 )
 def test_every_kind_comes_back_bit_for_bit(
-    options: dict[str, Any], base: nn.Module, tmp_path: Path
+    saved: Make, options: dict[str, Any], base: nn.Module, tmp_path: Path
 ) -> None:
     model = saved(base, tmp_path / "a", **options)
     load_adapter(base, tmp_path / "a", trainable=True)
@@ -149,7 +147,9 @@ def test_every_kind_comes_back_bit_for_bit(
 # --- rank and scaling ---
 
 
-def test_a_subtracted_start_is_written_as_a_plain_pair(base: nn.Module, tmp_path: Path) -> None:
+def test_a_subtracted_start_is_written_as_a_plain_pair(
+    saved: Make, base: nn.Module, tmp_path: Path
+) -> None:
     options = {"targets": ["fused", "rising"], "init": "pissa", "use_rslora": True}
     model = saved(base, tmp_path, **options, rank_pattern={"rising": 3})
     record, tensors = read_adapter(tmp_path)
@@ -194,7 +194,7 @@ def test_rewritten_patterns_mean_each_pair(
         assert alpha / rank == pytest.approx(scaling, rel=1e-15)
 
 
-def test_the_order_of_patterns_is_kept(base: nn.Module, tmp_path: Path) -> None:
+def test_the_order_of_patterns_is_kept(saved: Make, base: nn.Module, tmp_path: Path) -> None:
     """The first that matches wins, and PEFT sorts them."""
     patterns = {"rising": 3, "(fused|rising)": 2}
     model = saved(base, tmp_path, targets=["fused", "rising"], r=4, rank_pattern=patterns)
@@ -237,7 +237,11 @@ def test_the_precision_of_the_base_comes_back(base: nn.Module, tmp_path: Path) -
     ],
 )
 def test_what_is_wrong_with_the_further_file(
-    content: dict[str, Any], message: str, base: nn.Module, tmp_path: Path
+    saved: Make,
+    content: dict[str, Any],
+    message: str,
+    base: nn.Module,
+    tmp_path: Path,
 ) -> None:
     saved(base, tmp_path, targets=["fused"])
     (tmp_path / RESUME).write_text(json.dumps(content))
@@ -248,7 +252,10 @@ def test_what_is_wrong_with_the_further_file(
 
 
 def test_another_program_has_rewritten_the_adapter(
-    base: nn.Module, tmp_path: Path, other_program: Callable[..., Path]
+    saved: Make,
+    base: nn.Module,
+    tmp_path: Path,
+    other_program: Callable[..., Path],
 ) -> None:
     model = saved(base, tmp_path, targets=["fused"], init="pissa")
     # the same form with other numbers: those numbers
@@ -265,7 +272,10 @@ def test_another_program_has_rewritten_the_adapter(
 
 
 def test_numbers_between_independent_parts_are_refused(
-    base: nn.Module, tmp_path: Path, other_program: Callable[..., Path]
+    saved: Make,
+    base: nn.Module,
+    tmp_path: Path,
+    other_program: Callable[..., Path],
 ) -> None:
     saved(base, tmp_path, targets=["fused"], parts={"fused": [4, 8]})
     up = f"{PREFIX}fused.lora_B.weight"
@@ -281,12 +291,12 @@ def test_numbers_between_independent_parts_are_refused(
 # --- LoftQ ---
 
 
-def test_loftq_is_for_the_base_it_made(base: nn.Module, tmp_path: Path) -> None:
+def test_loftq_is_for_the_base_it_made(shake: Make, base: nn.Module, tmp_path: Path) -> None:
     model = copy.deepcopy(base)
     config = LoRAConfig(r=2, targets=["fused", "rising"], init="loftq", loftq_steps=3)
     add_adapter(model, config)
     with pytest.warns(UserWarning, match="init='loftq' made the 4-bit base .* quantized=True"):
-        (note,) = save_adapter(shaken(model), tmp_path)
+        (note,) = save_adapter(shake(model), tmp_path)
     assert "save_model(model, directory, quantized=True)" in note
     # on the 16-bit model the base is made again, on the 4-bit one it is compared
     load_adapter(copy.deepcopy(base), tmp_path)
@@ -308,7 +318,10 @@ def test_loftq_is_for_the_base_it_made(base: nn.Module, tmp_path: Path) -> None:
 
 
 def test_a_of_all_channels_is_run_and_not_merged(
-    base: nn.Module, tmp_path: Path, other_program: Callable[..., Path]
+    saved: Make,
+    base: nn.Module,
+    tmp_path: Path,
+    other_program: Callable[..., Path],
 ) -> None:
     saved(base, tmp_path, targets=["conv"], bias="lora_only")
     key = f"{PREFIX}conv.lora_A.weight"
@@ -340,7 +353,10 @@ def test_a_of_all_channels_is_run_and_not_merged(
 
 
 def test_pefts_leniences_about_whole_modules(
-    base: nn.Module, tmp_path: Path, other_program: Callable[..., Path]
+    saved: Make,
+    base: nn.Module,
+    tmp_path: Path,
+    other_program: Callable[..., Path],
 ) -> None:
     """PEFT matches ends of names, dot or no dot, and adds heads' names that match nothing."""
     model = saved(base, tmp_path, targets=["fused"], modules_to_save=["score", "norm"])
@@ -377,7 +393,9 @@ class Doubled(nn.Module):
     ],
     ids=["regex", "excluding", "pissa", "copy", "callable"],
 )
-def test_names_that_are_ends_of_others(options: dict[str, Any], tmp_path: Path) -> None:
+def test_names_that_are_ends_of_others(
+    saved: Make, options: dict[str, Any], tmp_path: Path
+) -> None:
     base, x = Doubled(), torch.randn(2, 9)
     model = saved(base, tmp_path / "a", **options)
     load_adapter(base, tmp_path / "a", trainable=True)
@@ -387,18 +405,20 @@ def test_names_that_are_ends_of_others(options: dict[str, Any], tmp_path: Path) 
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_a_target_that_ends_as_a_copy(tmp_path: Path) -> None:
+def test_a_target_that_ends_as_a_copy(shake: Make, tmp_path: Path) -> None:
     """PEFT takes 'overhead' for another 'head', and fails at it: said; read here as it is meant."""
     base, x = Doubled(), torch.randn(2, 9)
     model = copy.deepcopy(base)
     add_adapter(model, LoRAConfig(r=2, targets=["overhead"], modules_to_save=["head"]))
     with pytest.warns(UserWarning, match="modules_to_save='head': PEFT takes 'overhead', which"):
-        save_adapter(shaken(model), tmp_path)
+        save_adapter(shake(model), tmp_path)
     load_adapter(base, tmp_path)
     assert torch.equal(base(x), model(x))
 
 
-def test_a_target_inside_a_copy_is_none(tmp_path: Path, other_program: Callable[..., Path]) -> None:
+def test_a_target_inside_a_copy_is_none(
+    saved: Make, tmp_path: Path, other_program: Callable[..., Path]
+) -> None:
     """PEFT copies the module and passes over what is in it."""
     base, x = Doubled(), torch.randn(2, 9)
     model = saved(base, tmp_path, targets=["overhead"], exclude=["part.overhead"])
@@ -421,7 +441,11 @@ def test_a_target_inside_a_copy_is_none(tmp_path: Path, other_program: Callable[
 
 @pytest.mark.parametrize("wide", ["file", "model"])
 def test_a_copy_of_the_base_in_another_precision(
-    wide: str, base: nn.Module, tmp_path: Path, other_program: Callable[..., Path]
+    saved: Make,
+    wide: str,
+    base: nn.Module,
+    tmp_path: Path,
+    other_program: Callable[..., Path],
 ) -> None:
     """Trained on the base in 16 bits and loaded in 32, or the other way round."""
     saved(base, tmp_path, targets=["embed"])
@@ -439,7 +463,10 @@ def test_a_copy_of_the_base_in_another_precision(
 
 
 def test_doubles_and_copies_of_base_weights_are_left_out(
-    base: nn.Module, tmp_path: Path, other_program: Callable[..., Path]
+    saved: Make,
+    base: nn.Module,
+    tmp_path: Path,
+    other_program: Callable[..., Path],
 ) -> None:
     model = saved(base, tmp_path, targets=["embed"], modules_to_save=["score"], bias="all")
     more = {
@@ -462,7 +489,11 @@ def test_doubles_and_copies_of_base_weights_are_left_out(
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_of_pefts_needs_the_16_bit_weights(
-    start: str, base: nn.Module, tmp_path: Path, other_program: Callable[..., Path]
+    saved: Make,
+    start: str,
+    base: nn.Module,
+    tmp_path: Path,
+    other_program: Callable[..., Path],
 ) -> None:
     saved(base, tmp_path, targets=["fused", "embed"])
     (tmp_path / RESUME).unlink()
@@ -479,7 +510,7 @@ def test_a_start_of_pefts_needs_the_16_bit_weights(
     assert hosts["embed"].adapter("default").A0 is None
 
 
-def test_an_adapter_for_another_model(base: nn.Module, tmp_path: Path) -> None:
+def test_an_adapter_for_another_model(saved: Make, base: nn.Module, tmp_path: Path) -> None:
     saved(base, tmp_path, targets=["fused", "rising"])
     other = nn.ModuleDict(
         {"fuse": nn.Linear(8, 12), "deep": nn.ModuleDict({"fused": nn.Linear(3, 3)})}

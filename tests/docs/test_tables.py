@@ -1,9 +1,7 @@
 """Tables in docs/ that are made from the code are what the code makes now."""
 
-import importlib
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,11 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def methods() -> Iterator[ModuleType]:
-    """benchmarks.methods; a test run leaves the repository's root off the path."""
-    sys.path.insert(0, str(ROOT))
-    yield importlib.import_module("benchmarks.methods")
-    sys.path.remove(str(ROOT))
+def methods(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("methods")
 
 
 def test_what_each_method_can_do(methods: ModuleType) -> None:

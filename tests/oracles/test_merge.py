@@ -31,21 +31,6 @@ NAMES = {
 }
 
 
-def tiny(transformers: ModuleType, family: str) -> Any:
-    if family == "llama":
-        config = transformers.LlamaConfig(
-            vocab_size=40,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            tie_word_embeddings=True,
-        )
-        return transformers.LlamaForCausalLM(config).eval()
-    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 def shaken(model: nn.Module) -> None:
     with torch.no_grad():
         for p in model.parameters():
@@ -61,10 +46,11 @@ def test_a_merged_model_is_saved_and_read_with_the_same_logits(
     name: str,
     merge: bool,
     oracle: Callable[[str], ModuleType],
+    small_peer: Callable[..., nn.Module],
     tmp_path: Path,
 ) -> None:
     transformers = oracle("transformers")
-    model = tiny(transformers, family)
+    model: Any = small_peer(family, tie_word_embeddings=True)
     names = NAMES[family]
     options = {
         key: [names.get(v, v) for v in value] if isinstance(value, list) else value

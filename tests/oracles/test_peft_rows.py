@@ -38,22 +38,9 @@ def peft(oracle: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def base(oracle: Callable[[str], ModuleType]) -> nn.Module:
-    transformers = oracle("transformers")
+def base(small_peer: Callable[..., nn.Module]) -> nn.Module:
     torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_peer("llama", initializer_range=0.2, pad_token_id=0)
 
 
 @pytest.fixture
