@@ -31,6 +31,7 @@ __all__ = [
     "select_modules",
     "sites",
     "targets_for",
+    "uncompiled",
     "unwrap",
 ]
 
@@ -43,6 +44,12 @@ def unwrap(module: nn.Module) -> nn.Module:
     while isinstance(attribute := getattr(type(module), "wraps", None), str):
         module = getattr(module, attribute)
     return module
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile` was given, whose names have no `_orig_mod`."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
 
 
 def sites(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

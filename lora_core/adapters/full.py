@@ -49,6 +49,8 @@ class FullCopy(Adapter):
         if any(isinstance(part, Adapted) for part in module.modules()):
             raise ValueError(f"{kind} cannot be copied for training: adapters are inside it")
         self.copy = copy.deepcopy(module).requires_grad_(True)
+        for parameter in self.copy.parameters():  # before what was saved is copied in
+            parameter.data = parameter.data.float()
         self.training = module.training  # its parts keep their modes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

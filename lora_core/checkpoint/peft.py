@@ -23,7 +23,7 @@ from lora_core.checkpoint.lora_files import LORA
 from lora_core.checkpoint.own_files import OWN, OWN_KIND
 from lora_core.checkpoint.soft_prompts import KINDS as SOFT_PROMPTS
 from lora_core.checkpoint.soft_prompts import SOFT_PROMPT
-from lora_core.targets import nearest
+from lora_core.targets import nearest, uncompiled
 
 __all__ = ["adapter_state_dict", "load_adapter", "read_adapter", "save_adapter"]
 
@@ -47,7 +47,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     Raises:
         ValueError: an unknown name.
     """
-    found = adapters_named(model, name)
+    found = adapters_named(uncompiled(model), name)
     return _tensors(found, format_of(found))
 
 
@@ -61,7 +61,7 @@ def save_adapter(
     """Write one adapter so that a crash leaves the old one, the new one, or none that loads.
 
     Args:
-        model: a model with the adapter, merged or not.
+        model: a model with the adapter, merged or not, compiled or not.
         directory: where; made if it is not there, other files in it stay.
         name: which adapter.
         base_model: what to record as `base_model_name_or_path`; None: what the model says it was
@@ -75,6 +75,7 @@ def save_adapter(
             registered.
         TypeError: a configuration that JSON cannot hold.
     """
+    model = uncompiled(model)
     found = adapters_named(model, name)
     config = next(iter(found.values())).config
     form = format_of(found)
@@ -124,6 +125,7 @@ def load_adapter(
         ValueError: malformed files; an option that is not supported; missing or unexpected keys,
             another shape; whatever `add_adapter` refuses. The model is then as it was.
     """
+    model = uncompiled(model)
     config, built = built_from(model, Path(directory), trainable)
     if untie and "untie" in {field.name for field in dataclasses.fields(config)}:
         config = dataclasses.replace(config, untie=True)

@@ -20,7 +20,7 @@ from lora_core.checkpoint.conv_groups import as_written, from_disk
 from lora_core.checkpoint.lora_files import LORA
 from lora_core.checkpoint.lora_options import PEFT_PREFIX
 from lora_core.checkpoint.peft import adapters_named, built_from, format_of
-from lora_core.targets import targets_for
+from lora_core.targets import targets_for, uncompiled
 
 __all__ = ["swap_adapter"]
 
@@ -47,6 +47,7 @@ def swap_adapter(
         ValueError: an unknown name, a merged model, malformed or missing tensors, another kind, a
             rank above the adapter's, a layer where it is not. The adapter is then as it was.
     """
+    model = uncompiled(model)
     own = adapters_named(model, name)
     if isinstance(source, Mapping):
         new = _from_state(model, own, source)

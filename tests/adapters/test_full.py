@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from lora_core.adapters import (
     unmerge_adapters,
 )
 from lora_core.adapters.full import FullCopy
+from lora_core.checkpoint import adapter_state_dict, load_adapter, save_adapter
 from lora_core.quant import quantize_model
 
 State = Callable[[nn.Module], dict[str, object]]
@@ -372,3 +374,22 @@ def test_the_class_says_what_it_is() -> None:
     assert adapter.mixes is None
     y = torch.randn(2)
     assert adapter(None, y, host.base) is y
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_in_a_16_bit_model_comes_back_in_32_bits(
+    dtype: torch.dtype, same_bits: Same, tmp_path: Path
+) -> None:
+    """What was trained below the base's precision is still there after loading."""
+    base = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)).to(dtype)
+    model = copy.deepcopy(base)
+    add_adapter(model, config("1", "2", targets=["0"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.rand_like(p), alpha=1e-5)
+    save_adapter(model, tmp_path)
+    load_adapter(base, tmp_path, trainable=True)
+    first, again = adapter_state_dict(model), adapter_state_dict(base)
+    assert first.keys() == again.keys()
+    assert all(same_bits(first[key], again[key]) for key in first)

@@ -151,6 +151,20 @@ def test_saving_again_gives_the_same_files(base: Net, saved: tuple[nn.Module, Pa
         assert (folder.parent / "b" / file).read_bytes() == (folder / file).read_bytes()
 
 
+def test_a_compiled_model_is_saved_and_loaded_under_its_own_names(
+    base: Net, saved: tuple[nn.Module, Path]
+) -> None:
+    model, folder = saved
+    compiled: Any = torch.compile(model, backend="eager")
+    assert adapter_state_dict(compiled).keys() == adapter_state_dict(model).keys()
+    save_adapter(compiled, folder.parent / "b", base_model="some/base")
+    for file in (CONFIG, WEIGHTS):
+        assert (folder.parent / "b" / file).read_bytes() == (folder / file).read_bytes()
+    load_adapter(torch.compile(base, backend="eager"), folder)  # type: ignore[arg-type]
+    ids = torch.arange(9)
+    assert torch.equal(base(ids), model(ids))
+
+
 @pytest.mark.parametrize("crash_at", range(12))
 def test_a_crash_while_saving_never_mixes_two_adapters(
     crash_at: int,
