@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from lora_core.adapters.base import Adapter
 from lora_core.adapters.config import register_adapter
 from lora_core.adapters.ptuning import check_width
-from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size
+from lora_core.adapters.soft import SoftPrompt, check_positions, check_tokens, embedding_size
 from lora_core.adapters.soft_call import CACHES, hook, unhook
 from lora_core.targets import sites, unwrap
 
@@ -324,6 +324,7 @@ class PrefixTuningConfig:
             raise ValueError(
                 f"a prefix needs the same key/value heads in every layer; this model has {kinds}"
             )
+        check_positions(model)
         hidden = (self.hidden or 512) if self.projection else None
         shared = PrefixTokens(self.num_virtual_tokens, weight.shape[1], hidden)
         std = self.std if self.init == "normal" else 0.0

@@ -18,6 +18,7 @@ __all__ = [
     "Hook",
     "SoftPrompt",
     "active_prompts",
+    "check_positions",
     "check_tokens",
     "embedding_size",
     "language_model",
@@ -97,6 +98,16 @@ def language_model(model: nn.Module) -> tuple[nn.Module, str]:
         f"soft prompts need a language model with get_input_embeddings(); {type(model).__name__} "
         "has none"
     )
+
+
+def check_positions(model: nn.Module) -> None:
+    """Refuse a language model whose positions a prefix could not move; ValueError says why."""
+    part, _ = language_model(model)
+    if "position_ids" not in parameter_names(part):
+        raise ValueError(
+            f"a prefix moves the text's positions on; {type(part).__name__}.forward takes no "
+            "position_ids: use PromptTuningConfig"
+        )
 
 
 def _embedding(part: nn.Module) -> nn.Module | None:

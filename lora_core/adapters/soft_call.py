@@ -282,7 +282,8 @@ def _table(part: nn.Module) -> tuple[int | None, int]:
     for table in part.modules():
         if not isinstance(table, nn.Embedding) or table is unwrap(words):
             continue
-        if table.num_embeddings == rows:
+        # OPT's has rows in front, which it adds to positions itself
+        if table.num_embeddings - getattr(table, "offset", 0) == rows:
             return rows, 0 if table.padding_idx is None else table.padding_idx + 1
     return None, 0
 

@@ -316,9 +316,18 @@ class Uneven(NoAttention):
         self.layers = nn.ModuleList(model.model.layers[0].self_attn for model in models)
 
 
+class NoPositions(NoAttention):
+    """Attention that a prefix fits, in a model whose positions cannot be moved (BART's decoder)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = decoder().model.layers
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (NoPositions, "NoPositions.forward takes no position_ids: use PromptTuningConfig"),
         (NoAttention, r"takes a mask and a cache \(past_key_values\); NoAttention has none"),
         (Uneven, "the same key/value heads in every layer; this model has 2 × 8, 4 × 8"),
         (lambda: nn.Linear(2, 2), r"with get_input_embeddings\(\); Linear has none"),

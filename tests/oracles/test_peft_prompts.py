@@ -420,6 +420,23 @@ def test_a_text_beyond_the_table_of_positions(kind: str) -> None:
     assert rotary(torch.full((1, 70), 5)).logits.shape == (1, 70, 120)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_table_with_rows_in_front(kind: str) -> None:
+    """OPT's table has two rows more than positions."""
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.OPTConfig(
+        vocab_size=120, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    add_adapter(model, OURS[kind])
+    assert model(torch.full((1, 64 - P), 5)).logits.shape == (1, 64 - P, 120)
+    with pytest.raises(ValueError, match="need 65 positions, the model has 64: shorten"):
+        model(torch.full((1, 65 - P), 5))
+
+
 def test_flash_attention_is_refused_with_the_way_out() -> None:
     ours = made("llama")
     add_adapter(ours, OURS["prefix"])
