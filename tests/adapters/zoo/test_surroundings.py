@@ -83,12 +83,12 @@ def test_compiled_into_one_graph(key: str, adopt: Callable, same_bits: Same) -> 
 
 
 WHOLE = [
-    ("convnet", "convolutions-dora", "eager"),
     ("unet", "lora", "aot_eager"),
     pytest.param("llama", "lora", "eager", marks=pytest.mark.oracle),
 ]
 if FULL:
     WHOLE += [
+        ("convnet", "convolutions-dora", "eager"),
         ("convnet", "convolutions", "aot_eager"),
         pytest.param("llama", "lora", "aot_eager", marks=pytest.mark.oracle),
         pytest.param("llama", "rows", "eager", marks=pytest.mark.oracle),

@@ -1,6 +1,10 @@
-"""One of the two processes of test_distributed.py: gradients of its shard, alone and averaged."""
+"""One of the two processes of test_distributed.py: gradients of its shard, alone and averaged.
+
+The test itself is rank 0, so that only rank 1 has to start a Python and import PyTorch.
+"""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -57,15 +61,20 @@ def run(rank: int, config: object) -> dict[str, dict[str, Tensor]]:
     return {"own": own, "ddp": ddp, "after": {k: p.detach() for k, p in trained.items()}}
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
+def join(rank: int, folder: Path) -> None:
+    """Be a rank: meet the other in the folder, and leave the results there."""
     store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    torch.save({key: run(rank, config) for key, config in CONFIGS.items()}, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=3)
+    )
+    try:
+        results = {key: run(rank, config) for key, config in CONFIGS.items()}
+        torch.save(results, folder / f"{rank}.pt")
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    join(int(sys.argv[1]), Path(sys.argv[2]))
