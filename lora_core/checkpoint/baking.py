@@ -11,6 +11,7 @@ and that bound is what `check` holds each reader's own product to, in float64.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,9 +67,11 @@ def baked(
         if (bias := f"{first}lora_B.bias") in tensors:
             new[bias] = (tensors[bias].double() * pair.scale).float()
     target = record.get("target_modules")
+    # an expression that names the pairs stands because their names are the ends of others'
+    stays = isinstance(target, list) or target == "|".join(map(re.escape, sorted(pairs)))
     scaling = {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}}
     scaling |= {"use_rslora": False, "init_lora_weights": True}
-    scaling |= {"target_modules": target if isinstance(target, list) else sorted(pairs)}
+    scaling |= {"target_modules": target if stays else sorted(pairs)}
     return {**record, **scaling}, new
 
 
