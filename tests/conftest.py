@@ -111,6 +111,24 @@ def every_form() -> nn.Module:
 
 
 @pytest.fixture(scope="session")
+def small_decoder() -> Callable[..., nn.Module]:
+    """Make the library's decoder, uninitialised: 1 layer of 2 heads, hidden size 16, and options.
+
+    32 between, vocabulary 40.
+    """
+    from lora_core.models import CausalLM, ModelConfig
+
+    usual = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return lambda **options: CausalLM(ModelConfig(**{**usual, **options}))
+
+
+@pytest.fixture(scope="session")
 def load_benchmark() -> Callable[[str], ModuleType]:
     """Import a benchmark: a test run leaves the repository's root off the path."""
     root = str(Path(__file__).parents[1])

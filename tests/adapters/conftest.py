@@ -84,6 +84,19 @@ def same_bits() -> Callable[[Tensor, Tensor], bool]:
 
 
 @pytest.fixture(scope="session")
+def delta() -> Callable[[LoRA], Tensor]:
+    """s·B A of a pair as a matrix (N, K) in float64, by loops over groups."""
+
+    def product(pair: LoRA) -> Tensor:
+        down, up = (factor.detach().double() for factor in pair.factors())
+        g = pair.form.groups
+        blocks = [b @ a for a, b in zip(down.chunk(g), up.chunk(g), strict=True)]
+        return pair.scaling * torch.cat(blocks)
+
+    return product
+
+
+@pytest.fixture(scope="session")
 def state_of() -> Callable[[nn.Module], dict[str, object]]:
     """Everything that an error must leave alone: modules, tensors, flags, active adapters."""
 

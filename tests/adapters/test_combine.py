@@ -29,6 +29,7 @@ from lora_core.adapters.update import Update
 from lora_core.checkpoint import load_adapter, save_adapter
 from lora_core.testing.bounds import exceeds, gamma
 
+Delta = Callable[[LoRA], Tensor]
 State = Callable[[nn.Module], dict[str, Any]]
 Make = Callable[[], nn.Module]
 
@@ -67,14 +68,6 @@ def pair(model: nn.Module, name: str, site: str = "0") -> LoRA:
     return found
 
 
-def delta(adapter: LoRA) -> Tensor:
-    """s·B A (N, K) in float64, written out."""
-    down, up = (factor.detach().double() for factor in adapter.factors())
-    g = adapter.form.groups
-    blocks = [b @ a for a, b in zip(down.chunk(g), up.chunk(g), strict=True)]
-    return adapter.scaling * torch.cat(blocks)
-
-
 def size(adapter: LoRA) -> Tensor:
     """|B| |A| |s|, what roundings are relative to."""
     down, up = (factor.detach().double().abs() for factor in adapter.factors())
@@ -83,20 +76,26 @@ def size(adapter: LoRA) -> Tensor:
     return abs(adapter.scaling) * torch.cat(blocks)
 
 
-def check_exact(model: nn.Module, names: list[str], weights: list[float], site: str = "0") -> None:
-    """The new pair is the weighted sum; B is rounded to float32 once."""
-    new = pair(model, "combined", site)
-    wanted, allowed = torch.zeros_like(delta(new)), torch.zeros_like(delta(new))
-    for name, weight in zip(names, weights, strict=True):
-        if name in dict(adapted_modules(model))[site].adapters:
-            wanted += weight * delta(pair(model, name, site))
-            allowed += abs(weight) * size(pair(model, name, site))
-    assert exceeds(delta(new), wanted, gamma(2) * allowed) is None
+@pytest.fixture(scope="session")
+def check_exact(delta: Delta) -> Callable[..., None]:
+    def check(model: nn.Module, names: list[str], weights: list[float], site: str = "0") -> None:
+        """The new pair is the weighted sum; B is rounded to float32 once."""
+        new = pair(model, "combined", site)
+        wanted, allowed = torch.zeros_like(delta(new)), torch.zeros_like(delta(new))
+        for name, weight in zip(names, weights, strict=True):
+            if name in dict(adapted_modules(model))[site].adapters:
+                wanted += weight * delta(pair(model, name, site))
+                allowed += abs(weight) * size(pair(model, name, site))
+        assert exceeds(delta(new), wanted, gamma(2) * allowed) is None
+
+    return check
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @given(weights=st.lists(st.floats(-4, 4).filter(lambda w: abs(w) > 1e-6), min_size=3, max_size=3))
-def test_the_exact_combination_is_the_weighted_sum(kind: str, weights: list[float]) -> None:
+def test_the_exact_combination_is_the_weighted_sum(
+    check_exact: Callable[..., None], kind: str, weights: list[float]
+) -> None:
     model = made(kind)
     report = combine_adapters(model, list("abc"), weights)
     check_exact(model, list("abc"), weights)
@@ -107,7 +106,9 @@ def test_the_exact_combination_is_the_weighted_sum(kind: str, weights: list[floa
     assert layer.error <= 1e-6
 
 
-def test_fused_parts_starts_that_are_subtracted_and_patterns_count_as_they_are_applied() -> None:
+def test_fused_parts_starts_that_are_subtracted_and_patterns_count_as_they_are_applied(
+    check_exact: Callable[..., None],
+) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
     add_adapter(model, LoRAConfig(r=2, alpha=3, targets=["0"], parts={"0": [3, 5]}), "a")
     add_adapter(model, LoRAConfig(r=2, alpha=5, targets=["0", "1"], init="pissa"), "b")
@@ -132,7 +133,7 @@ def test_fused_parts_starts_that_are_subtracted_and_patterns_count_as_they_are_a
     torch.testing.assert_close(together, wanted, rtol=0, atol=2e-5 * wanted.abs().max().item())
 
 
-def test_adding_and_subtracting_an_adapter_gives_the_other_back() -> None:
+def test_adding_and_subtracting_an_adapter_gives_the_other_back(delta: Delta) -> None:
     model = made("linear")
     combine_adapters(model, ["a", "b"], [1, 1], name="both")
     combine_adapters(model, ["both", "b"], [1, -1], name="again")
@@ -142,7 +143,7 @@ def test_adding_and_subtracting_an_adapter_gives_the_other_back() -> None:
     assert report.layers[0].error < 1e-6  # relative to the terms, where the sum is 0
 
 
-def test_no_cross_terms() -> None:
+def test_no_cross_terms(delta: Delta) -> None:
     """B₁A₂ is what a sum of the factors would add."""
     model = nn.Sequential(nn.Linear(4, 4))
     for name in "ab":
@@ -162,7 +163,7 @@ def test_no_cross_terms() -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("rank", [2, 4, None])
-def test_svd_is_the_best_of_its_rank(kind: str, rank: int | None) -> None:
+def test_svd_is_the_best_of_its_rank(delta: Delta, kind: str, rank: int | None) -> None:
     model = made(kind)
     report = combine_adapters(model, list("abc"), [1, 0.5, -2], "svd", rank=rank)
     new, r = pair(model, "combined"), rank or 4
@@ -180,7 +181,7 @@ def test_svd_is_the_best_of_its_rank(kind: str, rank: int | None) -> None:
 # --- TIES and DARE -------------------------------------------------------------------------------
 
 
-def test_ties_element_by_element() -> None:
+def test_ties_element_by_element(delta: Delta) -> None:
     model = made("linear")
     names, weights, density = list("abc"), (1.0, 0.5, -1.0), 0.4
     trimmed = []
@@ -236,7 +237,7 @@ def test_dare_drops_and_rescales() -> None:
 
 
 @pytest.mark.parametrize("method", ["dare", "dare_ties"])
-def test_dare_is_repeatable_and_dense_dare_drops_nothing(method: str) -> None:
+def test_dare_is_repeatable_and_dense_dare_drops_nothing(delta: Delta, method: str) -> None:
     model = made("linear")
     found = []
     for seed in (3, 3, 4):

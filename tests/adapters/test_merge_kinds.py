@@ -24,9 +24,9 @@ from lora_core.adapters import (
 from lora_core.adapters.forms import form_of
 from lora_core.adapters.full import FullCopy
 from lora_core.checkpoint import load_model, save_model
-from lora_core.models import CausalLM, ModelConfig
 from lora_core.quant import NF4Linear
 
+Delta = Callable[[LoRA], Tensor]
 Same = Callable[[Tensor, Tensor], bool]
 Shake = Callable[..., None]
 U = torch.finfo(torch.float32).eps / 2
@@ -66,18 +66,10 @@ def adapted(kind: str, dtype: torch.dtype, shake: Shake, **options: object) -> n
     return model
 
 
-def dense_product(pair: LoRA) -> Tensor:
-    """s·B A as a matrix (N, K) in float64, by loops over groups."""
-    down, up = (t.detach().double() for t in pair.factors())
-    g = pair.form.groups
-    blocks = [u @ d for u, d in zip(up.chunk(g), down.chunk(g), strict=True)]
-    return pair.scaling * torch.cat(blocks)
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_layout_is_the_float32_sum_rounded_once(
-    kind: str, dtype: torch.dtype, shake: Shake, same_bits: Same
+    delta: Delta, kind: str, dtype: torch.dtype, shake: Shake, same_bits: Same
 ) -> None:
     model = adapted(kind, dtype, shake)
     host = model[0]
@@ -89,7 +81,7 @@ def test_every_layout_is_the_float32_sum_rounded_once(
     total = dense_weight(host.base) + host.adapter("default").delta_weight()
     assert same_bits(made.weight, total.to(dtype))
     pair, form = host.adapter("default"), form_of(host.base)
-    exact = form.matrix(dense_weight(host.base).double()) + dense_product(pair)
+    exact = form.matrix(dense_weight(host.base).double()) + delta(pair)
     down, up = (t.detach().double().abs() for t in pair.factors())
     size = form.matrix(dense_weight(host.base).double().abs()) + pair.scaling * (
         torch.cat(
@@ -120,13 +112,15 @@ def test_a_merged_layer_gives_the_adapted_output(kind: str, use_dora: bool, shak
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_dora_merges_to_rows_of_the_trained_lengths(four_bit: bool, shake: Shake) -> None:
+def test_dora_merges_to_rows_of_the_trained_lengths(
+    delta: Delta, four_bit: bool, shake: Shake
+) -> None:
     linear = nn.Linear(64, 9)
     model = nn.Sequential(NF4Linear.from_linear(linear) if four_bit else linear)
     add_adapter(model, LoRAConfig(r=4, targets=["0"], use_dora=True))
     shake(model)
     pair = model[0].adapter("default")
-    whole = dense_weight(model[0].base).double() + dense_product(pair)
+    whole = dense_weight(model[0].base).double() + delta(pair)
     expected = pair.magnitude.double()[:, None] * whole / whole.norm(dim=1, keepdim=True)
     merge_adapters(model)
     error = (model[0].merged.module.weight.double() - expected).abs()
@@ -326,17 +320,12 @@ def test_an_untied_head_stays_untied_and_the_configuration_says_so(
 
 @given(tied=st.booleans(), whole=st.booleans())
 def test_a_saved_merge_of_a_head_is_read_back(
-    tied: bool, whole: bool, tmp_path_factory: pytest.TempPathFactory
+    tied: bool,
+    whole: bool,
+    small_decoder: Callable[..., nn.Module],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    config = ModelConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    model = CausalLM(config).eval()
+    model = small_decoder(tie_word_embeddings=tied).eval()
     model.init_weights()
     options = {"modules_to_save": ["lm_head"]} if whole else {"targets": ["lm_head"]}
     add_adapter(model, LoRAConfig(**({"r": 2, "untie": True} | options)))

@@ -25,7 +25,6 @@ from lora_core.adapters import (
     set_adapters,
 )
 from lora_core.checkpoint import adapter_state_dict, load_adapter, read_adapter, save_adapter
-from lora_core.models import CausalLM, ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -272,15 +271,10 @@ def test_targets_are_written_as_names(
     assert [n for n, _ in adapted_modules(base)] == [n for n, _ in adapted_modules(model)]
 
 
-def test_the_librarys_decoder_is_a_causal_lm(tmp_path: Path) -> None:
-    config = ModelConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    model = CausalLM(config)
+def test_the_librarys_decoder_is_a_causal_lm(
+    small_decoder: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model = small_decoder()
     add_adapter(model, LoRAConfig(r=2))
     save_adapter(model, tmp_path)
     assert read_adapter(tmp_path)[0]["task_type"] == "CAUSAL_LM"

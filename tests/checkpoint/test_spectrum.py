@@ -15,7 +15,6 @@ from lora_core.adapters import (
     adapter_spectrum,
 )
 from lora_core.checkpoint import read_spectrum
-from lora_core.models import CausalLM, ModelConfig
 
 RELATIVE = 64 * 64 * 2.0**-53  # rounding of float64 in sums of some 64 terms, in two orders
 
@@ -87,9 +86,9 @@ def test_a_folder_and_the_model_it_came_from(shake, every_form, kind, tmp_path) 
 
 
 @pytest.fixture
-def decoder() -> CausalLM:
+def decoder(small_decoder) -> nn.Module:
     torch.manual_seed(2)
-    config = ModelConfig(
+    model = small_decoder(
         vocab_size=32,
         hidden_size=64,
         intermediate_size=96,
@@ -97,7 +96,6 @@ def decoder() -> CausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    model = CausalLM(config)
     model.init_weights(0.2)
     return model
 
