@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
     code = trained.quantize or next(quantized, None)
     if args.onto_original and code != trained.quantize:
         raise ValueError(
-            "--onto-original: the adapter has a 4-bit base of its own (init='loftq'), which is not "
-            "the originals' quantization: leave the flag out"
+            "--onto-original: the adapter's base is in 4 bits itself, made by init='loftq' or read "
+            "from a quantized folder, and not quantized from originals: leave the flag out"
         )
     if args.onto_original:
         merging = open_model(args.model, args.adapter, quantize="none", device=args.device)

@@ -98,6 +98,12 @@ def _base_of(adapter: Path) -> Path:
     return Path(named)
 
 
+def _is_quantized(source: Path) -> bool:
+    """Whether a base's folder holds 4-bit weights already, as `lora-core quantize` writes it."""
+    file = source / "config.json"
+    return file.is_file() and read_json_object(file).get("quantization_config") is not None
+
+
 def _template_of(adapter: Path | None, tok: Tokenizer, notes: list[str]) -> None:
     """Let the adapter's template take the base's place, and say so where they differ."""
     file = None if adapter is None else adapter / TEMPLATE_FILE
@@ -145,6 +151,8 @@ def open_model(
             f"the adapter was trained on a {trained_on.get('quantize') or 'dense'} base; "
             f"this one is {code or 'dense'}"
         )
+    if quantize is None and _is_quantized(source):
+        code = None  # the folder's own 4 bits are read; nothing is quantized on top of them
     place = device_named(device)
     # added tokens come with the adapter's own tokenizer
     own = where is not None and (where / "tokenizer.json").is_file()

@@ -133,7 +133,7 @@ def test_loftq_has_no_original(
     save_adapter(model, tmp_path / "a", base_model=str(llama_folder))
     words = ["merge", "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "m")]
     assert main([*words, "--onto-original"]) == 1
-    assert "the adapter has a 4-bit base of its own (init='loftq')" in capsys.readouterr().err
+    assert "the adapter's base is in 4 bits itself, made by init='loftq'" in capsys.readouterr().err
 
 
 def test_loftq_quantizes_itself(

@@ -370,3 +370,25 @@ def test_plain_text_and_a_full_fine_tune_go_through_the_same_loop(
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
     assert load_model(out).config == load_model(llama_folder).config
+
+
+def test_an_adapter_on_the_quantized_folder_of_its_base(
+    trained: dict[str, Path], tmp_path: Path, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder holds the codes that the adapter was trained on: nothing is quantized again."""
+    nf4, adapter = tmp_path / "nf4", str(trained["qlora"])
+    assert main(["quantize", "--model", str(llama_folder), "--out", str(nf4)]) == 0
+    prompt = ["--prompt", "hi", "--max-new-tokens", "4", "--json"]
+    answers = []
+    for base in (llama_folder, nf4):
+        capsys.readouterr()
+        assert main(["generate", "--adapter", adapter, "--model", str(base), *prompt]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1]
+    words = ["merge", "--adapter", adapter, "--model", str(nf4), "--out", str(tmp_path / "m")]
+    assert main([*words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["trained_on"], facts["merged_onto"]) == ("nf4", "nf4")
+    words[-1] = str(tmp_path / "other")
+    assert main([*words, "--onto-original"]) == 1
+    assert "--onto-original: the adapter's base is in 4 bits itself" in capsys.readouterr().err
