@@ -181,9 +181,13 @@ class Pooled(Around):
     ) -> Any:
         y = self.lm(input_ids, attention_mask, inputs_embeds=inputs_embeds).logits[:, -1, :2]
         hidden = (torch.zeros(1, 9, 4),)
-        return {"tensor": y, "tuple": (y, hidden), "dataclass": ModelOutput(y, None, hidden)}[
-            self.form
-        ]
+        forms = {
+            "tensor": y,
+            "tuple": (y, hidden),
+            "dataclass": ModelOutput(y, None, hidden),
+            "both": (torch.zeros(len(y), P + 6, 4), y),
+        }
+        return forms[self.form]
 
 
 @pytest.mark.parametrize("form", ["tensor", "tuple", "dataclass"])
@@ -198,6 +202,14 @@ def test_outputs_without_positions_are_refused(form: str) -> None:
         model(x, labels=torch.tensor([0, 1]))
     with disable_adapters(model):
         model(x)
+
+
+def test_a_pooled_output_beside_one_with_positions_is_not() -> None:
+    """BertModel's, for instance."""
+    model = Pooled("both")
+    add_adapter(model, PROMPT)
+    hidden, pooled = model(ids())
+    assert (hidden.shape, pooled.shape) == ((2, 6, 4), (2, 2))
 
 
 # --- tables with rows before the first position ---
