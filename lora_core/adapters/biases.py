@@ -12,8 +12,9 @@ Ref: Ben Zaken et al. 2021, BitFit, arXiv:2106.10199, section 3.
 
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter, is_linear
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.forms import TransposedForm, form_of
+from lora_core.adapters.layers import is_linear
 
 __all__ = ["TrainedBias", "bias_site"]
 

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.adapters.base import Adapter, compute_dtype
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.config import register_adapter
+from lora_core.adapters.layers import compute_dtype
 from lora_core.targets import Targets, nearest, select_modules, sites, unwrap
 
 __all__ = ["BottleneckAdapter", "BottleneckConfig"]

@@ -33,11 +33,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapted, Adapter, adapted_modules, spelt
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.biases import TrainedBias
-from lora_core.adapters.inject import adapter_names, attach_built, refuse_name
+from lora_core.adapters.host import Adapted, adapted_modules, spelt
+from lora_core.adapters.inject import attach_built, refuse_name
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig, config_of_ranks
+from lora_core.adapters.switch import adapter_names
 from lora_core.adapters.ties import mixed_matrix, sketched
 from lora_core.adapters.truncate import truncated
 from lora_core.adapters.update import Update, minus, update_of

@@ -24,7 +24,7 @@ from typing import Protocol, TypeVar, cast
 
 from torch import nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.targets import nearest, sites, unwrap
 
 __all__ = ["AdapterConfig", "build_all", "kind_of", "offer", "register_adapter", "registered"]

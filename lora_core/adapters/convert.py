@@ -25,18 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import (
-    Adapted,
-    Adapter,
-    adapted_modules,
-    dense_weight,
-    is_linear,
-    spelt,
-)
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.forms import TransposedForm, form_of
-from lora_core.adapters.inject import adapter_names, attach_built, refuse_name
+from lora_core.adapters.host import Adapted, adapted_modules, spelt
+from lora_core.adapters.inject import attach_built, refuse_name
+from lora_core.adapters.layers import dense_weight, is_linear
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig, config_of_ranks
+from lora_core.adapters.switch import adapter_names
 from lora_core.adapters.truncate import ConversionReport, Factors, truncated
 from lora_core.adapters.update import Update, difference, update_of, with_bias
 from lora_core.targets import Targets, nearest, select_modules, sites, unwrap

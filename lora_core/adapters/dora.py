@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import dense_weight
 from lora_core.adapters.forms import Form
+from lora_core.adapters.layers import dense_weight
 from lora_core.adapters.lora import LoRA
 from lora_core.targets import unwrap
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.adapters.base import is_linear, linear_features
+from lora_core.adapters.layers import is_linear, linear_features
 
 __all__ = ["ConvForm", "EmbeddingForm", "Form", "TransposedForm", "form_of"]
 

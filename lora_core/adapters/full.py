@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_core.adapters.base import Adapted, Adapter
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.host import Adapted
 
 __all__ = ["FullCopy"]
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.adapters.base import Adapter, compute_dtype
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.forms import EmbeddingForm, Form
+from lora_core.adapters.layers import compute_dtype
 
 __all__ = ["LoRA", "check_lora"]
 

@@ -7,12 +7,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapted, Adapter, is_linear
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.biases import TrainedBias, bias_site
 from lora_core.adapters.config import offer, register_adapter
 from lora_core.adapters.dora import DoRA
 from lora_core.adapters.forms import TransposedForm, form_of
 from lora_core.adapters.full import FullCopy
+from lora_core.adapters.host import Adapted
+from lora_core.adapters.layers import is_linear
 from lora_core.adapters.lora import LoRA, check_lora
 from lora_core.adapters.lora_linear import LoRALinear
 from lora_core.adapters.starts import check_start, start_pair

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_core.adapters.base import Adapted, dense_weight, is_linear, linear_features
+from lora_core.adapters.host import Adapted
+from lora_core.adapters.layers import dense_weight, is_linear, linear_features
 from lora_core.adapters.lora import LoRA
 
 __all__ = ["LoRALinear", "dtypes_with_rows"]
@@ -69,7 +70,7 @@ class LoRALinear(Adapted):
     `add_adapter` makes the same host in a whole model.
 
     Args:
-        base: an nn.Linear, NF4Linear, or any linear-like (base.py); its parameters are frozen.
+        base: an nn.Linear, NF4Linear, or any linear-like (layers.py); its parameters are frozen.
         r: rank.
         alpha: scaling is alpha / r.
         dropout: on the adapter's input, in training.

@@ -26,8 +26,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapted, Merged, adapted_modules, precision_of, spelt
-from lora_core.adapters.inject import refuse_rows, replace_modules, tell
+from lora_core.adapters.host import Adapted, Merged, adapted_modules, spelt
+from lora_core.adapters.inject import replace_modules, tell
+from lora_core.adapters.layers import precision_of
 from lora_core.adapters.merge_layer import (
     DenseLinear,
     MergedLayer,
@@ -36,6 +37,7 @@ from lora_core.adapters.merge_layer import (
 )
 from lora_core.adapters.merge_report import LayerMerge, MergeReport, precision_warnings
 from lora_core.adapters.merge_samples import check_samples, gather, groups, model_output_error
+from lora_core.adapters.switch import refuse_rows
 from lora_core.quant import NF4Linear
 from lora_core.targets import nearest, sites, unwrap
 

@@ -15,14 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.adapters.base import (
-    Adapted,
-    compute_dtype,
-    dense_weight,
-    is_linear,
-    precision_of,
-    spelt,
-)
+from lora_core.adapters.host import Adapted, spelt
+from lora_core.adapters.layers import compute_dtype, dense_weight, is_linear, precision_of
 from lora_core.adapters.merge_report import LayerMerge, compared
 from lora_core.adapters.merge_samples import Moments
 from lora_core.quant import NF4Linear, NF4Tensor, quantize_4bit

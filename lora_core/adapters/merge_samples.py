@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapted, Merged, is_linear, linear_features
+from lora_core.adapters.host import Adapted, Merged
+from lora_core.adapters.layers import is_linear, linear_features
 
 __all__ = ["Moments", "check_samples", "gather", "groups", "model_output_error"]
 

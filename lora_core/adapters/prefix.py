@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.config import register_adapter
 from lora_core.adapters.ptuning import check_width
 from lora_core.adapters.soft import SoftPrompt, check_positions, check_tokens, embedding_size

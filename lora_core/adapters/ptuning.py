@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.config import register_adapter
 from lora_core.adapters.soft import SoftPrompt, check_tokens, embedding_size
 from lora_core.adapters.soft_call import hook, unhook

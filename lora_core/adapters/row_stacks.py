@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.adapters.base import compute_dtype
 from lora_core.adapters.forms import EmbeddingForm
+from lora_core.adapters.layers import compute_dtype
 from lora_core.adapters.lora import LoRA
 
 __all__ = ["PairStacks", "is_grouped"]

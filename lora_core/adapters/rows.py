@@ -26,7 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapted, Adapter, adapted_modules, compute_dtype, spelt
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.host import Adapted, adapted_modules, spelt
+from lora_core.adapters.layers import compute_dtype
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_linear import dtypes_with_rows
 from lora_core.adapters.row_stacks import PairStacks, is_grouped

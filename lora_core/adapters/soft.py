@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapted, Adapter
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.host import Adapted
 from lora_core.adapters.tokens import module_name
 from lora_core.targets import sites, unwrap
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import adapted_modules
+from lora_core.adapters.host import adapted_modules
 from lora_core.adapters.soft import (
     Hook,
     SoftPrompt,

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_core.adapters.base import adapted_modules, dense_weight, spelt
-from lora_core.adapters.inject import adapter_names
+from lora_core.adapters.host import adapted_modules, spelt
+from lora_core.adapters.layers import dense_weight
+from lora_core.adapters.switch import adapter_names
 from lora_core.adapters.update import Update, update_of
 from lora_core.targets import nearest, unwrap
 

@@ -23,7 +23,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import dense_weight, is_linear
+from lora_core.adapters.layers import dense_weight, is_linear
 from lora_core.adapters.lora import LoRA
 from lora_core.quant import NF4Linear
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.adapters.base import Adapted, Adapter, adapted_modules
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.biases import TrainedBias
+from lora_core.adapters.host import Adapted, adapted_modules
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig
 from lora_core.adapters.rows import SiteRows

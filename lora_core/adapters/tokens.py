@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.adapters.base import Adapter, compute_dtype, is_linear
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.layers import compute_dtype, is_linear
 from lora_core.targets import select_modules, sites, unwrap
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.adapters.base import spelt
+from lora_core.adapters.host import spelt
 from lora_core.adapters.update import Update, minus
 
 __all__ = ["ConversionReport", "Factors", "LayerConversion", "truncated"]

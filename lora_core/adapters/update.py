@@ -24,9 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter, dense_weight
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.forms import Form, form_of
 from lora_core.adapters.full import FullCopy
+from lora_core.adapters.layers import dense_weight
 from lora_core.adapters.lora import LoRA
 
 __all__ = ["Update", "difference", "low_rank", "minus", "update_of", "with_bias"]

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.checkpoint.safetensors_folder import (
     Pending,
     read_header,

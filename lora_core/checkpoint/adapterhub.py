@@ -24,10 +24,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.adapter_report import AdapterReport
 from lora_core.adapters.adapterhub import LAYOUTS, AdapterHubConfig, Layout, Place, layout_of
-from lora_core.adapters.base import Adapter, adapted_modules
 from lora_core.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, Tap
-from lora_core.adapters.inject import AdapterReport, adapter_names, attach_built
+from lora_core.adapters.host import adapted_modules
+from lora_core.adapters.inject import attach_built
+from lora_core.adapters.switch import adapter_names
 from lora_core.checkpoint.adapter_files import write_adapter
 from lora_core.checkpoint.adapterhub_config import config_from, config_to
 from lora_core.checkpoint.safetensors_folder import (

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.forms import ConvForm
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.mixed_groups import MixedConvForm, mixed_pair

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_core.adapters.convert import convert_to_lora
-from lora_core.adapters.inject import adapter_names, delete_adapter
+from lora_core.adapters.inject import delete_adapter
+from lora_core.adapters.switch import adapter_names
 from lora_core.adapters.truncate import ConversionReport
 from lora_core.checkpoint.adapter_files import read_adapter, write_adapter
 from lora_core.checkpoint.baking import baked, check

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.config import build_all
 from lora_core.adapters.forms import TransposedForm
 from lora_core.adapters.full import FullCopy

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig
 from lora_core.checkpoint.lora_scaling import scaling_record

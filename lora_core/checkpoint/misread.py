@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.forms import ConvForm
 from lora_core.adapters.lora import LoRA
 from lora_core.checkpoint.conv_groups import unlike_peft

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.config import build_all, kind_of, registered
 from lora_core.checkpoint.adapter_files import AdapterFormat, check_tensors, keyed
 from lora_core.targets import nearest, targets_for

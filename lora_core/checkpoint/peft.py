@@ -16,8 +16,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter, adapted_modules
-from lora_core.adapters.inject import AdapterReport, adapter_names, attach_built
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.adapter_report import AdapterReport
+from lora_core.adapters.host import adapted_modules
+from lora_core.adapters.inject import attach_built
+from lora_core.adapters.switch import adapter_names
 from lora_core.checkpoint.adapter_files import AdapterFormat, read_adapter, write_adapter
 from lora_core.checkpoint.lora_files import LORA
 from lora_core.checkpoint.own_files import OWN, OWN_KIND

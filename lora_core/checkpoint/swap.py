@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapter
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.swap import swap_adapters
 from lora_core.checkpoint.adapter_files import check_tensors

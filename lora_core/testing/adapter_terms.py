@@ -17,8 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import Adapted, Adapter, dense_weight
+from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.dora import DoRA
+from lora_core.adapters.host import Adapted
+from lora_core.adapters.layers import dense_weight
 from lora_core.adapters.lora import LoRA
 from lora_core.testing.bounds import allowance, exceeds
 

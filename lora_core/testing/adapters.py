@@ -35,7 +35,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapters.base import dense_weight
+from lora_core.adapters.layers import dense_weight
 from lora_core.adapters.merge import merge_adapters, unmerge_adapters
 from lora_core.testing.adapter_terms import Terms
 from lora_core.testing.bounds import allowance, exceeds

@@ -1,12 +1,9 @@
-"""The contract between an adapter, the module it changes, and the host that holds both.
+"""The host: holds a module and its adapters, and stands where the module stood.
 
 A host (`Adapted`) takes the place of a module in the model. It keeps the module untouched under
 `.base` and any number of adapters under `.adapters`; its forward is
 
     y = base(x);    for each active adapter:  y = adapter(x, y, base)
-
-so an adapter sees the input, the output so far and the module, which is enough for LoRA (adds to
-y), for scalings (multiply y), for bottlenecks (run y through themselves) and for replaced rows.
 
 PEFT makes one class per (method x layer type x quantization) and looks adapters up by names that
 start with `lora_`. Here adapters are found by type, the base may be anything that can be called,
@@ -18,7 +15,7 @@ changes, so unmerging is bit-exact by construction, disabling works while merged
 `keep_base=False` (merge.py) trades unmerging for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeAlias, cast
@@ -26,133 +23,11 @@ from typing import Any, Self, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.layers import precision_of
 from lora_core.targets import sites
 
-__all__ = [
-    "Adapted",
-    "Adapter",
-    "Merged",
-    "adapted_modules",
-    "check_name",
-    "compute_dtype",
-    "dense_weight",
-    "is_linear",
-    "linear_features",
-    "precision_of",
-    "spelt",
-]
-
-
-class Adapter(nn.Module):
-    """One kind of adapter at one site; its parameters are what is trained.
-
-    Parameters are float32 and stay so through `model.to(dtype)`, `.half()` and the like: an
-    optimizer that adds 1e-5 to a bfloat16 weight of 1.0 adds nothing. They are cast at use.
-
-    Attributes:
-        unmergeable: why this kind cannot be folded into a weight, or None when it can
-            (then `merged` is there).
-        additive: whether it adds to y something that depends on x alone, so that the order of
-            adapters does not matter.
-        keeps_ties: whether it is built to treat all holders of a tied weight alike; any other
-            adapter that could be merged is refused on a tied weight.
-        replaces: whether it is called in the base's place (`replace`) instead of after it.
-        alone: whether no other adapter may be active at its module: it is defined on the base.
-        mixes: how rows of one batch may name it (`adapter_rows`): "grouped" for a kind whose rows
-            are computed together, "loop" for one that is run on its own rows, None for neither.
-        trained: names of the parameters that are trained (set when it is attached): those that
-            required gradients when it was built.
-        trained_on: precision of the base that it was trained on (`precision_of`); set when it is
-            attached, or read from disk.
-        config: the configuration that built it; set by `add_adapter`, written by `save_adapter`.
-    """
-
-    unmergeable: str | None = None
-    additive: bool = False
-    keeps_ties: bool = False
-    replaces: bool = False
-    alone: bool = False
-    mixes: str | None = "loop"
-    trained: tuple[str, ...] = ()
-    trained_on: str | None = None
-    config: Any = None
-
-    def forward(self, x: Any, y: Any, base: nn.Module) -> Any:
-        """Return the changed output.
-
-        Args:
-            x: the base's first input.
-            y: the output so far: the base's, or that of the adapter before.
-            base: the wrapped module.
-
-        Returns:
-            The output, of y's shape and dtype.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no forward(x, y, base)")
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and bias with which the base alone gives the adapted output.
-
-        Args:
-            weight: the base's dense weight, float32 (float64 if the base is), not to be changed.
-            bias: its bias in the same dtype, or None.
-
-        Returns:
-            (weight, bias), in the same dtype; rounding to the target dtype is the caller's.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no merged(weight, bias)")
-
-    def rebase(self, base: nn.Module) -> None:
-        """Take anew what was derived from the base's weight: `load_state_dict` changed it."""
-
-    def replace(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the output in the base's place; for a kind that `replaces`.
-
-        Args:
-            base: the wrapped module.
-            args: all that it was called with.
-            kwargs: likewise.
-
-        Returns:
-            What the base would have returned.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no replace(base, args, kwargs)")
-
-    def merged_module(self, base: nn.Module, dtype: torch.dtype) -> nn.Module | None:
-        """Return a module that does the same, for a kind whose merge is no weight and bias.
-
-        Args:
-            base: the wrapped module, not to be changed.
-            dtype: of the new module's floating-point parameters.
-
-        Returns:
-            The module, or None: `merged` makes its weight.
-        """
-        return None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved, by the name it has on disk (default: the parameters)."""
-        return dict(self.named_parameters())
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what was saved.
-
-        Args:
-            tensors: by the names of `tensors`, all of them, in their shapes. This copies into the
-                tensors that `tensors` returns; a kind that saves others overrides it.
-        """
-        for key, own in self.tensors().items():
-            own.copy_(tensors[key])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow moves between devices, not changes of dtype."""
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            out = fn(t)
-            return t.to(out.device) if out.dtype != t.dtype else out
-
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # torch's
+__all__ = ["Adapted", "Merged", "Mixture", "adapted_modules", "check_name", "spelt"]
 
 
 def spelt(site: str) -> str:
@@ -372,70 +247,3 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
             seen.add(id(module))
             yield name, module
             module = module.base  # noqa: PLW2901
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is linear-like: an nn.Linear, or the contract of four.
-
-    The contract: `in_features`, `out_features`, `forward` (x W^T + b), and `dense_weight()`, which
-    returns the weight as float32 (out_features, in_features). NF4Linear fulfils it.
-    """
-    return isinstance(module, nn.Linear) or (
-        callable(getattr(module, "dense_weight", None))
-        and hasattr(module, "in_features")
-        and hasattr(module, "out_features")
-    )
-
-
-def linear_features(module: nn.Module) -> tuple[int, int]:
-    """Return (in_features, out_features) of a linear-like module."""
-    return int(getattr(module, "in_features")), int(getattr(module, "out_features"))  # noqa: B009
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """Weight of a module as a dense tensor in float32, or float64 if it is stored so.
-
-    Args:
-        module: one with `dense_weight()` or with a floating `.weight`.
-
-    Returns:
-        The weight, detached; may share memory with the module's.
-
-    Raises:
-        TypeError: the module has neither.
-    """
-    expand = getattr(module, "dense_weight", None)
-    if callable(expand):
-        return expand()
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(
-            f"{type(module).__name__} has no dense weight: it needs dense_weight() or a "
-            "floating-point .weight"
-        )
-    return weight.detach().to(torch.promote_types(torch.float32, weight.dtype))
-
-
-def precision_of(module: nn.Module) -> str | None:
-    """In what precision a module holds its weight: what it says itself, else its dtype.
-
-    Args:
-        module: any; NF4Linear says "nf4, block 64, double quantization".
-
-    Returns:
-        Such as "bfloat16", or None for a module without a floating-point parameter.
-    """
-    own = getattr(module, "precision", None)
-    if isinstance(own, str):
-        return own
-    dtypes = (p.dtype for p in module.parameters() if p.is_floating_point())
-    first = next(dtypes, None)
-    return None if first is None else str(first).removeprefix("torch.")
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype in which a linear layer computes on x: autocast's where active, else x's."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype

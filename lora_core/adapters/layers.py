@@ -1,0 +1,73 @@
+"""What adapters ask a layer: whether it is linear, its dense weight, its precision, its dtype."""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["compute_dtype", "dense_weight", "is_linear", "linear_features", "precision_of"]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear-like: an nn.Linear, or the contract of four.
+
+    The contract: `in_features`, `out_features`, `forward` (x W^T + b), and `dense_weight()`, which
+    returns the weight as float32 (out_features, in_features). NF4Linear fulfils it.
+    """
+    return isinstance(module, nn.Linear) or (
+        callable(getattr(module, "dense_weight", None))
+        and hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+    )
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features) of a linear-like module."""
+    return int(getattr(module, "in_features")), int(getattr(module, "out_features"))  # noqa: B009
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Weight of a module as a dense tensor in float32, or float64 if it is stored so.
+
+    Args:
+        module: one with `dense_weight()` or with a floating `.weight`.
+
+    Returns:
+        The weight, detached; may share memory with the module's.
+
+    Raises:
+        TypeError: the module has neither.
+    """
+    expand = getattr(module, "dense_weight", None)
+    if callable(expand):
+        return expand()
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(
+            f"{type(module).__name__} has no dense weight: it needs dense_weight() or a "
+            "floating-point .weight"
+        )
+    return weight.detach().to(torch.promote_types(torch.float32, weight.dtype))
+
+
+def precision_of(module: nn.Module) -> str | None:
+    """In what precision a module holds its weight: what it says itself, else its dtype.
+
+    Args:
+        module: any; NF4Linear says "nf4, block 64, double quantization".
+
+    Returns:
+        Such as "bfloat16", or None for a module without a floating-point parameter.
+    """
+    own = getattr(module, "precision", None)
+    if isinstance(own, str):
+        return own
+    dtypes = (p.dtype for p in module.parameters() if p.is_floating_point())
+    first = next(dtypes, None)
+    return None if first is None else str(first).removeprefix("torch.")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which a linear layer computes on x: autocast's where active, else x's."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
