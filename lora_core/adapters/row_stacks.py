@@ -49,23 +49,32 @@ class PairStacks:
     """The pairs of one site and the rows that take them.
 
     Args:
+        names: of the adapters.
         pairs: the L pairs.
         slots: (H,) int64, which pair each of the H rows takes.
         per_row: whether stacks have an entry a row, not one a pair.
         in_order: whether row i takes pair i, so that an entry a pair is an entry a row.
+        only: the pair that all rows take, which needs no batched product; or None.
 
     Attributes:
-        single: whether there is one pair, which needs no batched product.
         dropout: the largest probability of dropping an element among the pairs.
     """
 
-    def __init__(self, pairs: list[LoRA], slots: Tensor, per_row: bool, in_order: bool) -> None:
-        self.pairs, self.slots, self.in_order = pairs, slots, in_order
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        pairs: list[LoRA],
+        slots: Tensor,
+        per_row: bool,
+        in_order: bool,
+        only: int | None,
+    ) -> None:
+        self.names, self.pairs, self.slots = names, pairs, slots
+        self.in_order, self.only = in_order, only
         self.form = pairs[0].form
-        self.single = len(pairs) == 1
         # of an embedding's A, (R, V), a row of the batch needs a few columns
         self.looks_up = isinstance(self.form, EmbeddingForm)
-        self.per_row = per_row and not self.single and not self.looks_up
+        self.per_row = per_row and only is None and not self.looks_up
         self._plain = all(_is_plain(pair) for pair in pairs)
         self._own, self._vars = [pair._parameters for pair in pairs], [*map(vars, pairs)]
         # where the tensors are that the stacks are made of
@@ -112,6 +121,10 @@ class PairStacks:
             self.kept = self._expanded(self._by_pair)
         return True
 
+    def trains_others(self, named: int) -> bool:
+        """Whether gradients would reach more pairs than the `named` ones."""
+        return len(self.pairs) > named and torch.is_grad_enabled() and not self.frozen
+
     def stacks(self, dtype: torch.dtype) -> Stacks:
         """Return the stacks in the dtype of the computation."""
         if torch.compiler.is_compiling():
@@ -142,8 +155,8 @@ class PairStacks:
         if x.is_floating_point():
             x = x.to(dtype)
             x = self._dropped(x) if self.dropout and training else x
-        if self.single:
-            update = self.form.apply(x, made.down[0], made.up[0], base)
+        if self.only is not None:
+            update = self.form.apply(x, made.down[self.only], made.up[self.only], base)
         else:
             slots = None if self.per_row else self.slots
             update = self.form.apply_rows(x, made.down, made.up, base, slots)
@@ -151,7 +164,9 @@ class PairStacks:
 
     def _along(self, bias: Tensor, update: Tensor) -> Tensor:
         """The biases, of (H, N) or one for all rows, so that they broadcast with the update."""
-        if not self.single and not self.per_row:
+        if self.only is not None:
+            bias = bias[self.only : self.only + 1]
+        elif not self.per_row:
             bias = bias.index_select(0, self.slots)
         along = self.form.along_output(bias[0]).shape  # (N,) or (N, 1, …)
         return bias.view(len(bias), *(1,) * (update.dim() - 1 - len(along)), *along)

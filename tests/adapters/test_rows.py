@@ -352,7 +352,19 @@ def test_stacks_are_kept_for_the_next_batch_with_the_same_adapters(
         assert checked(["b", "b", "a", None, None]) == 0
         two.inp.adapter("b").B.mul_(3)
         assert checked(["b", "a", "a", "a", None]) == 1  # at the site that changed
-        assert checked(["a", "a", None, None, "a"]) == 2  # other adapters
+        assert checked(["a", "a", None, None, "a"]) == 0  # one of them
+        add_adapter(two, LoRAConfig(r=2), "c")
+        assert checked(["a", "a", "c", None, "a"]) == 2  # another one
+    set_adapters(two, ["a", "b", "c"], trainable=True)
+    with torch.no_grad():
+        context = adapter_rows(two, ["a", "a", None, None, "a"])
+        context.__enter__()
+    two(x).sum().backward()  # entered without gradients, and "c" is in the kept stacks
+    context.__exit__(None, None, None)
+    reached = {
+        name: [p.grad is not None for p in two.inp.adapter(name).parameters()] for name in "abc"
+    }
+    assert reached == {"a": [True, True], "b": [False, False], "c": [False, False]}
     delete_adapter(two, "b")
     assert all(host.stacks is None for _, host in adapted_modules(two))
     assert all(host.stacks is None for _, host in adapted_modules(copy.deepcopy(two)))
