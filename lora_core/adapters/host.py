@@ -92,7 +92,6 @@ class Adapted(nn.Module):
         enabled: False inside `disable_adapters`.
         merged: what is merged, or None.
         mixture: inside `adapter_rows` what runs the rows of a batch, (host, args, kwargs) -> y.
-        stacks: what `adapter_rows` keeps of the adapters for the next batch, or None.
     """
 
     wraps = "base"
@@ -107,7 +106,6 @@ class Adapted(nn.Module):
         self.enabled = True
         self.merged: Merged | None = None
         self.mixture: Mixture | None = None
-        self.stacks: object = None
         # not `train(mode)`, which would set the parts of a base whose modes differ
         self.training = self.adapters.training = base.training
         self.register_load_state_dict_post_hook(_rebase)  # type: ignore[no-untyped-call]  # torch's
@@ -199,10 +197,6 @@ class Adapted(nn.Module):
         from lora_core.adapters.merge import unmerge_adapters
 
         unmerge_adapters(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: all but what can be made again."""
-        return {**self.__dict__, "stacks": None}
 
     def __getattr__(self, name: str) -> Any:
         """Look up on the base what the host lacks; never special methods."""

@@ -241,7 +241,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if name in host.adapters:
             gone.append(host.adapter(name).config)
             del host.adapters[name]
-            host.stacks = None
             host.active = [other for other in host.active if other != name]
             if not host.adapters:
                 plain[id(host)] = host.base

@@ -6,12 +6,11 @@ Pairs of smaller rank are padded with zeros, which add nothing. Every kind of la
 in `Form.apply_rows`, two batched products for a linear layer, whatever the number of adapters.
 
 Where autograd has to reach A and B, the stacks are made in each forward, differentiably: the
-gradients of the rows are summed by adapter and split again. Else they are made once and kept, for
-the next context with the same adapters too, until a tensor they came from is replaced or changed in
-place (its version counter moves), a scaling is set, or another dtype is wanted: a second copy of
-the adapters is the price. Kept stacks are expanded to one entry a row where that at most doubles
-them; with more rows an adapter, every forward gathers, so that memory grows with the adapters and
-not with the batch.
+gradients of the rows are summed by adapter and split again. Else they are made once and kept until
+a tensor they came from is replaced or changed in place (its version counter moves), a scaling is
+set, or another dtype is wanted. Kept stacks are expanded to one entry a row where that at most
+doubles them; with more rows an adapter, every forward gathers, so that memory grows with the
+adapters and not with the batch.
 
 An operator of its own would save the gathered copies between forward and backward; of T tokens a
 row they are R / T of x, which is saved in any case, so plain PyTorch does.
@@ -49,39 +48,29 @@ class PairStacks:
     """The pairs of one site and the rows that take them.
 
     Args:
-        names: of the adapters.
         pairs: the L pairs.
         slots: (H,) int64, which pair each of the H rows takes.
         per_row: whether stacks have an entry a row, not one a pair.
         in_order: whether row i takes pair i, so that an entry a pair is an entry a row.
-        only: the pair that all rows take, which needs no batched product; or None.
 
     Attributes:
+        single: whether there is one pair, which needs no batched product.
         dropout: the largest probability of dropping an element among the pairs.
     """
 
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        pairs: list[LoRA],
-        slots: Tensor,
-        per_row: bool,
-        in_order: bool,
-        only: int | None,
-    ) -> None:
-        self.names, self.pairs, self.slots = names, pairs, slots
-        self.in_order, self.only = in_order, only
+    def __init__(self, pairs: list[LoRA], slots: Tensor, per_row: bool, in_order: bool) -> None:
+        self.pairs, self.slots, self.in_order = pairs, slots, in_order
         self.form = pairs[0].form
+        self.single = len(pairs) == 1
         # of an embedding's A, (R, V), a row of the batch needs a few columns
         self.looks_up = isinstance(self.form, EmbeddingForm)
-        self.per_row = per_row and only is None and not self.looks_up
+        self.per_row = per_row and not self.single and not self.looks_up
         self._plain = all(_is_plain(pair) for pair in pairs)
         self._own, self._vars = [pair._parameters for pair in pairs], [*map(vars, pairs)]
         # where the tensors are that the stacks are made of
         self._dicts, self._keys = _places(pairs, self._plain)
         self.frozen = not self._trains()
         self.kept: Stacks | None = None
-        self._by_pair: Stacks | None = None  # the same, an entry a pair
         self._from: list[Any] = []
         self._versions: object = None
         self._scaled: list[float] = []
@@ -95,44 +84,18 @@ class PairStacks:
     def keep(self, dtype: torch.dtype = torch.float32) -> None:
         """Make the stacks that are used without gradients now, for a compiled model to find."""
         with torch.inference_mode(False), torch.no_grad():
-            self._by_pair = self._made(dtype)
-            self.kept = self._expanded(self._by_pair)
+            self.kept = self._made(dtype)
         self._dtype, self._from = dtype, [*map(dict.get, self._dicts, self._keys)]
         self._versions, self._scaled = _versions(self._from), self._scalings()
-
-    def keep_as(self, earlier: object) -> bool:
-        """Take over the stacks that were kept for an earlier batch, if they are still right.
-
-        Args:
-            earlier: those of the same site, or anything else.
-
-        Returns:
-            Whether they are; if not, nothing is kept yet.
-        """
-        if not isinstance(earlier, PairStacks) or earlier._by_pair is None:
-            return False
-        if len(earlier.pairs) != len(self.pairs) or earlier._changed():
-            return False
-        if not all(map(operator.is_, earlier.pairs, self.pairs)):
-            return False
-        self._by_pair, self._dtype, self._from = earlier._by_pair, earlier._dtype, earlier._from
-        self._versions, self._scaled = earlier._versions, earlier._scaled
-        with torch.inference_mode(False), torch.no_grad():
-            self.kept = self._expanded(self._by_pair)
-        return True
-
-    def trains_others(self, named: int) -> bool:
-        """Whether gradients would reach more pairs than the `named` ones."""
-        return len(self.pairs) > named and torch.is_grad_enabled() and not self.frozen
 
     def stacks(self, dtype: torch.dtype) -> Stacks:
         """Return the stacks in the dtype of the computation."""
         if torch.compiler.is_compiling():
             if self.kept is None or (torch.is_grad_enabled() and not self.frozen):
-                return self._expanded(self._made(dtype))
+                return self._made(dtype)
             return self._cast(self.kept, dtype)
         if torch.is_grad_enabled() and self._trains():
-            return self._expanded(self._made(dtype))
+            return self._made(dtype)
         if self.kept is None or dtype != self._dtype or self._changed():
             self.keep(dtype)
         assert self.kept is not None
@@ -155,8 +118,8 @@ class PairStacks:
         if x.is_floating_point():
             x = x.to(dtype)
             x = self._dropped(x) if self.dropout and training else x
-        if self.only is not None:
-            update = self.form.apply(x, made.down[self.only], made.up[self.only], base)
+        if self.single:
+            update = self.form.apply(x, made.down[0], made.up[0], base)
         else:
             slots = None if self.per_row else self.slots
             update = self.form.apply_rows(x, made.down, made.up, base, slots)
@@ -164,15 +127,13 @@ class PairStacks:
 
     def _along(self, bias: Tensor, update: Tensor) -> Tensor:
         """The biases, of (H, N) or one for all rows, so that they broadcast with the update."""
-        if self.only is not None:
-            bias = bias[self.only : self.only + 1]
-        elif not self.per_row:
+        if not self.single and not self.per_row:
             bias = bias.index_select(0, self.slots)
         along = self.form.along_output(bias[0]).shape  # (N,) or (N, 1, …)
         return bias.view(len(bias), *(1,) * (update.dim() - 1 - len(along)), *along)
 
     def _made(self, dtype: torch.dtype) -> Stacks:
-        """Stack the pairs, an entry each."""
+        """Stack the pairs."""
         pairs = self.pairs
         if self._plain and not torch.compiler.is_compiling():  # past nn.Module's slow look-up
             factors: list[Any] = [(own["A"], own["B"]) for own in self._own]
@@ -184,10 +145,7 @@ class PairStacks:
         else:
             up = up * scalings.pop()
         down = self._long([down for down, _ in factors])  # (L, R, K)
-        return self._cast(Stacks(down, up, self._biases(up)), dtype)
-
-    def _expanded(self, made: Stacks) -> Stacks:
-        """Stacks with an entry a row, where that is wanted."""
+        made = self._cast(Stacks(down, up, self._biases(up)), dtype)
         if not self.per_row or self.in_order:
             return made
         return Stacks(*(None if t is None else t.index_select(0, self.slots) for t in made))  # type: ignore[arg-type]

@@ -37,7 +37,6 @@ from lora_core.targets import nearest
 __all__ = ["SiteRows", "adapter_rows"]
 
 Names = tuple[str | None, ...]
-MOST_KEPT = 8  # times as many adapters in kept stacks as the rows name
 
 
 @contextmanager
@@ -113,7 +112,6 @@ class _Indices(NamedTuple):
     taken: Tensor  # (H,): the same of the H rows that take one
     rows: Tensor | None  # (H,): these rows; None: all of them
     in_order: bool  # whether row i takes adapter i
-    only: int | None  # the adapter that all of them take, if there is just one
 
 
 class _Batch:
@@ -138,9 +136,7 @@ class _Batch:
                 first, second, third = made
             all_rows = len(rows) == len(slots)
             in_order = taken == list(range(len(some)))
-            only = taken[0] if len({*taken}) == 1 else None
-            rest = None if all_rows else third
-            self._indices[key] = _Indices(first, second, rest, in_order, only)
+            self._indices[key] = _Indices(first, second, None if all_rows else third, in_order)
         return self._indices[key]
 
     def of_tokens(self, slots: Tensor, lead: torch.Size) -> Tensor:
@@ -193,10 +189,7 @@ class SiteRows:
             self.pairs.keep(self.pairs.kept.up.dtype)
 
     def _group(self, host: Adapted, pairs: dict[str, LoRA]) -> None:
-        """Prepare the pairs of all rows, and without gradients those that were kept before."""
-        self.named = pairs
-        trains = torch.is_grad_enabled() and any(map(_trains, pairs.values()))
-        pairs = pairs if trains else _with_kept(host, pairs)
+        """Prepare the pairs of all rows."""
         some = list(pairs.values())
         indices = self.batch.indices(tuple(pairs), some[0].A.device)
         self.slots, self.chosen = indices.slots, indices.rows
@@ -204,12 +197,9 @@ class SiteRows:
             self.dtypes, self.ones = dtypes, torch.ones(len(some), device=self.slots.device)
         # an entry a row costs no more than twice an entry a pair, and saves gathering
         per_row = not self.dtypes and len(indices.taken) <= 2 * len(some)
-        order = (indices.in_order, indices.only)
-        self.pairs = PairStacks(tuple(pairs), some, indices.taken, per_row, *order)
-        if not trains:
-            if not self.pairs.keep_as(host.stacks):
-                self.pairs.keep()
-            host.stacks = self.pairs
+        self.pairs = PairStacks(some, indices.taken, per_row, indices.in_order)
+        if self.pairs.frozen or not torch.is_grad_enabled():
+            self.pairs.keep()
 
     def __call__(self, host: Adapted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output of the whole batch."""
@@ -217,8 +207,6 @@ class SiteRows:
             return host.base(*args, **kwargs)
         x: Any = args[0] if args else next(iter(kwargs.values()), None)
         self._check_size(x)
-        if not torch.compiler.is_compiling():
-            self._leave_others_alone(host)
         if self.pairs is not None and self._in_one_product(host, x, len(args) + len(kwargs)):
             down, up, _ = self.pairs.stacks(torch.float32)
             tokens = self.batch.of_tokens(self.slots, x.shape[:-1])
@@ -230,11 +218,6 @@ class SiteRows:
         for adapter, rows in self.others:
             y = _on_rows(adapter, rows, x, y, host.base)
         return y
-
-    def _leave_others_alone(self, host: Adapted) -> None:
-        """Drop kept pairs that no row names, once gradients are wanted: theirs are None, not 0."""
-        if self.pairs is not None and self.pairs.trains_others(len(self.named)):
-            self._group(host, self.named)
 
     def _check_size(self, x: Any) -> None:
         if isinstance(x, Tensor) and x.dim() > 0 and len(x) == self.size:
@@ -269,23 +252,6 @@ class SiteRows:
 def _device(adapter: Adapter) -> torch.device:
     tensor = next((t for t in (*adapter.parameters(), *adapter.buffers())), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-def _trains(pair: LoRA) -> bool:
-    return any(p.requires_grad for p in pair._parameters.values() if p is not None)
-
-
-def _with_kept(host: Adapted, pairs: dict[str, LoRA]) -> dict[str, LoRA]:
-    """The pairs, or, where these are among them, those whose stacks were kept for the last batch.
-
-    A few too many cost nothing; many would be a stack to gather from that does not pay.
-    """
-    kept = host.stacks
-    if not isinstance(kept, PairStacks) or len(kept.names) > MOST_KEPT * max(4, len(pairs)):
-        return pairs
-    known = dict(zip(kept.names, kept.pairs, strict=True))
-    same = all(host.adapters._modules.get(name) is pair for name, pair in known.items())
-    return known if same and pairs.keys() <= known.keys() else pairs
 
 
 def _on_rows(adapter: Adapter, rows: Tensor | None, x: Tensor, y: Any, base: nn.Module) -> Any:
