@@ -31,7 +31,7 @@ from lora_core.adapters.bottleneck import BottleneckAdapter, BottleneckConfig, T
 from lora_core.adapters.host import adapted_modules
 from lora_core.adapters.inject import attach_built
 from lora_core.adapters.switch import adapter_names
-from lora_core.checkpoint.adapter_files import write_adapter
+from lora_core.checkpoint.adapter_files import check_tensors, write_adapter
 from lora_core.checkpoint.adapterhub_config import config_from, config_to
 from lora_core.checkpoint.safetensors_folder import (
     read_header,
@@ -225,24 +225,11 @@ def _assigned(
     built: Mapping[str, Adapter], wanted: Mapping[str, tuple[str, str]], given: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """The file's tensors by site and name, every key and shape accounted for."""
-    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    for kind, keys, others in (
-        ("is missing", missing, sorted(given)),
-        ("is unexpected", unexpected, sorted(wanted)),
-    ):
-        if keys:
-            more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-            raise ValueError(f"the key {keys[0]!r} {kind}{more}; {nearest(keys[0], others)}")
+    own = {key: built[site].tensors()[name] for key, (site, name) in wanted.items()}
+    check_tensors(own, {key: given[key] for key in own if key in given} | dict(given))
     ready: dict[str, dict[str, Tensor]] = {}
     for key, (site, name) in wanted.items():
-        own, tensor = built[site].tensors()[name], given[key]
-        if tensor.shape != own.shape:
-            raise ValueError(
-                f"{key!r} has shape {tuple(tensor.shape)}, the model needs {tuple(own.shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{key!r} holds {tensor.dtype}, not floating-point numbers")
-        ready.setdefault(site, {})[name] = tensor
+        ready.setdefault(site, {})[name] = given[key]
     return ready
 
 
