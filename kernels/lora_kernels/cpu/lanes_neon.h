@@ -1,0 +1,161 @@
+/* lanes.h on NEON of 64-bit Arm: 4 lanes.
+ *
+ * A table of 16 floats is 64 bytes in four registers, which tbl looks up byte by byte: entry c is
+ * bytes 4 c .. 4 c + 3. Never timed: compiled for every change and run in an emulator.
+ */
+#include <arm_neon.h>
+
+#define LANES 4
+#define LANES_NAME "neon"
+
+typedef float32x4_t vf;
+typedef uint32x4_t vu;
+typedef uint8x16x4_t vtable;
+typedef struct {
+    uint8x16_t low, high; /* the low and the high bytes of 16 entries */
+} half_table;
+
+LANE vf vf_load(const float *p) { return vld1q_f32(p); }
+LANE void vf_store(float *p, vf a) { vst1q_f32(p, a); }
+LANE vf vf_set1(float x) { return vdupq_n_f32(x); }
+LANE vf vf_add(vf a, vf b) { return vaddq_f32(a, b); }
+LANE vf vf_sub(vf a, vf b) { return vsubq_f32(a, b); }
+LANE vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
+LANE vf vf_div(vf a, vf b) { return vdivq_f32(a, b); }
+LANE vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
+LANE float vf_sum(vf a) { return vaddvq_f32(a); }
+
+LANE vu vu_load(const void *p) { return vreinterpretq_u32_u8(vld1q_u8((const uint8_t *)p)); }
+LANE vu vu_set1(uint32_t x) { return vdupq_n_u32(x); }
+LANE vu vu_add(vu a, vu b) { return vaddq_u32(a, b); }
+LANE vu vu_and(vu a, vu b) { return vandq_u32(a, b); }
+LANE vu vu_or(vu a, vu b) { return vorrq_u32(a, b); }
+LANE vu vu_max(vu a, vu b) { return vmaxq_u32(a, b); }
+LANE vu vu_shr(vu a, int bits) { return vshlq_u32(a, vdupq_n_s32(-bits)); }
+LANE uint32_t vu_maximum(vu a) { return vmaxvq_u32(a); }
+LANE vu vf_bits(vf a) { return vreinterpretq_u32_f32(a); }
+LANE vf vu_floats(vu a) { return vreinterpretq_f32_u32(a); }
+
+LANE vu vu_lane_over(int step)
+{
+    const uint32_t lane[4] = {0, 1, 2, 3};
+    return vshlq_u32(vld1q_u32(lane), vdupq_n_s32(-__builtin_ctz((unsigned)step)));
+}
+
+LANE vu vu_if_greater(vf a, vf b, uint32_t value)
+{
+    return vandq_u32(vcgtq_f32(a, b), vdupq_n_u32(value));
+}
+
+LANE void vu_store_bytes(uint8_t *p, vu a)
+{
+    const uint16x4_t words = vmovn_u32(a);
+    const uint32_t bytes = vget_lane_u32(
+        vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
+    memcpy(p, &bytes, 4);
+}
+
+LANE vf vf_load_bf16(const uint16_t *p)
+{
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+
+LANE vf vf_load_f16(const uint16_t *p)
+{
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+
+LANE vf vf_load_f64(const double *p)
+{
+    return vcvt_high_f32_f64(vcvt_f32_f64(vld1q_f64(p)), vld1q_f64(p + 2));
+}
+
+LANE void vf_store_bf16(uint16_t *p, vf a)
+{
+    const uint32x4_t bits = vreinterpretq_u32_f32(a);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    uint32x4_t up = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    up = vbslq_u32(vceqq_f32(a, a), vshrq_n_u32(up, 16), vdupq_n_u32(0x7fc0));
+    vst1_u16(p, vmovn_u32(up));
+}
+
+LANE void vf_store_f16(uint16_t *p, vf a)
+{
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a)));
+}
+
+LANE vf vf_gather256(const float *table, const uint8_t *index)
+{
+    const float values[4] = {table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+    return vld1q_f32(values);
+}
+
+LANE vf vf_pick(const float *s, vu which)
+{
+    const uint32x4_t base = vdupq_n_u32(0x03020100);
+    const uint32x4_t at = vmlaq_n_u32(base, which, 0x04040404);
+    const uint8x16_t bytes = vreinterpretq_u8_f32(vld1q_f32(s));
+    return vreinterpretq_f32_u8(vqtbl1q_u8(bytes, vreinterpretq_u8_u32(at)));
+}
+
+LANE vtable vtable_load(const float *t)
+{
+    const uint8_t *bytes = (const uint8_t *)t;
+    const vtable table = {
+        {vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
+    return table;
+}
+
+LANE vf vf_lookup(vtable t, vu index)
+{
+    const uint32x4_t base = vdupq_n_u32(0x03020100);
+    const uint32x4_t at = vmlaq_n_u32(base, index, 0x04040404); /* 4 c + 0, 1, 2, 3 */
+    return vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_u32(at)));
+}
+
+LANE vf vf_nibble(vtable t, vu words, int j)
+{
+    return vf_lookup(t, vandq_u32(vu_shr(words, 4 * j), vdupq_n_u32(15)));
+}
+
+LANE half_table half_table_load(const uint16_t *t)
+{
+    const uint8x16x2_t split = vld2q_u8((const uint8_t *)t);
+    const half_table table = {split.val[0], split.val[1]};
+    return table;
+}
+
+/* 32 indices, a byte each, in order. */
+LANE uint8x16x2_t lanes_indices(const uint8_t *codes)
+{
+    const uint8x16_t bytes = vld1q_u8(codes);
+    return vzipq_u8(vshrq_n_u8(bytes, 4), vandq_u8(bytes, vdupq_n_u8(15)));
+}
+
+LANE void half_expand32(half_table t, const uint8_t *codes, uint16_t *out, int stream)
+{
+    const uint8x16x2_t index = lanes_indices(codes);
+    (void)stream;
+    for (int i = 0; i < 2; i++) {
+        const uint8x16x2_t both = {
+            {vqtbl1q_u8(t.low, index.val[i]), vqtbl1q_u8(t.high, index.val[i])}};
+        vst2q_u8((uint8_t *)(out + 16 * i), both);
+    }
+}
+
+LANE void float_expand32(vtable t, const uint8_t *codes, float *out, int stream)
+{
+    const uint8x16x2_t index = lanes_indices(codes);
+    (void)stream;
+    for (int i = 0; i < 2; i++) {
+        const uint16x8_t first = vmovl_u8(vget_low_u8(index.val[i]));
+        const uint16x8_t second = vmovl_u8(vget_high_u8(index.val[i]));
+        vst1q_f32(out + 16 * i, vf_lookup(t, vmovl_u16(vget_low_u16(first))));
+        vst1q_f32(out + 16 * i + 4, vf_lookup(t, vmovl_u16(vget_high_u16(first))));
+        vst1q_f32(out + 16 * i + 8, vf_lookup(t, vmovl_u16(vget_low_u16(second))));
+        vst1q_f32(out + 16 * i + 12, vf_lookup(t, vmovl_u16(vget_high_u16(second))));
+    }
+}
+
+LANE void lanes_prefetch(const void *p) { __builtin_prefetch(p); }
+LANE void lanes_fence(void) {}
