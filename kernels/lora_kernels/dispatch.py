@@ -10,7 +10,8 @@ file alone.
 operator has and the device can run, so it never fails; a backend that was asked for by name and
 cannot run raises instead of giving way to another.
 
-No device is asked anything before a tensor on it arrives.
+No device is asked anything before a tensor on it arrives, and nothing is compiled before a CPU
+tensor arrives at an operator that has C for it.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
+
+from lora_kernels.cpu import library
 
 __all__ = ["BACKENDS", "backend_for", "describe", "device_of", "requested"]
 
@@ -56,15 +59,17 @@ def backend_for(tensor: Tensor, offered: Collection[str] = ("reference",)) -> st
         A member of `offered`.
 
     Raises:
-        ValueError: `LORA_KERNELS` names no backend, or one that cannot run here.
+        ValueError: `LORA_KERNELS` names no backend, or one that cannot run here; or
+            `LORA_KERNELS_ISA` an instruction set that this CPU lacks.
     """
     choice = requested()
     if choice == "auto":
         order = _PREFERENCE.get(tensor.device.type, ("reference",))
         able = (b for b in order if b in offered and _why_absent(b, tensor.device) is None)
         return next(able)
-    reason = _why_absent(choice, tensor.device)
-    if reason is None and choice not in offered:
+    if choice in offered:
+        reason = _why_absent(choice, tensor.device)
+    else:  # said without compiling anything
         reason = f"this operator has no {choice} implementation"
     if reason is not None:
         raise ValueError(
@@ -93,8 +98,11 @@ def describe() -> dict[str, str]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reasons = {backend: _why_absent(backend, device) for backend in BACKENDS}
+    reasons["native"] = _why_absent("native", torch.device("cpu"))  # for CPU tensors on any machine
     lines = {b: f"not available: {why}" for b, why in reasons.items() if why is not None}
     lines["reference"] = "available: plain PyTorch on any device, the definition"
+    if reasons["native"] is None:
+        lines["native"] = f"available: {library.describe()}"
     if reasons["triton"] is None:
         lines["triton"] = f"available: {_triton_runs_on(device)}"
     choice = requested()
@@ -114,7 +122,7 @@ def _why_absent(backend: str, device: torch.device) -> str | None:
     if backend == "reference":
         return None
     if backend == "native":
-        return "no operator of this version has a C implementation"
+        return library.why_not() if device.type == "cpu" else f"it is for CPU tensors, not {device}"
     if not _has_triton():
         return "the package triton is not installed"
     if device.type == "cuda":

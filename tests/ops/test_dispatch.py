@@ -6,9 +6,22 @@ import triton
 
 from lora_kernels import backend_for, dequantize4, describe, dispatch, matmul4, quantize4
 from lora_kernels.blockwise4 import Weight4
+from lora_kernels.cpu import library
 
 X = torch.ones(2, 64)
 TABLE = torch.linspace(-1, 1, 16)
+EVERYTHING = ("reference", "native", "triton")
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "why_not", lambda: "no C compiler: none is on the PATH")
+
+
+@pytest.fixture
+def a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "why_not", lambda: None)
+    monkeypatch.setattr(library, "describe", lambda: "C for avx2, built by gcc 1.2.3")
 
 
 def weight() -> Weight4:
@@ -23,14 +36,19 @@ def test_the_reference_answers(choice: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert matmul4(X, weight()).shape == (2, 2)
 
 
+@pytest.mark.usefixtures("no_library")
+def test_auto_without_a_library_takes_the_reference() -> None:
+    assert backend_for(X, EVERYTHING) == "reference"  # the interpreter has to be asked for
+
+
+@pytest.mark.usefixtures("a_library")
 def test_auto_takes_the_fastest_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = ("reference", "native", "triton")
-    assert backend_for(X, everything) == "reference"  # the interpreter has to be asked for
+    assert backend_for(X, EVERYTHING) == "native"
+    assert backend_for(X.to("meta"), EVERYTHING) == "reference"
     monkeypatch.setattr(dispatch, "_why_absent", lambda backend, device: None)
-    assert backend_for(X, everything) == "native"
     assert backend_for(X, ("reference", "triton")) == "reference"
     monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "reference")})
-    assert backend_for(X, everything) == "triton"
+    assert backend_for(X, EVERYTHING) == "triton"
     assert backend_for(X) == "reference"
 
 
@@ -43,12 +61,13 @@ CALLS = {
 }
 
 
+@pytest.mark.usefixtures("no_library")
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_forced_backend_that_cannot_run_raises(
     call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_KERNELS", "native")
-    with pytest.raises(ValueError, match="LORA_KERNELS=native cannot run: no operator of this"):
+    with pytest.raises(ValueError, match="LORA_KERNELS=native cannot run: "):
         call()
     assert "native cannot run" in describe()["selected"]
     monkeypatch.setenv("LORA_KERNELS", "triton")
@@ -56,6 +75,34 @@ def test_a_forced_backend_that_cannot_run_raises(
     with pytest.raises(ValueError, match="LORA_KERNELS=triton cannot run: no GPU for it: kernels"):
         call()
     assert "triton cannot run" in describe()["selected"]
+
+
+@pytest.mark.usefixtures("no_library")
+def test_the_librarys_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS", "native")
+    why = "LORA_KERNELS=native cannot run: no C compiler: none is on the PATH; set LORA_KERNELS="
+    with pytest.raises(ValueError, match=why):
+        backend_for(X, EVERYTHING)
+    with pytest.raises(ValueError, match="cannot run: it is for CPU tensors, not meta"):
+        backend_for(X.to("meta"), EVERYTHING)
+
+
+@pytest.mark.parametrize("choice", ["auto", "native", "reference"])
+def test_nothing_is_compiled_for_an_operator_without_c(
+    choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_now() -> None:
+        raise AssertionError("it would compile now")
+
+    monkeypatch.setattr(library, "why_not", compile_now)
+    monkeypatch.setenv("LORA_KERNELS", choice)
+    if choice == "native":
+        with pytest.raises(ValueError, match="cannot run: this operator has no native implement"):
+            backend_for(X, ("reference", "triton"))
+        with pytest.raises(AssertionError, match="compile now"):
+            backend_for(X, EVERYTHING)
+    else:
+        assert backend_for(X, ("reference", "triton")) == "reference"
 
 
 def test_every_reason_against_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +141,7 @@ def test_triton_that_does_not_start(no_compiler: bool, monkeypatch: pytest.Monke
         cached.cache_clear()
 
 
+@pytest.mark.usefixtures("no_library")
 def test_backward_obeys_the_choice_too(monkeypatch: pytest.MonkeyPatch) -> None:
     y = matmul4(X.clone().requires_grad_(), weight())
     monkeypatch.setenv("LORA_KERNELS", "native")
@@ -107,10 +155,20 @@ def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         backend_for(X)
 
 
+@pytest.mark.usefixtures("no_library")
 def test_describe_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe()["triton"].startswith("available: triton 3.")  # in the interpreter
     monkeypatch.delenv("TRITON_INTERPRET")
     lines = describe()
     assert lines["triton"].startswith("not available: no GPU for it")
     assert list(lines) == ["selected", "reference", "native", "triton"]
-    assert lines["native"].startswith("not available: no operator")
+    assert lines["native"] == "not available: no C compiler: none is on the PATH"
+    assert lines["selected"] == "reference (LORA_KERNELS=auto: nothing faster is available)"
+
+
+@pytest.mark.usefixtures("a_library")
+def test_describe_says_what_c_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe()["native"] == "available: C for avx2, built by gcc 1.2.3"
+    assert describe()["selected"] == "native (LORA_KERNELS=auto: on cpu)"
+    monkeypatch.setenv("LORA_KERNELS", "native")
+    assert describe()["selected"] == "native (LORA_KERNELS=native)"

@@ -1,1 +1,1 @@
-"""Operators in C for the CPU at hand, compiled on first use: `docs/kernels.md` tells how and why."""
+"""Operators in C for the CPU at hand, compiled on first use: `docs/kernels.md` says how and why."""
