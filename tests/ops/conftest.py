@@ -5,6 +5,7 @@ import importlib
 import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,45 @@ _PTX: dict[str, Callable] = {
 def run_ptx() -> Callable[..., list[np.ndarray]]:
     """The decoders' PTX on numpy arrays: `run_ptx(assembly, number of outputs, inputs)`."""
     return _run_ptx
+
+
+@pytest.fixture
+def tiny_sources(tmp_path: Path) -> Path:
+    """A folder with one C file: `lora_probe(p, n)` adds its instruction set's number to n floats.
+
+    It returns n if that is below 0 (an errno, negated) and needs the header beside it.
+    """
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "probe.h").write_text('#define LORA_EXPORT __attribute__((visibility("default")))\n')
+    (folder / "probe.c").write_text(
+        """#include "probe.h"
+#if defined(__AVX512F__)
+enum { NUMBER = 512 };
+#elif defined(__AVX2__)
+enum { NUMBER = 256 };
+#else
+enum { NUMBER = 128 };
+#endif
+LORA_EXPORT int lora_probe(float *p, long long n)
+{
+    for (long long i = 0; i < n; i++) p[i] += (float)NUMBER;
+    return n < 0 ? (int)-n : 0;
+}
+"""
+    )
+    return folder
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., Path]:
+    """Write an executable shell script into a folder of its own; gives back its path."""
+
+    def write(text: str, name: str = "compiler") -> Path:
+        path = tmp_path / "scripts" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return path
+
+    return write

@@ -13,9 +13,11 @@ a lock makes all but the first wait. It is a courtesy, not what correctness rest
 system has no locks, or the holder has stopped, everybody compiles and the last rename wins.
 """
 
+import atexit
 import contextlib
 import functools
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -39,7 +41,7 @@ def folders() -> Iterator[Path]:
     if usual is not None:
         yield usual
     yield Path(tempfile.gettempdir()).absolute() / f"lora-core-{os.getuid()}"
-    yield Path(_fresh().name)
+    yield _fresh()
 
 
 def _usual() -> Path | None:
@@ -55,8 +57,10 @@ def _usual() -> Path | None:
 
 
 @functools.cache
-def _fresh() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="lora-core-")
+def _fresh() -> Path:
+    folder = tempfile.mkdtemp(prefix="lora-core-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder).absolute()
 
 
 def refusal(folder: Path) -> str | None:
@@ -71,10 +75,11 @@ def refusal(folder: Path) -> str | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.stat()
+        owners = {facts.st_uid, folder.lstat().st_uid}  # of the folder, and of a link to it
         flags = os.statvfs(folder).f_flag
     except OSError as error:
         return error.strerror or str(error)
-    if facts.st_uid != os.getuid():
+    if owners != {os.getuid()}:
         return "it belongs to another user"
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "other users can write to it"

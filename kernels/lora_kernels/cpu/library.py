@@ -140,7 +140,7 @@ def _load(wanted: str | None, place: str | None) -> "_Loaded | str":
     try:
         built = toolchain.build(chosen, toolchain.SOURCES)
         return _Loaded(chosen, _open(chosen, built), built)
-    except toolchain.BuildError as error:
+    except (toolchain.BuildError, OSError) as error:  # OSError: such as no folder for temporaries
         return str(error)
 
 

@@ -159,6 +159,8 @@ def _compile(target: Path, command: tuple[str, ...], files: list[Path]) -> None:
         names = [path.name for path in files]
         # the compiler's own temporary files go there too: /tmp may be read-only
         _run((*command, "-o", str(made), *names), cwd=files[0].parent, scratch=work)
+        if not made.exists():
+            raise BuildError(f"{command[0]} ended well, but made no library")
         with open(made, "rb") as file:
             os.fsync(file.fileno())
         os.replace(made, target)
@@ -209,10 +211,10 @@ def version_of(compiler: tuple[str, ...]) -> str:
         BuildError: it does not run.
     """
     lines = _run((*compiler, "--version"), cwd=SOURCES, scratch=tempfile.gettempdir()).splitlines()
-    first = lines[0].strip() if lines else "unknown compiler"
+    first = lines[0].strip() if lines else ""
     words = first.split()
     if "clang" in first and "version" in words[:-1]:
         return f"clang {words[words.index('version') + 1]}"
     if any("Free Software Foundation" in line for line in lines):
         return f"gcc {words[-1]}"
-    return first
+    return first or "an unknown compiler"
