@@ -343,6 +343,18 @@ def test_a_library_that_is_there_is_not_written_to(
     assert build("portable", tiny_sources) == built
 
 
+@needs_compiler
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_library_that_lost_its_end_is_made_again(share: float, tiny_sources: Path) -> None:
+    path = build("portable", tiny_sources).path
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    (path.parent / "building-killed").mkdir()  # what a process that was killed leaves
+    (path.parent / "building-killed" / "library.so").write_bytes(whole[:100])
+    assert build("portable", tiny_sources).path == path
+    assert path.read_bytes() == whole
+
+
 def test_there_is_no_compiler(
     tiny_sources: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -139,23 +139,9 @@ def _load(wanted: str | None, place: str | None) -> "_Loaded | str":
 
     try:
         built = toolchain.build(chosen, toolchain.SOURCES)
-        return _Loaded(chosen, _open(chosen, built), built)
-    except (toolchain.BuildError, OSError) as error:  # OSError: such as no folder for temporaries
+        return _Loaded(chosen, ctypes.CDLL(str(built.path)), built)
+    except (toolchain.BuildError, OSError) as error:  # OSError: what was built does not load
         return str(error)
-
-
-def _open(chosen: str, built: "Built") -> ctypes.CDLL:
-    """Load a library; one that does not load is made again, once."""
-    from lora_kernels.cpu import toolchain
-
-    try:
-        return ctypes.CDLL(str(built.path))
-    except OSError:
-        built.path.unlink(missing_ok=True)
-    try:
-        return ctypes.CDLL(str(toolchain.build(chosen, toolchain.SOURCES).path))
-    except OSError as error:
-        raise toolchain.BuildError(f"the library does not load: {error}") from None
 
 
 @functools.cache

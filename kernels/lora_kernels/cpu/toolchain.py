@@ -1,12 +1,13 @@
 """Compile the C sources beside this file into one shared library, once.
 
-    sources, flags, compiler, CPU  ->  key  ->  <cache>/<instruction set>-<key>.so
+    sources, flags, compiler, CPU  ->  key  ->  <cache>/<instruction set>-<key>-<bytes>.so
 
 A library is found again by a name that holds everything it was made of: each source's name and
 bytes, the flags, the instruction set, the compiler (where it really lies, its size and time) and
 the CPU's features. So nothing stale is ever loaded, no version number has to be kept, and machines
-that share a home folder do not share code that one of them cannot run. Old libraries, of some
-100 KB each, stay until somebody empties the cache.
+that share a home folder do not share code that one of them cannot run. Its size is in the name as
+well: loading a library that lost its end is not an error but the end of the process (SIGBUS). Old
+libraries, of some 100 KB each, stay until somebody empties the cache.
 
 The sources include no header of PyTorch or Python: pointers and sizes come in through ctypes.
 Building takes a couple of seconds, where `torch.utils.cpp_extension.load_inline` takes 45; it needs
@@ -77,14 +78,14 @@ def build(isa: str, sources: Path) -> Built:
     if not files:
         raise BuildError(f"there is no C source in {sources}")
     flags = (*FLAGS, *machine.FLAGS[isa])
-    name = f"{isa}-{_key(isa, compiler, flags, sources)}.so"
+    name = f"{isa}-{_key(isa, compiler, flags, sources)}"
     refused: list[str] = []
     for folder in cache.folders():
         reason = cache.refusal(folder)
         if reason is None:
             try:
-                _compile_once(folder / name, (*compiler, *flags), files)
-                return Built(folder / name, compiler, tuple(refused))
+                path = _find(folder, name) or _make(folder, name, (*compiler, *flags), files)
+                return Built(path, compiler, tuple(refused))
             except OSError as error:  # of the folder: the compiler's are BuildErrors
                 reason = error.strerror or str(error)
         refused.append(f"{folder}: {reason}")
@@ -142,28 +143,35 @@ def _c_library() -> str:
         return ""
 
 
-def _compile_once(target: Path, command: tuple[str, ...], files: list[Path]) -> None:
-    """Make a library unless it is there, or another process makes it just now."""
-    if target.exists():
-        return
-    with cache.locked(target.parent):
-        if not target.exists():
-            _compile(target, command, files)
+def _find(folder: Path, name: str) -> Path | None:
+    """A library that is there and has all its bytes."""
+    for path in folder.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{path.stat().st_size}":
+            return path
+    return None
 
 
-def _compile(target: Path, command: tuple[str, ...], files: list[Path]) -> None:
+def _make(folder: Path, name: str, command: tuple[str, ...], files: list[Path]) -> Path:
+    """Compile, unless another process has done so just now."""
+    with cache.locked(folder):
+        return _find(folder, name) or _compile(folder, name, command, files)
+
+
+def _compile(folder: Path, name: str, command: tuple[str, ...], files: list[Path]) -> Path:
     """Run the compiler, and give the library its name when it is whole and on disk."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as work:
-        made = Path(work, target.name)
-        # by name, from their own folder, so that messages are short
+    with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as work:
+        made = Path(work, "library.so")
+        # sources by name, from their own folder, so that messages are short; the compiler's own
+        # temporary files go where ours do, as /tmp may be read-only
         names = [path.name for path in files]
-        # the compiler's own temporary files go there too: /tmp may be read-only
         _run((*command, "-o", str(made), *names), cwd=files[0].parent, scratch=work)
         if not made.exists():
             raise BuildError(f"{command[0]} ended well, but made no library")
         with open(made, "rb") as file:
             os.fsync(file.fileno())
+        target = folder / f"{name}-{made.stat().st_size}.so"
         os.replace(made, target)
+    return target
 
 
 def _run(command: tuple[str, ...], cwd: Path, scratch: str) -> str:
