@@ -10,7 +10,7 @@ and no other instruction set could be forced for a test.
     avx512     16 lanes   AVX-512 F, BW, VL, DQ    servers since 2017, AMD since 2022
     avx2        8 lanes   AVX2, FMA, F16C          x86 since 2013
     neon        4 lanes   part of 64-bit ARM       all of them
-    portable    4 lanes   C alone                  anything else with little-endian 64 bits
+    portable    8 lanes   C alone                  anything else with little-endian 64 bits
 
 `LORA_KERNELS_ISA` forces one, for tests and comparisons.
 """
@@ -29,8 +29,8 @@ FLAGS = {
         *("-mavx2", "-mfma", "-mf16c"),
     ),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "neon": (),
-    "portable": (),
+    "neon": (),  # what compilers assume of 64-bit ARM
+    "portable": ("-DLORA_PORTABLE",),  # or else 64-bit ARM would be NEON again
 }
 _CPUINFO = Path("/proc/cpuinfo")
 _ARM64 = ("aarch64", "arm64")  # as Linux and macOS call it
@@ -80,6 +80,8 @@ def available() -> tuple[str, ...]:
 def _has(isa: str) -> bool:
     if isa == "neon":
         return platform.machine() in _ARM64
+    if isa == "portable":
+        return True
     # compilers call a feature what Linux calls it
     return {flag.removeprefix("-m") for flag in FLAGS[isa]} <= set(features())
 
