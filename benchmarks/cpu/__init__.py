@@ -1,0 +1,1 @@
+"""The CPU script: `python -m benchmarks.cpu`."""
