@@ -462,3 +462,5 @@ VERSIONS = {
 @pytest.mark.parametrize(("short", "printed"), VERSIONS.items(), ids=VERSIONS)
 def test_what_a_compiler_calls_itself(short: str, printed: str, script: Callable) -> None:
     assert toolchain.version_of((str(script(f"cat <<'END'\n{printed}\nEND")),)) == short
+    gone = script("exit 1", "gone")
+    assert toolchain.version_of((str(gone),)) == "an unknown compiler"

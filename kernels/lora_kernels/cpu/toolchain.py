@@ -214,11 +214,12 @@ def version_of(compiler: tuple[str, ...]) -> str:
 
     Returns:
         Such as "gcc 12.2.0"; the first line of what it prints for `--version` else.
-
-    Raises:
-        BuildError: it does not run.
     """
-    lines = _run((*compiler, "--version"), cwd=SOURCES, scratch=tempfile.gettempdir()).splitlines()
+    try:
+        printed = _run((*compiler, "--version"), cwd=SOURCES, scratch=tempfile.gettempdir())
+    except BuildError:  # it is gone, or knows no --version
+        printed = ""
+    lines = printed.splitlines()
     first = lines[0].strip() if lines else ""
     words = first.split()
     if "clang" in first and "version" in words[:-1]:
