@@ -29,7 +29,7 @@ from lora_kernels.scales4 import SCALE_GROUP, TINY, decode_scales
 if TYPE_CHECKING:
     from lora_kernels.blockwise4 import Weight4
 
-__all__ = ["CHUNK", "dequantize", "describe_non_finite", "expand_slice", "quantize"]
+__all__ = ["CHUNK", "dequantize", "describe_non_finite", "expand_slice", "pieces", "quantize"]
 
 CHUNK = 1 << 18  # elements; a multiple of every block size
 MAX_CELLS = 1 << 16
@@ -44,7 +44,7 @@ def quantize(
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
     start = 0
-    for values in _pieces(x, block_size):
+    for values in pieces(x, block_size):
         quotients, absmax = _normalise(values.float(), block_size)
         finite = absmax.isfinite()
         if not bool(finite.all()):
@@ -111,7 +111,7 @@ def expand_slice(
 def describe_non_finite(x: Tensor, name: str) -> str:
     """Where the first value is that is not finite; a slow search, for an error alone."""
     start = 0
-    for piece in _pieces(x, 1):
+    for piece in pieces(x, 1):
         values = piece.float()
         bad = values.isfinite().logical_not().nonzero()
         if len(bad):
@@ -168,8 +168,17 @@ class _Encoder:
         return rank if self.order is None else self.order.index_select(0, rank.int())
 
 
-def _pieces(x: Tensor, block_size: int) -> Iterator[Tensor]:
-    """Cut `x`, read row-major, into flat pieces of whole blocks and at most one partial block."""
+def pieces(x: Tensor, block_size: int) -> Iterator[Tensor]:
+    """Cut `x`, read row-major, into flat pieces of whole blocks and at most one partial block.
+
+    Args:
+        x: any shape and layout.
+        block_size: elements of a block.
+
+    Yields:
+        (n,), contiguous: views of a contiguous `x`, else copies of about `CHUNK` elements, or of
+        as many rows as end on a block.
+    """
     n = x.numel()
     full = n - n % block_size
     if x.is_contiguous():

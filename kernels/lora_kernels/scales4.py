@@ -9,9 +9,10 @@ divided by its largest magnitude, and a scale becomes the index of the nearest o
 Nearest is meant exactly: quotients and midpoints are compared in float64, in which the midpoints of
 float32 entries have no error.
 
-There is one scale for 32 weights or more, so nothing here is worth a kernel of its own: the
-definition is a dozen operations on the scales' device and never waits for the host. What expands a
-weight decodes its scales on the way.
+There is one scale for 32 weights or more, so on a GPU nothing here is worth a kernel of its own:
+the definition is a dozen operations on the scales' device and never waits for the host. On a CPU it
+takes longer than to quantize the weight itself in C, so that encoding is C too (`cpu/scales8.c`).
+What expands a weight decodes its scales on the way.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (double quantization).
 """
@@ -19,8 +20,11 @@ Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (double quantizati
 import torch
 from torch import Tensor
 
+from lora_kernels.dispatch import backend_for
+
 __all__ = ["SCALE_GROUP", "TINY", "decode_scales", "encode_scales"]
 
+BACKENDS = ("reference", "native", "triton")  # on a GPU the definition runs
 SCALE_GROUP = 256  # scales that share one scale of their own
 TINY = 1e-38  # scales below are taken as this much, so that the reciprocal stays finite
 
@@ -64,6 +68,10 @@ def encode_scales(
                 f"the {scales.numel()} scales sum to more than float32 holds (largest "
                 f"{float(scales.max()):g}); use double_quant=False or rescale the weight"
             )
+        if backend_for(scales, BACKENDS) == "native" and scales.dtype == torch.float32:
+            from lora_kernels.cpu import quantize4 as native
+
+            return *native.encode_scales(scales, float(offset), scale_table), offset
         centred = scales - offset
         groups = -(-scales.numel() // SCALE_GROUP)
         padded = torch.nn.functional.pad(centred, (0, groups * SCALE_GROUP - scales.numel()))

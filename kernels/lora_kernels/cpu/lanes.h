@@ -17,14 +17,18 @@
  *   vf_load_f64                  from LANES doubles, rounded to nearest even
  *   vf_store_bf16, vf_store_f16  rounded to nearest even; subnormals kept, unlike vcvtneps2bf16
  *   vf_gather256(table, index)   table[index[lane]], of 256 floats, by LANES bytes
+ *   vf_unzip(a, b, &even, &odd)  of the 2 LANES numbers that a and then b hold
  *   vf_pick(s, which)            s[which[lane]], which < 4; may read s[0 .. 3]
+ *   vf_pick8(s, which)           the same, which < 8; may read s[0 .. 7]
  *   vu_load(pointer)             LANES little-endian words
- *   vu_set1, vu_add, vu_and, vu_or, vu_max (of values below 2^31), vu_shr(a, bits)
+ *   vu_set1, vu_add, vu_and, vu_or, vu_max (of values below 2^31)
+ *   vu_shr(a, bits), vu_shl(a, bits)
  *   vu_lane_over(step)           lane / step; step a power of two
  *   vu_maximum(a) -> uint32_t    over lanes, of values below 2^31
  *   vu_store_bytes(to, a)        the lowest byte of each lane
  *   vf_bits, vu_floats           the same bits as the other type
  *   vu_if_greater(a, b, value)   value where a > b, else 0: also where either is NaN
+ *   vu_append(u, a, b)           2 u + 1 where a > b, else 2 u: also where either is NaN
  *   vtable_load(const float[16]), vf_lookup(table, index < 16)
  *   vf_nibble(table, words, j)   table[words >> 4 j & 15], j in 0 .. 7
  *   half_table_load(const uint16_t[16])

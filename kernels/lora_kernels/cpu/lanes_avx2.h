@@ -41,6 +41,7 @@ LANE vu vu_and(vu a, vu b) { return _mm256_and_si256(a, b); }
 LANE vu vu_or(vu a, vu b) { return _mm256_or_si256(a, b); }
 LANE vu vu_max(vu a, vu b) { return _mm256_max_epu32(a, b); }
 LANE vu vu_shr(vu a, int bits) { return _mm256_srli_epi32(a, bits); }
+LANE vu vu_shl(vu a, int bits) { return _mm256_slli_epi32(a, bits); }
 LANE vu vf_bits(vf a) { return _mm256_castps_si256(a); }
 LANE vf vu_floats(vu a) { return _mm256_castsi256_ps(a); }
 
@@ -61,6 +62,12 @@ LANE vu vu_if_greater(vf a, vf b, uint32_t value)
 {
     const __m256i mask = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
     return _mm256_and_si256(mask, _mm256_set1_epi32((int)value));
+}
+
+LANE vu vu_append(vu u, vf a, vf b)
+{
+    const __m256i mask = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
+    return _mm256_sub_epi32(_mm256_add_epi32(u, u), mask); /* a set mask is -1 */
 }
 
 /* The low words of 8 lanes, all below 2^16, in order. */
@@ -117,6 +124,23 @@ LANE vf vf_gather256(const float *table, const uint8_t *index)
 LANE vf vf_pick(const float *s, vu which)
 {
     return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(s)), which);
+}
+
+LANE vf vf_pick8(const float *s, vu which)
+{
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(s), which);
+}
+
+/* Shuffles stay within 128 bits, so the quarters come out in the order a b a b. */
+LANE vf lanes_quarters(vf a)
+{
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8));
+}
+
+LANE void vf_unzip(vf a, vf b, vf *even, vf *odd)
+{
+    *even = lanes_quarters(_mm256_shuffle_ps(a, b, 0x88));
+    *odd = lanes_quarters(_mm256_shuffle_ps(a, b, 0xdd));
 }
 
 LANE vtable vtable_load(const float *t)

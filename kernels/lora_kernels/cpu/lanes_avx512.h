@@ -30,6 +30,7 @@ LANE vu vu_and(vu a, vu b) { return _mm512_and_si512(a, b); }
 LANE vu vu_or(vu a, vu b) { return _mm512_or_si512(a, b); }
 LANE vu vu_max(vu a, vu b) { return _mm512_max_epu32(a, b); }
 LANE vu vu_shr(vu a, int bits) { return _mm512_srli_epi32(a, (unsigned)bits); }
+LANE vu vu_shl(vu a, int bits) { return _mm512_slli_epi32(a, (unsigned)bits); }
 LANE uint32_t vu_maximum(vu a) { return _mm512_reduce_max_epu32(a); }
 LANE vu vf_bits(vf a) { return _mm512_castps_si512(a); }
 LANE vf vu_floats(vu a) { return _mm512_castsi512_ps(a); }
@@ -43,6 +44,13 @@ LANE vu vu_lane_over(int step)
 LANE vu vu_if_greater(vf a, vf b, uint32_t value)
 {
     return _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), (int)value);
+}
+
+LANE vu vu_append(vu u, vf a, vf b)
+{
+    const __m512i twice = _mm512_add_epi32(u, u);
+    const __mmask16 greater = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+    return _mm512_mask_add_epi32(twice, greater, twice, _mm512_set1_epi32(1));
 }
 
 LANE void vu_store_bytes(uint8_t *p, vu a)
@@ -93,6 +101,19 @@ LANE vf vf_gather256(const float *table, const uint8_t *index)
 LANE vf vf_pick(const float *s, vu which)
 {
     return _mm512_permutexvar_ps(which, _mm512_castps128_ps512(_mm_loadu_ps(s)));
+}
+
+LANE vf vf_pick8(const float *s, vu which)
+{
+    return _mm512_permutexvar_ps(which, _mm512_castps256_ps512(_mm256_loadu_ps(s)));
+}
+
+LANE void vf_unzip(vf a, vf b, vf *even, vf *odd)
+{
+    const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28,
+                                            30);
+    *even = _mm512_permutex2var_ps(a, first, b);
+    *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(1)), b);
 }
 
 LANE vtable vtable_load(const float *t) { return _mm512_loadu_ps(t); }

@@ -32,6 +32,7 @@ LANE vu vu_and(vu a, vu b) { return vandq_u32(a, b); }
 LANE vu vu_or(vu a, vu b) { return vorrq_u32(a, b); }
 LANE vu vu_max(vu a, vu b) { return vmaxq_u32(a, b); }
 LANE vu vu_shr(vu a, int bits) { return vshlq_u32(a, vdupq_n_s32(-bits)); }
+LANE vu vu_shl(vu a, int bits) { return vshlq_u32(a, vdupq_n_s32(bits)); }
 LANE uint32_t vu_maximum(vu a) { return vmaxvq_u32(a); }
 LANE vu vf_bits(vf a) { return vreinterpretq_u32_f32(a); }
 LANE vf vu_floats(vu a) { return vreinterpretq_f32_u32(a); }
@@ -45,6 +46,11 @@ LANE vu vu_lane_over(int step)
 LANE vu vu_if_greater(vf a, vf b, uint32_t value)
 {
     return vandq_u32(vcgtq_f32(a, b), vdupq_n_u32(value));
+}
+
+LANE vu vu_append(vu u, vf a, vf b)
+{
+    return vsubq_u32(vaddq_u32(u, u), vcgtq_f32(a, b)); /* a set mask is -1 */
 }
 
 LANE void vu_store_bytes(uint8_t *p, vu a)
@@ -96,6 +102,21 @@ LANE vf vf_pick(const float *s, vu which)
     const uint32x4_t at = vmlaq_n_u32(base, which, 0x04040404);
     const uint8x16_t bytes = vreinterpretq_u8_f32(vld1q_f32(s));
     return vreinterpretq_f32_u8(vqtbl1q_u8(bytes, vreinterpretq_u8_u32(at)));
+}
+
+LANE vf vf_pick8(const float *s, vu which)
+{
+    const uint32x4_t base = vdupq_n_u32(0x03020100);
+    const uint32x4_t at = vmlaq_n_u32(base, which, 0x04040404);
+    const uint8x16x2_t bytes = {
+        {vreinterpretq_u8_f32(vld1q_f32(s)), vreinterpretq_u8_f32(vld1q_f32(s + 4))}};
+    return vreinterpretq_f32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u32(at)));
+}
+
+LANE void vf_unzip(vf a, vf b, vf *even, vf *odd)
+{
+    *even = vuzp1q_f32(a, b);
+    *odd = vuzp2q_f32(a, b);
 }
 
 LANE vtable vtable_load(const float *t)

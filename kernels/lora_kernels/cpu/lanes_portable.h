@@ -118,6 +118,12 @@ LANE vu vu_shr(vu a, int bits)
     return a;
 }
 
+LANE vu vu_shl(vu a, int bits)
+{
+    EACH a.at[i] <<= bits;
+    return a;
+}
+
 LANE uint32_t vu_maximum(vu a)
 {
     uint32_t most = 0;
@@ -153,12 +159,20 @@ LANE vu vu_if_greater(vf a, vf b, uint32_t value)
     return c;
 }
 
+LANE vu vu_append(vu u, vf a, vf b)
+{
+    EACH u.at[i] = 2 * u.at[i] + (a.at[i] > b.at[i]);
+    return u;
+}
+
 LANE void vu_store_bytes(uint8_t *p, vu a) { EACH p[i] = (uint8_t)a.at[i]; }
 
 LANE vf vf_load_bf16(const uint16_t *p)
 {
+    uint16_t words[LANES]; /* copied, as p may be at an odd address */
     vu a;
-    EACH a.at[i] = (uint32_t)p[i] << 16;
+    memcpy(words, p, sizeof words);
+    EACH a.at[i] = (uint32_t)words[i] << 16;
     return vu_floats(a);
 }
 
@@ -212,15 +226,19 @@ LANE uint16_t lanes_to_bf16(float value)
 
 LANE vf vf_load_f16(const uint16_t *p)
 {
+    uint16_t words[LANES];
     vf a;
-    EACH a.at[i] = lanes_from_f16(p[i]);
+    memcpy(words, p, sizeof words);
+    EACH a.at[i] = lanes_from_f16(words[i]);
     return a;
 }
 
 LANE vf vf_load_f64(const double *p)
 {
+    double values[LANES];
     vf a;
-    EACH a.at[i] = (float)p[i];
+    memcpy(values, p, sizeof values);
+    EACH a.at[i] = (float)values[i];
     return a;
 }
 
@@ -239,6 +257,18 @@ LANE vf vf_pick(const float *s, vu which)
     vf a;
     EACH a.at[i] = s[which.at[i]];
     return a;
+}
+
+LANE vf vf_pick8(const float *s, vu which) { return vf_pick(s, which); }
+
+LANE void vf_unzip(vf a, vf b, vf *even, vf *odd)
+{
+    for (int i = 0; i < LANES / 2; i++) {
+        even->at[i] = a.at[2 * i];
+        odd->at[i] = a.at[2 * i + 1];
+        even->at[i + LANES / 2] = b.at[2 * i];
+        odd->at[i + LANES / 2] = b.at[2 * i + 1];
+    }
 }
 
 LANE vtable vtable_load(const float *t)
