@@ -260,12 +260,16 @@ def test_a_forked_child_keeps_the_library(tiny_sources: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-STRICT = ("-Werror", "-Wpedantic")
-
-
 @needs_compiler
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_operators_compile_without_a_warning(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the real sources, in the usual cache: once for each change of them
-    monkeypatch.setenv("CC", shlex.join((*toolchain.find_compiler(), *STRICT)))
-    ctypes.CDLL(str(toolchain.build(isa, toolchain.SOURCES).path))
+    monkeypatch.undo()  # the real sources
+    command = (*toolchain.find_compiler(), "-Werror", "-Wpedantic")
+    if isa == ISAS[0]:  # in full, for what only the optimiser notices; kept in the usual cache
+        monkeypatch.setenv("CC", shlex.join(command))
+        ctypes.CDLL(str(toolchain.build(isa, toolchain.SOURCES).path))
+        return
+    files = [str(path) for path in toolchain.SOURCES.glob("*.c")]
+    flags = (*toolchain.FLAGS, *machine.FLAGS[isa], "-fsyntax-only")
+    done = subprocess.run((*command, *flags, *files), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
