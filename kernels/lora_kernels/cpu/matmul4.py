@@ -1,0 +1,152 @@
+"""Products with a 4-bit weight on a CPU: straight from the codes, or through panels of W.
+
+    few rows of x     matmul4.c: half a byte a weight is read and nothing of W is written
+    more              W is expanded a panel at a time, and PyTorch multiplies by the panel
+
+Few rows are bound by memory, and reading codes instead of a dense W is the whole gain. More rows
+are bound by multiplications, which PyTorch's library does best: so W is expanded for it, but never
+all at once. A panel is a few megabytes, written and read again while it lies in a cache, and each
+takes the place of the one before. So the product needs a hundredth of the dense weight's memory,
+and takes as long as if W had been dense all along; bitsandbytes expands all of W, writes it to
+memory and reads it back.
+
+`x Wᵀ` is cut along the rows of W and `dy W` along its columns. Either way an element of the result
+is one sum over all of W's row or column, rounded once.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels.cpu import library
+from lora_kernels.expand4 import check_table, expand4, expand4_slice
+from lora_kernels.operands import Weight4
+from lora_kernels.scales4 import SCALE_GROUP
+
+__all__ = ["FEW_ROWS", "PANEL_BYTES", "PANEL_COLUMNS", "multiply", "multiply_dx"]
+
+# rows up to which multiplying from the codes is faster; float64 never is
+FEW_ROWS = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}
+PANEL_BYTES = 4 << 20
+PANEL_COLUMNS = 256  # of `dy W` at least: fewer and the library's product slows down
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # weight4.h
+_ARGUMENTS = (
+    *(ctypes.c_int, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 3),
+    *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
+)
+
+
+def multiply(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
+    """`y = x Wᵀ + bias`.
+
+    Args:
+        x: (M, K), floating-point.
+        weight: codes and scales of W (N, K), without gaps, on the CPU.
+        bias: (N,) or None.
+
+    Returns:
+        (M, N) in the dtype of x. With few rows W is not rounded at all and the result once.
+
+    Raises:
+        ValueError: too many or too few codes or scales, scales that nothing decodes, or a table of
+            another kind.
+    """
+    _check(weight)
+    n, k = weight.out_features, weight.in_features
+    if _few(x, weight):
+        return _from_codes(x, weight, bias)
+    bias = None if bias is None else bias.to(x.dtype)
+    rows = max(1, PANEL_BYTES // (x.element_size() * max(k, 1)))
+    if rows >= n or k % weight.block_size:
+        return F.linear(x, expand4(weight, x.dtype), bias)
+    y, panels = x.new_empty(len(x), n), x.new_empty(rows, k)
+    for a in range(0, n, rows):
+        b = min(a + rows, n)
+        panel = expand4_slice(weight, a, b, 0, k, x.dtype, out=panels[: b - a])
+        if bias is None:
+            torch.mm(x, panel.t(), out=y[:, a:b])
+        else:
+            torch.addmm(bias[a:b], x, panel.t(), out=y[:, a:b])
+    return y
+
+
+def multiply_dx(dy: Tensor, weight: Weight4) -> Tensor:
+    """`dx = dy W`.
+
+    Args:
+        dy: (M, N), floating-point.
+        weight: codes and scales of W (N, K), without gaps, on the CPU.
+
+    Returns:
+        (M, K) in the dtype of dy.
+
+    Raises:
+        ValueError: as `multiply`.
+    """
+    _check(weight)
+    n, k, block = weight.out_features, weight.in_features, weight.block_size
+    columns = max(PANEL_COLUMNS, PANEL_BYTES // (dy.element_size() * max(n, 1)))
+    columns = max(columns // block, 1) * block
+    if columns >= k or k % block:
+        return dy @ expand4(weight, dy.dtype)
+    dx, panels = dy.new_empty(len(dy), k), dy.new_empty(n * columns)
+    for a in range(0, k, columns):
+        b = min(a + columns, k)
+        out = panels[: n * (b - a)].view(n, b - a)
+        panel = expand4_slice(weight, 0, n, a, b, dy.dtype, out=out)
+        torch.mm(dy, panel, out=dx[:, a:b])
+    return dx
+
+
+def _few(x: Tensor, weight: Weight4) -> bool:
+    """Whether C multiplies, which takes rows of whole blocks."""
+    block = weight.block_size
+    fits = block >= 32 and not block & (block - 1) and not weight.in_features % block
+    return len(x) <= FEW_ROWS.get(x.dtype, -1) and fits
+
+
+def _from_codes(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
+    w = weight
+    y = x.new_empty(len(x), w.out_features)
+    if not y.numel():
+        return y
+    # names stay: what is copied here has to live until the call is over
+    x, bias = x.contiguous(), None if bias is None else bias.float().contiguous()
+    plain, nested = w.scales.data_ptr(), (None, None, None, None)
+    if w.nested is not None:
+        plain, nested = None, (plain, *(t.data_ptr() for t in w.nested))
+    library.function("lora_matmul4", *_ARGUMENTS)(
+        library.threads(),
+        *(w.codes.data_ptr(), plain, *nested, w.table.data_ptr()),
+        *(w.out_features, w.in_features, w.block_size),
+        *(x.data_ptr(), len(x), _DTYPES[x.dtype]),
+        *(None if bias is None else bias.data_ptr(), y.data_ptr()),
+    )
+    return y
+
+
+def _check(weight: Weight4) -> None:
+    """Refuse a weight of which C would read past the end."""
+    w = weight
+    numel = w.out_features * w.in_features
+    blocks = -(-numel // w.block_size)
+    check_table(w.table)
+    if w.codes.numel() != (numel + 1) // 2 or w.scales.numel() != blocks:
+        raise ValueError(
+            f"a weight ({w.out_features}, {w.in_features}) in blocks of {w.block_size} needs "
+            f"{(numel + 1) // 2} bytes of codes and {blocks} scales; got {w.codes.numel()} and "
+            f"{w.scales.numel()}"
+        )
+    if w.nested is None:
+        if w.scales.dtype != torch.float32:
+            raise ValueError(f"scales of {w.scales.dtype} need what decodes them; float32 do not")
+        return
+    groups = -(-blocks // SCALE_GROUP)
+    wanted, got = (groups, 1, 256), tuple(t.numel() for t in w.nested)
+    if wanted != got or w.scales.dtype != torch.uint8:
+        raise ValueError(
+            f"nested scales must be uint8 with {groups} maxima, 1 offset and 256 entries; got "
+            f"{w.scales.dtype} with {', '.join(map(str, got))}"
+        )
