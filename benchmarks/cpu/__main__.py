@@ -199,7 +199,7 @@ class Run:
         for name, found in timings.items():
             row = rows[name] | {"seconds": [found.median, found.low, found.high]}
             row["share_of_streaming"] = limit and row["bytes"] / found.median / limit
-            yield row | {"ours": name == next(iter(runs))}
+            yield row | {"ours": name == self.contenders[0].name}
 
     def checked(self, one: Any, case: Case) -> Row | None:
         """A row with `failure`, or with `run` if the result is right; None for who is absent."""
@@ -271,14 +271,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         for n, k in args.shape or (TOY if args.smoke else LLAMA):
             run.shape(n, k, tasks, nbytes)
-    print(summary(figures(run.rows)))
+    print(summary(figures(run.rows), contenders[0].name))
     for (name, why), where in run.absent.items():
         print(f"{name} is not measured at {', '.join(where)}: {why}")
     failures = [row for row in run.rows if "failure" in row]
     for row in failures:
-        print(
-            f"wrong, and not timed: {row['who']}, {row['task']}, {row['shape']}: {row['failure']}"
-        )
+        where = f"{row['task']}, {row['shape'][0]} x {row['shape'][1]}"
+        print(f"wrong, and not timed: {row['who']}, {where}: {row['failure']}")
     if args.smoke:
         print("a smoke run: the figures mean nothing and are not recorded")
         return bool(failures)

@@ -102,12 +102,12 @@ def figures(rows: Iterable[Row]) -> list[Figure]:
     ]
 
 
-def summary(found: Sequence[Figure]) -> str:
-    """The figures as a table, each shape a column."""
+def summary(found: Sequence[Figure], ours: str) -> str:
+    """The figures as a table, each shape a column; `ours` says which contender they are of."""
     shapes = list(dict.fromkeys(shape for figure in found for shape in figure.values))
     columns = "".join(f"{f'{n}x{k}':>13}" for n, k in shapes)
     asked = f"{ASKED[0]}x{ASKED[1]}"
-    lines = [f"\n{'Figures to reach':<60}{'wanted':>8}{columns}  on {asked}"]
+    lines = [f"\n{f'Figures to reach, by {ours}':<60}{'wanted':>8}{columns}  on {asked}"]
     for figure in found:
         wanted = f"{'≤' if figure.at_most else '≥'} {figure.wanted:g}"
         values = "".join(
