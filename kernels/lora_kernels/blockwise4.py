@@ -12,10 +12,11 @@ entries. Two indices share a byte, the first in the high nibble:
 CPU. The 16-entry table and the 256-entry table of the scales are arguments; nothing here knows a
 data type by name.
 
-On a GPU each of the three operators is one launch, bit-equal to the definition
-(`gpu/quantize4.py`, `gpu/blockwise4.py`). None waits for the device, except to tell whether all
-values were finite. Whoever quantizes many weights passes a `flag` for each, which the device sets,
-and reads them all once at the end.
+Quantizing is one operator, `lora_kernels::quantize4`, with three implementations that are equal to
+the bit: the definition; C on a CPU (`cpu/quantize4.c`), which reads a weight once and needs no
+memory beside the result; one launch on a GPU (`gpu/quantize4.py`), which does not wait for the
+device, except to tell whether all values were finite. Whoever quantizes many weights passes a
+`flag` for each, which the device sets, and reads them all once at the end.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (equations 1-4).
 """
@@ -42,7 +43,10 @@ __all__ = [
     "quantize4",
 ]
 
-BACKENDS = ("reference", "triton")
+torch.library.define(
+    "lora_kernels::quantize4",
+    "(Tensor x, Tensor table, int block_size, Tensor(a!)? flag) -> (Tensor, Tensor)",
+)
 
 
 def quantize4(
@@ -82,16 +86,43 @@ def quantize4(
         raise ValueError(f"{name} is on the meta device and has no values to quantize")
     check_table(table)
     check_flag(flag, x)
-    run = {"reference": reference.quantize, "triton": _quantize4_triton}[backend_for(x, BACKENDS)]
     with torch.no_grad():
         x = x.detach()
         found = flag
         if found is None and check_finite:
             found = torch.zeros(1, dtype=torch.int32, device=x.device)
-        codes, scales = run(x, table, block_size, found)
+        codes, scales = torch.ops.lora_kernels.quantize4(x, table, block_size, found)
         if flag is None and found is not None and bool(found):
             raise ValueError(reference.describe_non_finite(x, name))
     return codes, scales
+
+
+@torch.library.impl("lora_kernels::quantize4", "default")
+def _quantize4(
+    x: Tensor, table: Tensor, block_size: int, flag: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    offered = {
+        "reference": reference.quantize,
+        "native": _quantize4_native,
+        "triton": _quantize4_triton,
+    }
+    return offered[backend_for(x, offered)](x, table, block_size, flag)
+
+
+def _quantize4_fake(
+    x: Tensor, table: Tensor, block_size: int, flag: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
+    # rounded up without a negative number, on which symbolic sizes stumble
+    return codes, x.new_empty((x.numel() + block_size - 1) // block_size, dtype=torch.float32)
+
+
+def _quantize4_native(
+    x: Tensor, table: Tensor, block_size: int, flag: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from lora_kernels.cpu import quantize4 as native
+
+    return native.quantize(x, table, block_size, flag)
 
 
 def _quantize4_triton(
@@ -100,6 +131,9 @@ def _quantize4_triton(
     from lora_kernels.gpu import quantize4 as gpu
 
     return gpu.quantize(x, *_ranks(table.to(x.device)), block_size, TINY, flag)
+
+
+torch.library.register_fake("lora_kernels::quantize4", _quantize4_fake)
 
 
 def check_block_size(block_size: int) -> None:

@@ -176,8 +176,8 @@ def pieces(x: Tensor, block_size: int) -> Iterator[Tensor]:
         block_size: elements of a block.
 
     Yields:
-        (n,), contiguous: views of a contiguous `x`, else copies of about `CHUNK` elements, or of
-        as many rows as end on a block.
+        (n,), of about `CHUNK` elements, or of as many rows as end on a block: views where `x` can
+        be viewed flat, be it with gaps, else copies.
     """
     n = x.numel()
     full = n - n % block_size

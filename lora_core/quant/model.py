@@ -21,7 +21,8 @@ from lora_core.quant.codebook import Codebook, codebook
 from lora_core.quant.linear import NF4Linear
 from lora_core.quant.nf4 import quantize_4bit
 from lora_core.targets import Targets, output_head_name, select_modules, sites, unwrap
-from lora_kernels.blockwise4 import FLOATS, check_block_size
+from lora_kernels.blockwise4 import check_block_size
+from lora_kernels.expand4 import FLOATS
 
 __all__ = ["QuantizeReport", "dequantize_model", "quantize_model"]
 

@@ -47,11 +47,12 @@ def quantize(
     to_codes, to_scales = codes.data_ptr(), scales.data_ptr()
     start = 0
     for piece in (x,) if x.is_contiguous() else reference.pieces(x, block_size):
+        here = piece.contiguous()
         run(
-            *(library.threads(), DTYPES[x.dtype], piece.data_ptr(), piece.numel(), block_size),
+            *(library.threads(), DTYPES[x.dtype], here.data_ptr(), here.numel(), block_size),
             *(table.data_ptr(), to_codes + start // 2, to_scales + start // block_size * 4, told),
         )
-        start += piece.numel()
+        start += here.numel()
     return codes, scales
 
 
