@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_kernels.cpu import library, machine
+
 
 def _as_accurate_as(
     ours: Tensor, theirs: Tensor, truth: Tensor, magnitude: Tensor | None = None
@@ -257,3 +259,14 @@ def script(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(params=machine.available())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Operators on CPU tensors run in C, for each instruction set in turn; skips if none can."""
+    monkeypatch.setenv("LORA_KERNELS", "native")
+    monkeypatch.setenv("LORA_KERNELS_ISA", request.param)
+    reason = library.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param

@@ -160,8 +160,10 @@ def test_a_folder_of_another_user(place: Path, monkeypatch: pytest.MonkeyPatch) 
     if mine == 0:
         os.chown(link, 12345, 12345, follow_symlinks=False)
         assert cache.refusal(link) == "it belongs to another user"
+        os.chown(link, 0, 0, follow_symlinks=False)
         os.chown(place, 12345, 12345)
         assert cache.refusal(place) == "it belongs to another user"
+        assert cache.refusal(link) == "it belongs to another user"
 
 
 def test_a_folder_that_nothing_can_be_run_from(

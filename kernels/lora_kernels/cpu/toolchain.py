@@ -216,7 +216,8 @@ def version_of(compiler: tuple[str, ...]) -> str:
         Such as "gcc 12.2.0"; the first line of what it prints for `--version` else.
     """
     try:
-        printed = _run((*compiler, "--version"), cwd=SOURCES, scratch=tempfile.gettempdir())
+        scratch = tempfile.gettempdir()
+        printed = _run((*compiler, "--version"), cwd=Path(scratch), scratch=scratch)
     except BuildError:  # it is gone, or knows no --version
         printed = ""
     lines = printed.splitlines()
