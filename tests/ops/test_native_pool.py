@@ -71,6 +71,7 @@ def fresh(path: Path) -> Iterator[Callable[..., str]]:
     """Run statements in a new interpreter that has the driver as `pool`; gives what it printed."""
     start = f"""
         import ctypes, os, sys, threading, time
+        LONG = {LONG}
         pool = ctypes.CDLL({str(path)!r})
         i32, i64 = ctypes.c_int, ctypes.c_int64
         pool.sum.argtypes, pool.sum.restype = (i32, i64, i64), i64
@@ -178,8 +179,8 @@ def test_a_pool_that_has_grown_still_uses_no_more_threads_than_asked_for(
     fresh: Callable[..., str],
 ) -> None:
     """Of 7 pieces that wait for each other, 2 threads can only run 2 at once."""
-    said = fresh(f"""
-        print(pool.meet(7, 7, {LONG}), pool.meet(2, 7, 20), pool.meet(5, 7, 20))
+    said = fresh("""
+        print(pool.meet(7, 7, LONG), pool.meet(2, 7, 20), pool.meet(5, 7, 20))
     """)
     assert said == "7 2 5"
 
@@ -187,10 +188,10 @@ def test_a_pool_that_has_grown_still_uses_no_more_threads_than_asked_for(
 def test_signals_are_left_to_the_program_and_faults_are_reported(fresh: Callable[..., str]) -> None:
     said = fresh("""
         import signal
-        pool.sum(4, 100, 1)
+        pool.meet(4, 4, LONG)  # until all have started: a new thread has another mask
         tasks = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
         for task in tasks:
-            status = open(f"/proc/self/task/{task}/status").read()
+            status = open("/proc/self/task/" + task + "/status").read()
             mask = int(status.partition("SigBlk:")[2].split()[0], 16)
             open_to = [s.name for s in signal.Signals if not mask >> s - 1 & 1]
             print(*sorted(open_to))
@@ -216,26 +217,26 @@ def test_no_processor_time_is_used_between_calls(fresh: Callable[..., str]) -> N
 
 
 def test_after_fork_the_child_has_workers_of_its_own(fresh: Callable[..., str]) -> None:
-    said = fresh(f"""
-        assert pool.meet(3, 3, {LONG}) == 3
+    said = fresh("""
+        assert pool.meet(3, 3, LONG) == 3
         child = os.fork()
         if child == 0:
-            good = threads() == 1 and pool.meet(3, 3, {LONG}) == 3 and threads() == 3
+            good = threads() == 1 and pool.meet(3, 3, LONG) == 3 and threads() == 3
             os._exit(0 if good else 1)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), pool.meet(3, 3, {LONG}))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), pool.meet(3, 3, LONG))
     """)
     assert said == "0 3"
 
 
 def test_fork_while_another_thread_is_in_a_loop(fresh: Callable[..., str]) -> None:
     """The child inherits a pool that is taken, with workers inside, by a thread that it has not."""
-    said = fresh(f"""
+    said = fresh("""
         busy = threading.Thread(target=pool.meet, args=(2, 3, 1000))  # in vain, for seconds
         busy.start()
         time.sleep(0.2)
         child = os.fork()
         if child == 0:
-            os._exit(0 if pool.meet(2, 2, {LONG}) == 2 else 1)
+            os._exit(0 if pool.meet(2, 2, LONG) == 2 else 1)
         print(busy.is_alive(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         busy.join()
     """)
