@@ -35,7 +35,7 @@ import torch
 import lora_kernels
 from benchmarks import harness
 from benchmarks.cpu import check, timing
-from benchmarks.cpu.contenders import BF16, Ours, environment, everyone
+from benchmarks.cpu.contenders import BF16, Ours, decoded_once, environment, everyone
 from benchmarks.cpu.report import STREAM, Row, figures, summary, table
 from benchmarks.cpu.stream import BYTES, Reader, best_reader
 from benchmarks.gpu.__main__ import LLAMA, shape
@@ -115,7 +115,7 @@ class Case:
         x = normal(task.m, k if task.kind == "forward" else n, seed=3, dtype=BF16)
         if not task.m:
             return Case(problem, task, x, None)
-        w = check.decoded(problem.weight)
+        w = decoded_once(problem.weight)
         return Case(problem, task, x, check.Answer.of(task.kind, x, w))
 
     @functools.cached_property
@@ -146,17 +146,31 @@ class Case:
     def problems(self, one: Any, found: Any) -> Iterator[str]:
         """What is wrong with a result, a line each."""
         if self.task.kind == "quantize":
-            yield from check.quantize_problems(found, self.x, isinstance(one, Ours))
+            yield from check.quantize_problems(found, *self.quantized, isinstance(one, Ours))
         elif self.answer is None:
             yield from check.expand_problems(found, self.problem.weight)
         else:
             yield from self.answer_for(one).problems(found, one.roundings)
 
+    @functools.cached_property
+    def quantized(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and float32 scales by the definition."""
+        return check.definition(self.x)
+
+    @functools.cached_property
+    def answers(self) -> dict[str, check.Answer]:
+        """Of those that have a weight of their own."""
+        return {}
+
     def answer_for(self, one: Any) -> check.Answer:
         """The answer that a contender is judged by: its own weight's if it cannot hold NF4."""
         assert self.answer is not None
-        own = check.own_weight(one, self.problem.weight)
-        return self.answer if own is None else check.Answer.of(self.task.kind, self.x, own)
+        if not hasattr(one, "own_weight"):
+            return self.answer
+        if one.name not in self.answers:
+            own = one.own_weight(self.problem.weight)
+            self.answers[one.name] = check.Answer.of(self.task.kind, self.x, own)
+        return self.answers[one.name]
 
 
 class Run:

@@ -16,13 +16,12 @@ Contenders in float32 are held to bfloat16's bound.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.cpu.contenders import decoded_once
 from benchmarks.gpu.judge import reference, same_bits
-from benchmarks.gpu.problem import decoded
 from lora_core.quant.codebook import codebook
 from lora_core.quant.double_quant import dynamic_map
 from lora_kernels import Weight4, quantize4
@@ -80,17 +79,21 @@ class Answer:
 
 def expand_problems(found: Tensor, weight: Weight4) -> Iterator[str]:
     """Bits of an expanded weight against table entry times scale, rounded once."""
-    exact = decoded(weight).to(found.dtype)
+    exact = decoded_once(weight).to(found.dtype)
     if found.shape != exact.shape:
         yield f"shape {tuple(found.shape)} instead of {tuple(exact.shape)}"
     elif not same_bits(found, exact):
         yield f"{int((found != exact).sum())} values differ from the definition's bits"
 
 
-def quantize_problems(found: Weight4, w: Tensor, ours: bool) -> Iterator[str]:
-    """Codes bit for bit, and 8-bit scales that are the nearest ones."""
+def definition(w: Tensor) -> tuple[Tensor, Tensor]:
+    """NF4 codes and float32 scales of the plain PyTorch definition."""
     with reference():
-        codes, scales = quantize4(w, codebook("nf4").table(), 64)
+        return quantize4(w, codebook("nf4").table(), 64)
+
+
+def quantize_problems(found: Weight4, codes: Tensor, scales: Tensor, ours: bool) -> Iterator[str]:
+    """Codes as the definition's, bit for bit, and 8-bit scales that are the nearest to its own."""
     if not torch.equal(found.codes.view(-1), codes):
         different = int((found.codes.view(-1) != codes).sum())
         yield f"{different} of {codes.numel()} bytes of codes differ from the definition"
@@ -126,8 +129,3 @@ def _far_scales(
     far = int((chosen > allowed).sum())
     if far:
         yield f"{far} of {len(exact)} scales are not the nearest entry"
-
-
-def own_weight(one: Any, weight: Weight4) -> Tensor | None:
-    """The float32 weight of a contender that cannot hold NF4; None for all others."""
-    return one.own_weight(weight) if hasattr(one, "own_weight") else None

@@ -23,6 +23,7 @@ weight to bfloat16, which sets the bound of its check.
 """
 
 import ctypes
+import functools
 import logging
 import os
 import warnings
@@ -41,6 +42,9 @@ ISAS = ("avx512", "avx2", "neon", "portable")  # the best first
 REFERENCE = "reference"
 BF16 = torch.bfloat16
 GROUP = 64  # weights that share a scale in `torch int4`, as in NF4
+# seconds at large shapes; for reading only. Tensors are hashed by identity, so that one weight has
+# one entry, which the next weight replaces
+decoded_once = functools.lru_cache(maxsize=1)(decoded)
 
 
 @contextmanager
@@ -156,7 +160,7 @@ class Dense:
 
     def hold(self, weight: Weight4) -> Tensor:
         """The decoded weight, rounded once."""
-        return decoded(weight).to(self.dtype)
+        return decoded_once(weight).to(self.dtype)
 
     def prepare(self, x: Tensor) -> Tensor:
         """The input in the dtype of the weight, before the clock starts."""
@@ -186,7 +190,7 @@ class TorchInt4:
             `w = (level - 8) scale + zero`.
         """
         n, k = weight.out_features, weight.in_features
-        groups = decoded(weight).view(n, k // GROUP, GROUP)
+        groups = decoded_once(weight).view(n, k // GROUP, GROUP)
         low, high = groups.amin(2), groups.amax(2)
         scale = ((high - low).clamp(min=1e-6) / 15).to(BF16)
         zero = (low + 8 * scale.float()).to(BF16)
