@@ -9,6 +9,11 @@ from lora_core.quant.double_quant import dynamic_map, encode_scales, shared_map
 from lora_kernels import decode_scales
 
 
+@pytest.fixture(autouse=True, params=["reference", "native"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS", request.param)
+
+
 def test_the_map_is_seven_decades_of_either_sign() -> None:
     entries = dynamic_map()
     assert entries.dtype == torch.float32
