@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -304,6 +305,19 @@ def test_a_build_does_not_hang_on_a_lock(
         assert build("portable", tiny_sources).path.parent == place
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux' list of open files")
+def test_a_lock_is_given_back_though_a_forked_child_holds_its_file(place: Path) -> None:
+    place.mkdir(mode=0o700)
+    with cache.locked(place):
+        open_files = {
+            os.path.realpath(f"/proc/self/fd/{n}"): n for n in os.listdir("/proc/self/fd")
+        }
+        childs = os.dup(int(open_files[str(place / "lock")]))
+    with open(place / "lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(childs)
+
+
 @needs_compiler
 def test_a_place_that_cannot_be_used_gives_way_to_a_private_one(
     place: Path, tiny_sources: Path, monkeypatch: pytest.MonkeyPatch
@@ -319,6 +333,8 @@ def test_a_place_that_cannot_be_used_gives_way_to_a_private_one(
     place.chmod(0o700)
     assert build("portable", tiny_sources).refused == (f"{place}: Is a directory",)
     # the private one may have been made by somebody else
+    at_exit: list[Callable[[], object]] = []
+    monkeypatch.setattr(cache.atexit, "register", lambda *a, **k: at_exit.append(partial(*a, **k)))
     private(place).chmod(0o777)
     built = build("portable", tiny_sources)
     fresh = built.path.parent
@@ -331,6 +347,9 @@ def test_a_place_that_cannot_be_used_gives_way_to_a_private_one(
     monkeypatch.setattr(os, "getuid", lambda: mine + 1)
     with pytest.raises(BuildError, match=r"no folder to build in \(.*: it belongs to another user"):
         build("portable", tiny_sources)
+    (clean,) = at_exit
+    clean()
+    assert not fresh.exists()
 
 
 def test_a_library_that_is_there_is_not_written_to(
