@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+
+from lora_kernels.cpu.toolchain import BuildError, find_compiler
 
 ROOT = Path(__file__).parents[2]
 # the build's tools are those of the test extra, so that nothing is fetched
@@ -15,7 +16,7 @@ WHEEL_OPTIONS = ("--no-deps", "--no-build-isolation")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but the unpacked wheel."""
+    """A folder with nothing but the installed wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     # a copy, so that the build writes nothing into the checkout
     source = folder / "source"
@@ -32,8 +33,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     )
     (wheel,) = folder.glob("lora_core-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*install, "--target", str(folder / "site"), str(wheel)], check=True)
     return folder / "site"
 
 
@@ -85,3 +86,37 @@ assert layer(torch.ones(2, 64)).shape == (2, 8)
         cwd=site,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+NATIVE = """
+import os, torch
+import lora_core, lora_kernels
+
+os.environ["LORA_KERNELS"] = "native"
+line = lora_kernels.describe()["native"]
+assert line.startswith("available: C for ") and os.environ["LORA_KERNELS_CACHE"] in line, line
+layer = lora_core.NF4Linear.from_linear(torch.nn.Linear(256, 64))
+w, x = layer.dense_weight(), torch.randn(3, 256)
+y = layer(x)
+os.environ["LORA_KERNELS"] = "reference"
+assert torch.equal(layer.dense_weight(), w)
+assert torch.allclose(layer(x), y, atol=1e-5)
+"""
+
+
+def test_the_c_operators_are_built_from_the_wheel(site: Path, tmp_path: Path) -> None:
+    """In a folder of its own and with a cache of its own: nothing of the checkout is used."""
+    try:
+        find_compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+    done = subprocess.run(
+        [sys.executable, "-c", NATIVE],
+        env={**os.environ, "PYTHONPATH": str(site), "LORA_KERNELS_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=site,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
