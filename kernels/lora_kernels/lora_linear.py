@@ -39,7 +39,7 @@ from lora_kernels.operands import rows as flatten
 
 __all__ = ["lora_linear4", "lora_linear4_reference", "row_dtypes"]
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "native", "triton")
 HALF = (torch.bfloat16, torch.float16)
 FUSED_COLUMNS = 512  # of all adapters; more would be a second matrix beside W, read by every row
 
@@ -312,7 +312,7 @@ def _lora_linear4(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         if backend == "triton":
             y, h = _forward_triton(x_rows, weight, bias, lora)
         else:
-            y, h = _forward_plain(x_rows, weight, bias, lora, matmul4_reference)
+            y, h = _forward_plain(x_rows, weight, bias, lora, _products(backend)[0])
     return y.view(*x.shape[:-1], weight.out_features), h
 
 
@@ -327,8 +327,17 @@ def _lora_linear4_backward(
         if backend == "triton":
             dx, ddown, dup = _backward_triton(*both, h, weight, lora, wants)
         else:
-            dx, ddown, dup = _backward_plain(*both, h, weight, lora, wants, dx_reference)
+            dx, ddown, dup = _backward_plain(*both, h, weight, lora, wants, _products(backend)[1])
     return dx.view(x.shape) if wants[0] else dx, ddown, dup
+
+
+def _products(backend: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """`x Wᵀ + b` and `dy W` of a backend that adds LoRA in plain PyTorch."""
+    if backend == "native":
+        from lora_kernels.cpu import matmul4 as cpu
+
+        return cpu.multiply, cpu.multiply_dx
+    return matmul4_reference, dx_reference
 
 
 def _check_values(lora: _Lora) -> None:

@@ -11,7 +11,8 @@ The weight stays in the form it is stored in: doubly quantized scales are decode
 operator, because decoded ones would be a further half bit a parameter held from forward to
 backward.
 
-On a GPU one of three routes is taken, by the number of rows (gpu/routes4.py).
+On a GPU one of three routes is taken, by the number of rows (gpu/routes4.py), on a CPU one of two
+(cpu/matmul4.py): few rows are multiplied straight from the codes, by W unrounded.
 
 Bytes moved by the reference, N x K weight: K N / 2 codes read, 2 K N written and read again as the
 16-bit W. W is rounded once, from the float32 product of table entry and scale to the dtype of x.
@@ -40,7 +41,7 @@ from lora_kernels.operands import (
 
 __all__ = ["arrange", "dx_reference", "matmul4", "matmul4_reference"]
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "native", "triton")
 
 torch.library.define("lora_kernels::matmul4", f"(Tensor x, {SCHEMA}, Tensor? bias) -> Tensor")
 torch.library.define("lora_kernels::matmul4_dx", f"(Tensor dy, {SCHEMA}) -> Tensor")
@@ -113,6 +114,18 @@ def dx_reference(dy: Tensor, weight: Weight4) -> Tensor:
     return dy @ expand4(weight, dy.dtype)
 
 
+def _matmul4_native(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
+    from lora_kernels.cpu import matmul4 as cpu
+
+    return cpu.multiply(rows(x), weight, bias).view(*x.shape[:-1], weight.out_features)
+
+
+def _dx_native(dy: Tensor, weight: Weight4) -> Tensor:
+    from lora_kernels.cpu import matmul4 as cpu
+
+    return cpu.multiply_dx(rows(dy), weight).view(*dy.shape[:-1], weight.in_features)
+
+
 def _matmul4_triton(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
     from lora_kernels.gpu import routes4
 
@@ -127,7 +140,12 @@ def _dx_triton(dy: Tensor, weight: Weight4) -> Tensor:
 
 @torch.library.impl("lora_kernels::matmul4", "default")
 def _matmul4(x: Tensor, *args: Any) -> Tensor:
-    run = {"reference": matmul4_reference, "triton": _matmul4_triton}[backend_for(x, BACKENDS)]
+    offered = {
+        "reference": matmul4_reference,
+        "native": _matmul4_native,
+        "triton": _matmul4_triton,
+    }
+    run = offered[backend_for(x, BACKENDS)]
     # the caller's cast is the only one
     with torch.autocast(x.device.type, enabled=False), device_of(x):
         return run(x, unflat(args[:-1]), args[-1])
@@ -135,7 +153,8 @@ def _matmul4(x: Tensor, *args: Any) -> Tensor:
 
 @torch.library.impl("lora_kernels::matmul4_dx", "default")
 def _matmul4_dx(dy: Tensor, *args: Any) -> Tensor:
-    run = {"reference": dx_reference, "triton": _dx_triton}[backend_for(dy, BACKENDS)]
+    offered = {"reference": dx_reference, "native": _dx_native, "triton": _dx_triton}
+    run = offered[backend_for(dy, BACKENDS)]
     with torch.autocast(dy.device.type, enabled=False), device_of(dy):
         return run(dy, unflat(args))
 

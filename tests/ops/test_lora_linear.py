@@ -18,7 +18,7 @@ from lora_kernels import Weight4, lora_linear, matmul4
 from lora_kernels.lora_linear import lora_linear4, lora_linear4_reference
 from lora_kernels.operands import flat
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "native", "triton"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 OP = torch.ops.lora_kernels.lora_linear4.default
 OP_BACKWARD = torch.ops.lora_kernels.lora_linear4_backward.default

@@ -120,7 +120,8 @@ PASSAGES: dict[str, Callable[[NF4Linear], nn.Module]] = {
 @pytest.mark.parametrize("dq", [False, True])
 def test_nothing_changes_codes_or_scales(passage: str, dq: bool) -> None:
     layer = make(dq=dq)
-    before, dense, x = frozen(layer), layer.dense_weight(), torch.randn(3, 128)
+    before, dense = frozen(layer), layer.dense_weight()
+    x = torch.randn(33, 128)  # few rows are summed in another order, of W unrounded
     after = PASSAGES[passage](layer)
     assert_same_weight(after, before)
     assert torch.equal(after.dense_weight(), dense)
@@ -131,7 +132,7 @@ def test_the_bias_follows_and_the_output_has_the_dtype_of_x() -> None:
     layer = make().half()
     assert layer.bias.dtype == torch.float16
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        x = torch.randn(3, 128, dtype=dtype)
+        x = torch.randn(33, 128, dtype=dtype)
         expected = nn.functional.linear(x, layer.dense_weight(dtype), layer.bias.to(dtype))
         assert torch.equal(layer(x), expected)
     with torch.autocast("cpu", torch.bfloat16):

@@ -64,6 +64,8 @@ typedef struct {
 
 /* --- x in the order of the codes ------------------------------------------------------------- */
 
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 static int64_t bytes_of(int dtype) { return dtype == LORA_FLOAT32 ? 4 : 2; }
 
 static vf load_as_float(const char *x, int dtype)
@@ -108,15 +110,15 @@ static void reorder(const char *x, const product *p, float *out)
 
 /* --- sums of a tile -------------------------------------------------------------------------- */
 
-/* Adds the products of a chunk of `rows` rows of W, which lie `apart` bytes apart, by x. */
-LANE void add_chunk(const uint8_t *codes, int64_t apart, vtable table, const vf *scales,
+/* Adds the products of a chunk of `rows` rows of W by `x_rows` of x. */
+LANE void add_chunk(const uint8_t *const codes[W_ROWS], vtable table, const vf scales[W_ROWS],
                     const float *x, const int rows, const int x_rows, vf totals[W_ROWS][X_ROWS])
 {
     const int chains = x_rows == 1 ? 2 : 1;
     vf sums[2][W_ROWS][X_ROWS];
     vu words[W_ROWS];
     for (int r = 0; r < rows; r++)
-        words[r] = vu_load(codes + r * apart);
+        words[r] = vu_load(codes[r]);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
         vf weights[W_ROWS];
@@ -137,69 +139,71 @@ LANE void add_chunk(const uint8_t *codes, int64_t apart, vtable table, const vf 
         }
 }
 
-/* What is left of some rows and no longer fills a chunk, with zeros behind. */
-static void copy_rest(const uint8_t *codes, int64_t apart, int rows, int64_t bytes, uint8_t *rest)
+/* What is left of a row and no longer fills a chunk, with zeros behind. */
+static const uint8_t *copy_rest(const uint8_t *codes, int64_t bytes, uint8_t *rest)
 {
-    memset(rest, 0, W_ROWS * CHUNK_BYTES);
-    for (int r = 0; r < rows; r++)
-        memcpy(rest + r * CHUNK_BYTES, codes + r * apart, (size_t)bytes);
+    memset(rest, 0, CHUNK_BYTES);
+    return memcpy(rest, codes, (size_t)bytes);
 }
 
-/* Adds the products of `count` blocks of the rows n .. n + rows - 1 of W, from column `first` on.
- * `x` is the tile's, from the same column on. */
-LANE void add_blocks(const product *p, int64_t n, int64_t first, int64_t count, vtable table,
-                     const float *x, const int rows, const int x_rows, vf totals[W_ROWS][X_ROWS])
+/* Adds the products of `count` blocks of some rows of W, from column `first` on. `n` says which
+ * rows they are; `x` is the tile's, from the same column on. */
+LANE void add_blocks(const product *p, const int64_t n[W_ROWS], int64_t first, int64_t count,
+                     vtable table, const float *x, const int rows, const int x_rows,
+                     vf totals[W_ROWS][X_ROWS])
 {
     const weight4 *w = &p->weight;
     const int64_t row_bytes = w->columns / 2, ahead = rows > 1 ? rows * row_bytes : AHEAD;
-    const uint8_t *codes = w->codes + n * row_bytes + first / 2;
-    const int several = w->block < CHUNK; /* blocks in a chunk, 8 columns a word */
+    const int several = w->block < CHUNK; /* blocks in a chunk, each of block / 8 words */
     const vu which = vu_lane_over((int)w->block / 8);
-    int64_t apart = row_bytes;
+    const uint8_t *codes[W_ROWS];
     float decoded[W_ROWS][SCALES + 3]; /* vf_pick reads four where one is left */
-    uint8_t rest[W_ROWS * CHUNK_BYTES];
+    uint8_t rest[W_ROWS][CHUNK_BYTES];
     for (int r = 0; r < rows; r++) {
-        weight4_scales(w, ((n + r) * w->columns + first) >> p->shift, count, decoded[r]);
+        codes[r] = w->codes + n[r] * row_bytes + first / 2;
+        weight4_scales(w, (n[r] * w->columns + first) >> p->shift, count, decoded[r]);
         memset(decoded[r] + count, 0, 3 * sizeof(float));
     }
     for (int64_t k = 0, left = count << p->shift; left > 0; k += CHUNK, left -= CHUNK) {
         vf scales[W_ROWS];
         for (int r = 0; r < rows; r++) {
-            lanes_prefetch(codes + r * row_bytes + ahead);
-            const float *first_scale = decoded[r] + (k >> p->shift);
-            scales[r] = several ? vf_pick(first_scale, which) : vf_set1(*first_scale);
+            const float *scale = decoded[r] + (k >> p->shift);
+            scales[r] = several ? vf_pick(scale, which) : vf_set1(*scale);
+            lanes_prefetch(codes[r] + ahead);
+            if (left < CHUNK)
+                codes[r] = copy_rest(codes[r], left / 2, rest[r]);
         }
-        if (left < CHUNK) {
-            copy_rest(codes, row_bytes, rows, left / 2, rest);
-            codes = rest;
-            apart = CHUNK_BYTES;
-        }
-        add_chunk(codes, apart, table, scales, x, rows, x_rows, totals);
-        codes += CHUNK_BYTES;
+        add_chunk(codes, table, scales, x, rows, x_rows, totals);
         x += x_rows * CHUNK;
+        for (int r = 0; r < rows; r++)
+            codes[r] += CHUNK_BYTES;
     }
 }
 
-/* Rows n .. n + rows - 1 of W times m .. m + x_rows - 1 of x, with the bias. Row i of x has its
- * results at `sums + i * PIECE_ROWS`. */
-LANE void multiply_tile(const product *p, int64_t n, int64_t m, const int rows, const int x_rows,
-                        float *sums)
+/* Multiplies `rows` rows of W from n on by the rows m .. m + x_rows - 1 of x, adds the bias, and
+ * writes what row i of x gives to `sums + i * PIECE_ROWS`. If W or the piece ends before the tile
+ * does, its last row stands in for those that are missing, and what comes of them is not read. */
+LANE void multiply_tile(const product *p, int64_t n, int64_t end, int64_t m, const int rows,
+                        const int x_rows, float *sums)
 {
     const vtable table = vtable_load(p->weight.table);
     const int64_t columns = p->weight.columns, span = (int64_t)SCALES << p->shift;
+    int64_t row[W_ROWS];
     vf totals[W_ROWS][X_ROWS];
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) {
+        row[r] = smaller(n + r, end - 1);
         for (int i = 0; i < x_rows; i++)
             totals[r][i] = vf_set1(0);
+    }
     for (int64_t k = 0; k < columns; k += span) {
-        const int64_t count = (columns - k < span ? columns - k : span) >> p->shift;
+        const int64_t count = smaller(columns - k, span) >> p->shift;
         const float *x = p->x + m * p->padded + k * x_rows;
-        add_blocks(p, n, k, count, table, x, rows, x_rows, totals);
+        add_blocks(p, row, k, count, table, x, rows, x_rows, totals);
     }
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < x_rows; i++) {
             const float sum = vf_sum(totals[r][i]);
-            sums[i * PIECE_ROWS + r] = p->bias ? sum + p->bias[n + r] : sum;
+            sums[i * PIECE_ROWS + r] = p->bias ? sum + p->bias[row[r]] : sum;
         }
 }
 
@@ -208,11 +212,8 @@ LANE void multiply_tile(const product *p, int64_t n, int64_t m, const int rows, 
 LANE void multiply_rows(const product *p, int64_t begin, int64_t end, int64_t m, const int rows,
                         const int x_rows, float *sums)
 {
-    int64_t n = begin;
-    for (; n + rows <= end; n += rows)
-        multiply_tile(p, n, m, rows, x_rows, sums + (n - begin));
-    for (; n < end; n++)
-        multiply_tile(p, n, m, 1, x_rows, sums + (n - begin));
+    for (int64_t n = begin; n < end; n += rows)
+        multiply_tile(p, n, end, m, rows, x_rows, sums + (n - begin));
 }
 
 static void round_row(const float *sums, int64_t count, int dtype, char *y)
@@ -228,8 +229,8 @@ static void round_row(const float *sums, int64_t count, int dtype, char *y)
             vf_store_f16(half, values);
         else
             vf_store(single, values);
-        const int64_t n = count - i < LANES ? count - i : LANES;
-        memcpy(y + i * size, size == 2 ? (void *)half : (void *)single, (size_t)(n * size));
+        const size_t bytes = (size_t)(smaller(count - i, LANES) * size);
+        memcpy(y + i * size, size == 2 ? (void *)half : (void *)single, bytes);
     }
 }
 
@@ -254,8 +255,6 @@ static void multiply_piece(void *context, int64_t begin, int64_t end)
         }
     }
 }
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* How many rows of W are a piece. */
 static int64_t piece_rows(const weight4 *w, int threads)
