@@ -7,7 +7,8 @@
 Each is a `torch.library` operator: a compiler takes it as it stands, whichever backend runs,
 instead of tracing the definition or stopping at C. Without gradient: codes are not differentiable,
 and scales are frozen with them. What multiplies by an expanded weight and is differentiated keeps
-that weight for its gradient, compiled or not; `matmul4` and `lora_linear4` keep the codes instead.
+that weight for its gradient, compiled or not, except under `torch.utils.checkpoint`; `matmul4` and
+`lora_linear4` keep the codes instead.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (equations 1-4).
 """
@@ -229,6 +230,12 @@ def _expand(codes: Tensor, scales: Tensor, table: Tensor, *args: Any) -> None:
     run(codes, scales, table, block_size, nested, out)
 
 
+@torch.library.impl("lora_kernels::dequantize4_into", "default")
+def _dequantize4_into(*args: Any) -> None:
+    _expand(*args)
+    torch.autograd.graph.increment_version(args[-1])  # what saved `out` has to notice
+
+
 def _expand_reference(
     codes: Tensor,
     scales: Tensor,
@@ -275,6 +282,7 @@ def _expand4_slice_into(codes: Tensor, scales: Tensor, table: Tensor, *args: Any
     run = offered[_backend(codes, block_size)]
     if out.numel():
         run(weight, *box, out)
+    torch.autograd.graph.increment_version(out)
 
 
 def _slice_native(*args: Any) -> None:
@@ -311,7 +319,6 @@ def _fake_into(*args: Any) -> None:
     """Nothing is made."""
 
 
-torch.library.impl("lora_kernels::dequantize4_into", "default", _expand)
 torch.library.register_fake("lora_kernels::dequantize4", _fake)
 torch.library.register_fake("lora_kernels::dequantize4_into", _fake_into)
 torch.library.register_fake("lora_kernels::expand4_slice_into", _fake_into)
