@@ -22,6 +22,7 @@ from lora_kernels import (
 )
 from lora_kernels import blockwise4_reference as reference
 from lora_kernels.blockwise4_reference import CHUNK, _Encoder
+from lora_kernels.cpu import library
 from lora_kernels.cpu import quantize4 as native
 
 # the interpreter computes in numpy, which warns where IEEE arithmetic gives NaN or infinity
@@ -46,6 +47,8 @@ REFERENCE = pytest.mark.parametrize("backend", ["reference"], indirect=True)
 
 @pytest.fixture(params=["reference", "native", "triton"], autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "native" and (reason := library.why_not()) is not None:
+        pytest.skip(reason)
     monkeypatch.setenv("LORA_KERNELS", request.param)
     return request.param
 
@@ -256,6 +259,8 @@ def test_quantizing_takes_a_few_chunks_of_memory(
     live_bytes: Any, kernel: Callable[..., tuple[Tensor, Tensor]], transposed: bool
 ) -> None:
     """The implementations themselves are called: of the operator only its results would be seen."""
+    if kernel is native.quantize and (reason := library.why_not()) is not None:
+        pytest.skip(reason)
     x = torch.randn(2048, 4096, dtype=torch.bfloat16)
     x = x.t() if transposed else x
     with live_bytes as memory:
@@ -450,3 +455,30 @@ def test_a_flag_is_set_and_nothing_raised(n: int, bad: float, dtype: torch.dtype
     assert not scales[-1].isfinite()
     codes, _ = quantize4(x, TABLES["nf4"], 64, check_finite=False)
     assert torch.equal(codes[:whole], wanted[0][:whole])
+
+
+# --- the operator --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_flag", [False, True])
+def test_torch_s_own_checks_of_an_operator(with_flag: bool) -> None:
+    flag = torch.zeros(1, dtype=torch.int32) if with_flag else None
+    arguments = (torch.randn(3, 70).bfloat16(), TABLES["fp4"], 64, flag)
+    torch.library.opcheck(torch.ops.lora_kernels.quantize4.default, arguments)
+
+
+@pytest.mark.parametrize("n", [210, 211])
+def test_a_compiler_takes_it_whole(n: int) -> None:
+    """In one graph, for sizes that it does not know either; the flag is written."""
+    torch._dynamo.reset()
+
+    def both(x: Tensor, flag: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize4(2 * x, TABLES["nf4"], 64, flag=flag)
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=True)
+    x, flag = torch.randn(n), torch.zeros(1, dtype=torch.int32)
+    for got, wanted in zip(compiled(x, flag), both(x, flag), strict=True):
+        assert torch.equal(got, wanted)
+    assert not flag
+    compiled(x * torch.inf, flag)
+    assert flag

@@ -17,16 +17,11 @@ from lora_kernels import encode_scales, quantize4
 from lora_kernels.cpu import library, machine
 from lora_kernels.cpu import quantize4 as native
 
+pytestmark = pytest.mark.usefixtures("isa")
+
 BLOCKS = [2**i for i in range(5, 13)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 NF4 = CODEBOOKS["nf4"].table()
-
-
-@pytest.fixture(autouse=True, params=machine.available())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    assert library.why_not() is None
-    monkeypatch.setenv("LORA_KERNELS_ISA", request.param)
-    return request.param
 
 
 def of_both(x: Tensor, table: Tensor, block: int) -> None:
@@ -320,7 +315,6 @@ def test_no_index_is_written_beside(n: int) -> None:
 
 
 def test_quantize4_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_KERNELS", "native")
     called = []
     run = native.quantize
     monkeypatch.setattr(native, "quantize", lambda *a: called.append(a) or run(*a))

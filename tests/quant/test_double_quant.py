@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 from lora_core.quant.double_quant import dynamic_map, encode_scales, shared_map
 from lora_kernels import decode_scales
+from lora_kernels.cpu import library
 
 
 @pytest.fixture(autouse=True, params=["reference", "native"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "native" and (reason := library.why_not()) is not None:
+        pytest.skip(reason)
     monkeypatch.setenv("LORA_KERNELS", request.param)
 
 
