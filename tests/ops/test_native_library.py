@@ -107,7 +107,7 @@ def test_describe_says_what_where_and_what_else_was_tried(
     monkeypatch.setattr(cache, "_fresh", lambda: place)
     monkeypatch.setattr(cache.tempfile, "tempdir", str(place.parent))
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(taken))
-    folder = place.parent / f"lora-core-{os.getuid()}"
+    folder = place.parent / f"lora-core-{os.geteuid()}"
     assert library.describe() == f"{expected}{folder} (not in {taken}: File exists)"
 
 

@@ -110,7 +110,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def private(place: Path) -> Path:
-    return place.parent / "temporary" / f"lora-core-{os.getuid()}"
+    return place.parent / "temporary" / f"lora-core-{os.geteuid()}"
 
 
 def test_where_libraries_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ def test_a_folder_of_another_user(place: Path, monkeypatch: pytest.MonkeyPatch) 
     link = place.parent / "link"
     link.symlink_to(place)
     assert cache.refusal(link) is None
-    mine = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
     assert cache.refusal(place) == "it belongs to another user"
     monkeypatch.undo()
     if mine == 0:
@@ -343,8 +343,8 @@ def test_a_place_that_cannot_be_used_gives_way_to_a_private_one(
     assert fresh.stat().st_mode & 0o777 == 0o700
     assert built.refused[1] == f"{private(place)}: other users can write to it"
     assert build("portable", tiny_sources) == built  # not a new folder for each
-    mine = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
     with pytest.raises(BuildError, match=r"no folder to build in \(.*: it belongs to another user"):
         build("portable", tiny_sources)
     (clean,) = at_exit

@@ -40,7 +40,7 @@ def folders() -> Iterator[Path]:
     usual = _usual()
     if usual is not None:
         yield usual
-    yield Path(tempfile.gettempdir()).absolute() / f"lora-core-{os.getuid()}"
+    yield Path(tempfile.gettempdir()).absolute() / f"lora-core-{os.geteuid()}"
     yield _fresh()
 
 
@@ -79,7 +79,7 @@ def refusal(folder: Path) -> str | None:
         flags = os.statvfs(folder).f_flag
     except OSError as error:
         return error.strerror or str(error)
-    if owners != {os.getuid()}:
+    if owners != {os.geteuid()}:
         return "it belongs to another user"
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return "other users can write to it"
