@@ -114,12 +114,12 @@ def _from_codes(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
         return y
     # names stay: what is copied here has to live until the call is over
     x, bias = x.contiguous(), None if bias is None else bias.float().contiguous()
-    plain, nested = w.scales.data_ptr(), (None, None, None, None)
+    scales: tuple[int | None, ...] = (w.scales.data_ptr(), None, None, None, None)
     if w.nested is not None:
-        plain, nested = None, (plain, *(t.data_ptr() for t in w.nested))
+        scales = (None, w.scales.data_ptr(), *(t.data_ptr() for t in w.nested))
     library.function("lora_matmul4", *_ARGUMENTS)(
         library.threads(),
-        *(w.codes.data_ptr(), plain, *nested, w.table.data_ptr()),
+        *(w.codes.data_ptr(), *scales, w.table.data_ptr()),
         *(w.out_features, w.in_features, w.block_size),
         *(x.data_ptr(), len(x), _DTYPES[x.dtype]),
         *(None if bias is None else bias.data_ptr(), y.data_ptr()),
@@ -131,22 +131,27 @@ def _check(weight: Weight4) -> None:
     """Refuse a weight of which C would read past the end."""
     w = weight
     numel = w.out_features * w.in_features
-    blocks = -(-numel // w.block_size)
-    check_table(w.table)
-    if w.codes.numel() != (numel + 1) // 2 or w.scales.numel() != blocks:
+    size, blocks = (numel + 1) // 2, -(-numel // w.block_size)
+    if w.codes.numel() != size or w.scales.numel() != blocks:
         raise ValueError(
             f"a weight ({w.out_features}, {w.in_features}) in blocks of {w.block_size} needs "
-            f"{(numel + 1) // 2} bytes of codes and {blocks} scales; got {w.codes.numel()} and "
+            f"{size} bytes of codes and {blocks} scales; got {w.codes.numel()} and "
             f"{w.scales.numel()}"
         )
-    if w.nested is None:
-        if w.scales.dtype != torch.float32:
-            raise ValueError(f"scales of {w.scales.dtype} need what decodes them; float32 do not")
-        return
-    groups = -(-blocks // SCALE_GROUP)
-    wanted, got = (groups, 1, 256), tuple(t.numel() for t in w.nested)
-    if wanted != got or w.scales.dtype != torch.uint8:
+    check_table(w.table)
+    if w.nested is not None:
+        _check_nested(w.scales, w.nested)
+    elif w.scales.dtype != torch.float32:
+        raise ValueError(f"scales of {w.scales.dtype} need what decodes them; float32 do not")
+
+
+def _check_nested(scales: Tensor, nested: tuple[Tensor, Tensor, Tensor]) -> None:
+    groups = -(-scales.numel() // SCALE_GROUP)
+    fits = [t.numel() for t in nested] == [groups, 1, 256]
+    fits = fits and all(t.dtype == torch.float32 for t in nested)
+    if not fits or scales.dtype != torch.uint8:
+        got = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (scales, *nested))
         raise ValueError(
-            f"nested scales must be uint8 with {groups} maxima, 1 offset and 256 entries; got "
-            f"{w.scales.dtype} with {', '.join(map(str, got))}"
+            f"nested scales must be uint8 with {groups} maxima, 1 offset and 256 entries, all "
+            f"float32; got {got}"
         )
