@@ -12,6 +12,7 @@ the beginning of its page and at the end of it, so that a byte too far on either
 call. What it allocates is guarded in the same way, and has to be given back.
 """
 
+import ctypes
 import struct
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from lora_kernels.cpu import toolchain
+from lora_kernels.cpu import library, toolchain
 
 PAGE = 4096
 RETURN, STACK, HEAP = 0x10000, 0x40000000, 0x100000000
@@ -140,12 +143,17 @@ class Arm:
     def read(self, address: int, size: int) -> bytes:
         return bytes(self.uc.mem_read(address, size))
 
-    def call(self, name: str, *arguments: int) -> int:
-        """Call a C function of integers and pointers, which gives an int.
+    def call(self, name: str, *arguments: float) -> int:
+        """Call a C function of integers, pointers and floats, which gives an int.
 
         An access outside what is mapped, or an instruction that ARMv8.0 lacks, fails the test.
         """
-        registers, beyond = arguments[:8], arguments[8:]
+        floats = [a for a in arguments if isinstance(a, float)]
+        for i, number in enumerate(floats):
+            bits = int.from_bytes(struct.pack("<f", number), "little")
+            self.uc.reg_write(self.registers.UC_ARM64_REG_S0 + i, bits)
+        integers = [a for a in arguments if isinstance(a, int)]
+        registers, beyond = integers[:8], integers[8:]
         words = struct.pack(f"<{len(beyond)}Q", *(a % 2**64 for a in beyond))
         top = STACK + STACK_BYTES - -(-len(words) // 16) * 16
         self.uc.mem_write(top, words)
@@ -183,3 +191,88 @@ def arm(oracle: Callable[[str], ModuleType]) -> Callable[..., Arm]:
     unicorn = oracle("unicorn")
     oracle("unicorn.arm64_const")
     return lambda image, count=False: Arm(unicorn, image, count)
+
+
+class Emulated:
+    """The calls of library.py, made on an emulated processor.
+
+    Every address that an operator hands to C it has read from a tensor, so it is known how far each
+    may be followed.
+
+    Attributes:
+        called: the C functions that ran, by name.
+    """
+
+    def __init__(self, processor: Arm) -> None:
+        self.processor, self.called = processor, set[str]()
+        self.spans: dict[int, int] = {}  # address on this machine -> bytes, the latest last
+
+    def address(self, tensor: Tensor) -> int:
+        """`Tensor.data_ptr`, noted."""
+        address = torch._C.TensorBase.data_ptr(tensor)
+        self.spans.pop(address, None)
+        if tensor.numel():
+            last = sum((n - 1) * by for n, by in zip(tensor.shape, tensor.stride(), strict=True))
+            self.spans[address] = (last + 1) * tensor.element_size()
+        return address
+
+    def function(self, name: str, *kinds: Any) -> Callable[..., None]:
+        """`library.function`: both ways to lie in a page must give the same."""
+
+        def run(*arguments: Any) -> None:
+            passed = list(zip(kinds, arguments, strict=True))
+            after = [self._run(name, passed, at_end) for at_end in (False, True)]
+            assert after[0] == after[1], f"{name} depends on where its tensors lie"
+            for start, data in after[0].items():
+                ctypes.memmove(start, data, len(data))
+            self.called.add(name)
+
+        return run
+
+    def _run(self, name: str, passed: list[tuple[Any, Any]], at_end: bool) -> dict[int, bytes]:
+        """One call; gives back what the tensors hold after it, by their addresses."""
+        processor = self.processor
+        processor.at_end = at_end
+        rooms: dict[int, int] = {}  # a tensor's address here -> there
+        words: list[float] = []
+        for kind, value in passed:
+            if kind is ctypes.c_void_p and value:
+                start = self._start(value)
+                if start not in rooms:
+                    rooms[start] = processor.put(ctypes.string_at(start, self.spans[start]))
+                words.append(rooms[start] + value - start)
+            else:
+                words.append(float(value) if kind is ctypes.c_float else int(value or 0))
+        try:
+            assert processor.call(name, *words) == 0
+            assert len(processor.rooms) == len(rooms), f"{name} has kept memory"
+            return {a: processor.read(b, self.spans[a]) for a, b in rooms.items()}
+        finally:
+            for address in list(processor.rooms):
+                processor.free(address)
+
+    def _start(self, address: int) -> int:
+        """Of the tensor that an address lies in: the latest, should others have been there."""
+        for start in reversed(self.spans):
+            if start <= address < start + self.spans[start]:
+                return start
+        raise AssertionError(f"{address:#x} lies in no tensor whose address was read")
+
+
+@pytest.fixture
+def run_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Arm], Emulated]:
+    """Have the native operators call into a processor's program: `run_on(processor)`."""
+
+    def install(processor: Arm) -> Emulated:
+        emulated = Emulated(processor)
+
+        def data_ptr(tensor: Tensor) -> int:
+            return emulated.address(tensor)
+
+        monkeypatch.setenv("LORA_KERNELS", "native")
+        monkeypatch.setattr(library, "why_not", lambda: None)
+        monkeypatch.setattr(library, "function", emulated.function)
+        monkeypatch.setattr(Tensor, "data_ptr", data_ptr)
+        return emulated
+
+    return install

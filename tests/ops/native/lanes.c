@@ -133,6 +133,7 @@ static int check_integers(void)
         vu_store_bytes(bytes, y);
         EACH_LANE CHECK(bytes[l] == (b[l] & 255));
     }
+    CHECK(vu_maximum(vu_set1(0)) == 0);
     for (int step = 1; step <= 256; step *= 2) {
         GOT(vu_lane_over(step));
         EACH_LANE CHECK(got[l] == (uint32_t)(l / step));
