@@ -222,6 +222,10 @@ def test_nothing_stale_is_found(
     assert changed()
     os.utime(compiler, (1, 1))
     assert changed()
+    with compiler.open("a") as file:
+        file.write("# longer\n")
+    os.utime(compiler, (1, 1))
+    assert changed()
     monkeypatch.setenv("CC", f"{compiler} -g")
     assert changed()
     monkeypatch.setattr(machine, "features", lambda: ("quantum",))
@@ -446,6 +450,16 @@ def test_a_compiler_that_fails(
         build("portable", tiny_sources)
     assert str(error.value) == f"{compiler} {reason}"
     assert [p.name for p in place.iterdir()] == ["lock"]
+
+
+def test_what_a_compiler_is_started_with(
+    place: Path, tiny_sources: Path, script: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """English messages, nothing to read, and a place for its temporary files that is our own."""
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("CC", str(script('echo "error: $LC_ALL $TMPDIR $(cat)."; exit 1')))
+    with pytest.raises(BuildError, match=rf"failed: error: C {place}/building-\w+ \.$"):
+        build("portable", tiny_sources)
 
 
 def test_a_compiler_that_does_not_run(
