@@ -260,4 +260,4 @@ def test_instructions_a_weight(
         before = emulated.processor.steps
         matmul4(x, weight)
         steps.append((emulated.processor.steps - before) / 2)  # each call is made twice
-    assert (steps[1] - steps[0]) / (4 * k) < 2.6
+    assert (steps[1] - steps[0]) / (4 * k) < 2.1
