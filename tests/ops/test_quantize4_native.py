@@ -104,6 +104,19 @@ def test_at_every_midpoint_and_one_rounding_beside(name: str, last: int) -> None
     of_both(torch.cat((whole, near[:last])) * 0.3, table, 64)  # the reciprocal and the product do
 
 
+def test_full_blocks_multiply_and_a_partial_one_divides_at_even_and_odd_places() -> None:
+    middle = (NF4[:-1] + NF4[1:]) / 2
+    differ = torch.zeros(16, 2)
+    for scale in torch.linspace(0.5, 2, 60):
+        x = torch.cat((scale.view(1), middle * scale, -middle * scale, torch.zeros(1)))  # (32,)
+        for moved in (x, x.roll(1)):
+            of_both(moved, NF4, 32)
+            of_both(moved, NF4, 64)
+            full, partial = (reference.quantize(moved, NF4, b, None)[0] for b in (32, 64))
+            differ += torch.stack((full >> 4 != partial >> 4, full & 15 != partial & 15), 1)
+    assert differ.sum(0).gt(0).all()  # the test would notice
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", [32, 64, 4096])
 def test_sizes_around_blocks_and_pieces(dtype: torch.dtype, block: int) -> None:
