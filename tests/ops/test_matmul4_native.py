@@ -21,7 +21,7 @@ from lora_core.quant.double_quant import dynamic_map
 from lora_core.testing import check_operator
 from lora_kernels import Weight4, decode_scales
 from lora_kernels import matmul4 as matmul
-from lora_kernels.cpu import library
+from lora_kernels.cpu import library, machine
 from lora_kernels.cpu import matmul4 as cpu
 from lora_kernels.matmul4 import dx_reference, matmul4_reference
 
@@ -211,7 +211,8 @@ def test_the_same_bits_on_any_number_of_threads(m: int) -> None:
     assert torch.equal(cpu.multiply(x, part, None), results[0][:, 256:263])
 
 
-@pytest.mark.usefixtures("all_threads")
+@pytest.mark.parametrize("isa", machine.available()[:1], indirect=True)
+@pytest.mark.usefixtures("isa", "all_threads")
 def test_callers_at_the_same_time() -> None:
     torch.set_num_threads(2)
     weight = make_weight(600, 1024)
@@ -241,6 +242,8 @@ def test_tensors_that_begin_anywhere(dtype: torch.dtype) -> None:
     assert torch.equal(cpu.multiply(x.t().contiguous().t(), plain, bias), wanted)
 
 
+@pytest.mark.parametrize("isa", machine.available()[:1], indirect=True)
+@pytest.mark.usefixtures("isa")
 def test_beyond_two_to_the_31st_weight() -> None:
     """Codes that nobody has written take no memory: zeros, up to the last rows."""
     n, k, block, tail = (1 << 19) + 5, 4096, 4096, 5
@@ -348,6 +351,8 @@ def test_the_property_test_for_operators(monkeypatch: pytest.MonkeyPatch) -> Non
     check_operator(run, reference, inputs=cases, examples=12)
 
 
+@pytest.mark.parametrize("isa", machine.available()[:1], indirect=True)
+@pytest.mark.usefixtures("isa")
 def test_few_rows_really_run_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise all of the above would pass on the definition."""
     called = []
