@@ -15,8 +15,8 @@
 typedef float32x4_t vf;
 typedef uint32x4_t vu;
 typedef struct {
-    uint8x16x4_t planes; /* byte 0, 1, 2, 3 of each entry */
-    uint8x16x4_t bytes;  /* entry after entry; registers that nothing uses cost nothing */
+    uint8x16_t byte0, byte1, byte2, byte3; /* of each entry */
+    uint8x16_t row0, row1, row2, row3;     /* entries 0 .. 3, 4 .. 7, ..; costs nothing unused */
 } vtable;
 typedef struct {
     uint8x16_t low, high; /* the low and the high bytes of 16 entries */
@@ -99,7 +99,9 @@ LANE void vf_store_f16(uint16_t *p, vf a)
 
 LANE vf vf_gather256(const float *table, const uint8_t *index)
 {
-    const float values[4] = {table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+    float values[4];
+    for (int i = 0; i < 4; i++)
+        memcpy(values + i, table + index[i], sizeof(float));
     return vld1q_f32(values);
 }
 
@@ -129,9 +131,10 @@ LANE void vf_unzip(vf a, vf b, vf *even, vf *odd)
 LANE vtable vtable_load(const float *t)
 {
     const uint8_t *bytes = (const uint8_t *)t;
+    const uint8x16x4_t split = vld4q_u8(bytes);
     const vtable table = {
-        vld4q_u8(bytes),
-        {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}}};
+        split.val[0],    split.val[1],         split.val[2],         split.val[3],
+        vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)};
     return table;
 }
 
@@ -139,19 +142,17 @@ LANE vf vf_lookup(vtable t, vu index)
 {
     const uint32x4_t base = vdupq_n_u32(0x03020100);
     const uint32x4_t at = vmlaq_n_u32(base, index, 0x04040404); /* 4 c + 0, 1, 2, 3 */
-    return vreinterpretq_f32_u8(vqtbl4q_u8(t.bytes, vreinterpretq_u8_u32(at)));
+    const uint8x16x4_t rows = {{t.row0, t.row1, t.row2, t.row3}};
+    return vreinterpretq_f32_u8(vqtbl4q_u8(rows, vreinterpretq_u8_u32(at)));
 }
 
 /* Entries of 4 of 16 indices: those from 4 * quarter on. */
 LANE vf lanes_quarter(vtable t, uint8x16_t index, int quarter)
 {
-    uint8x16_t plane[4];
-    for (int i = 0; i < 4; i++)
-        plane[i] = vqtbl1q_u8(t.planes.val[i], index);
-    const uint16x8_t low = vreinterpretq_u16_u8(
-        quarter < 2 ? vzip1q_u8(plane[0], plane[1]) : vzip2q_u8(plane[0], plane[1]));
-    const uint16x8_t high = vreinterpretq_u16_u8(
-        quarter < 2 ? vzip1q_u8(plane[2], plane[3]) : vzip2q_u8(plane[2], plane[3]));
+    const uint8x16_t a = vqtbl1q_u8(t.byte0, index), b = vqtbl1q_u8(t.byte1, index);
+    const uint8x16_t c = vqtbl1q_u8(t.byte2, index), d = vqtbl1q_u8(t.byte3, index);
+    const uint16x8_t low = vreinterpretq_u16_u8(quarter < 2 ? vzip1q_u8(a, b) : vzip2q_u8(a, b));
+    const uint16x8_t high = vreinterpretq_u16_u8(quarter < 2 ? vzip1q_u8(c, d) : vzip2q_u8(c, d));
     return vreinterpretq_f32_u16(quarter % 2 ? vzip2q_u16(low, high) : vzip1q_u16(low, high));
 }
 
