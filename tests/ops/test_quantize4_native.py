@@ -104,6 +104,16 @@ def test_at_every_midpoint_and_one_rounding_beside(name: str, last: int) -> None
     of_both(torch.cat((whole, near[:last])) * 0.3, table, 64)  # the reciprocal and the product do
 
 
+@pytest.mark.parametrize("scale", [1e-45, 1e-44, 1e-39, 9e-39, 1e-38, 1.1e-38, 1.2e-38, 3.4e38])
+def test_the_ends_of_float32(scale: float) -> None:
+    """Scales below 1e-38 are taken as this much: their reciprocals would be infinite."""
+    x = torch.linspace(-1, 1, 64) * scale
+    of_both(x, NF4, 64)
+    for n in (1, 2, 33, 63):
+        of_both(torch.cat((x, x[:n], x.new_zeros(7))), NF4, 128)
+    of_both(x.new_zeros(100), NF4, 64)
+
+
 def test_full_blocks_multiply_and_a_partial_one_divides_at_even_and_odd_places() -> None:
     middle = (NF4[:-1] + NF4[1:]) / 2
     differ = torch.zeros(16, 2)
