@@ -141,6 +141,17 @@ def test_every_block_size_and_every_tail(block: int, nested: bool) -> None:
             assert_sums(cpu.multiply(x, weight, None), x, weight)
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_nothing_that_an_earlier_call_left_behind_counts(m: int) -> None:
+    """Scales and sums lie where others have lain: behind the last block there may be NaN."""
+    weight = make_weight(7, 96, 32)
+    before = make_weight(8, 64 * 256, 32)
+    before = before._replace(scales=before.scales * torch.nan)
+    assert cpu.multiply(torch.randn(m, 64 * 256), before, None).isnan().all()
+    assert_sums(cpu.multiply(x := torch.randn(m, 96), weight, None), x, weight)
+
+
 @pytest.mark.usefixtures("isa", "many_are_few")
 def test_each_weight_meets_its_own_x() -> None:
     """A row of the unit matrix picks a column of W; powers of two make it exact."""

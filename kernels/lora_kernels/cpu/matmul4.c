@@ -154,7 +154,8 @@ LANE void add_blocks(const product *p, const int64_t n[W_ROWS], int64_t first, i
 {
     const weight4 *w = &p->weight;
     const int64_t row_bytes = w->columns / 2, ahead = rows > 1 ? rows * row_bytes : AHEAD;
-    const int several = w->block < CHUNK; /* blocks in a chunk, each of block / 8 words */
+    /* a chunk of 128 most often has several blocks, and asking costs more than the answer saves */
+    const int several = CHUNK > 64 || w->block < CHUNK;
     const vu which = vu_lane_over((int)w->block / 8);
     const uint8_t *codes[W_ROWS];
     float decoded[W_ROWS][SCALES + 3]; /* vf_pick reads four where one is left */
