@@ -1,6 +1,8 @@
 """Expanding in C, on every instruction set that this machine has, against the definition."""
 
 import ctypes
+import mmap
+import os
 from typing import Any
 
 import pytest
@@ -294,3 +296,37 @@ def test_a_slice_behind_2_to_the_32_elements() -> None:
     small.scales[-8 * k // 32 :] = last.scales.repeat_interleave(k // 32)
     got = expand4_slice(small, n - 8, n, 1024, 2048, torch.float32)
     assert same_bits(got, define(last, torch.float32).view(8, k)[:, 1024:2048].contiguous())
+
+
+def mirrored(nbytes: int, memory: int) -> mmap.mmap:
+    """Addresses of `nbytes` bytes, of which only `memory` exist: they come round again."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (*(ctypes.c_void_p, ctypes.c_size_t), *(ctypes.c_int,) * 3, ctypes.c_long)
+    whole = mmap.mmap(-1, nbytes)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    file = os.memfd_create("mirrored")
+    os.ftruncate(file, memory)
+    fixed = mmap.MAP_SHARED | 0x10  # MAP_FIXED, which the module does not name
+    for at in range(0, nbytes, memory):
+        size = min(memory, nbytes - at)
+        where = libc.mmap(first + at, size, mmap.PROT_READ | mmap.PROT_WRITE, fixed, file, 0)
+        assert where == first + at
+    os.close(file)
+    return whole
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_result_of_more_than_2_to_the_31_elements(stream: bool, full_run: bool) -> None:
+    if not full_run:
+        pytest.skip("1 GB of codes to read: only with full counts")
+    n, memory = 2**31 + 3 * 4096 + 7, 1 << 26
+    codes, scales = torch.zeros((n + 1) // 2, dtype=torch.uint8), torch.zeros(-(-n // 4096))
+    last = make_weight(1, n % 2**20, 4096)
+    codes[-last.codes.numel() :], scales[-last.scales.numel() :] = last.codes, last.scales
+    out = torch.frombuffer(mirrored(2 * n, memory), dtype=torch.bfloat16)
+    cpu.expand(codes, scales, NF4, 4096, None, out, stream)
+    wanted = define(last, torch.bfloat16)
+    assert same_bits(out[-len(wanted) :], wanted)
+    assert not out[-memory // 2 : -len(wanted)].any()  # what came before, all of scale 0

@@ -242,13 +242,24 @@ LANE vf vf_load_f64(const double *p)
     return a;
 }
 
-LANE void vf_store_bf16(uint16_t *p, vf a) { EACH p[i] = lanes_to_bf16(a.at[i]); }
-LANE void vf_store_f16(uint16_t *p, vf a) { EACH p[i] = lanes_to_f16(a.at[i]); }
+LANE void vf_store_bf16(uint16_t *p, vf a)
+{
+    uint16_t words[LANES];
+    EACH words[i] = lanes_to_bf16(a.at[i]);
+    memcpy(p, words, sizeof words);
+}
+
+LANE void vf_store_f16(uint16_t *p, vf a)
+{
+    uint16_t words[LANES];
+    EACH words[i] = lanes_to_f16(a.at[i]);
+    memcpy(p, words, sizeof words);
+}
 
 LANE vf vf_gather256(const float *table, const uint8_t *index)
 {
     vf a;
-    EACH a.at[i] = table[index[i]];
+    EACH memcpy(&a.at[i], table + index[i], sizeof(float));
     return a;
 }
 
@@ -301,20 +312,24 @@ LANE half_table half_table_load(const uint16_t *t)
 
 LANE void half_expand32(half_table t, const uint8_t *codes, uint16_t *out, int stream)
 {
+    uint16_t values[32];
     (void)stream;
     for (int i = 0; i < 16; i++) {
-        out[2 * i] = t.at[codes[i] >> 4];
-        out[2 * i + 1] = t.at[codes[i] & 15];
+        values[2 * i] = t.at[codes[i] >> 4];
+        values[2 * i + 1] = t.at[codes[i] & 15];
     }
+    memcpy(out, values, sizeof values);
 }
 
 LANE void float_expand32(vtable t, const uint8_t *codes, float *out, int stream)
 {
+    float values[32];
     (void)stream;
     for (int i = 0; i < 16; i++) {
-        out[2 * i] = t.at[codes[i] >> 4];
-        out[2 * i + 1] = t.at[codes[i] & 15];
+        values[2 * i] = t.at[codes[i] >> 4];
+        values[2 * i + 1] = t.at[codes[i] & 15];
     }
+    memcpy(out, values, sizeof values);
 }
 
 LANE void lanes_prefetch(const void *p) { __builtin_prefetch(p); }

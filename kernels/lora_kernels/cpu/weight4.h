@@ -23,6 +23,14 @@ typedef struct {
     int64_t rows, columns, block;
 } weight4;
 
+/* A float that need not be aligned: tensors of a file may lie anywhere. */
+static inline float weight4_float(const float *p)
+{
+    float value;
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
 /* The scales of `count` blocks from `first` on: table[q] * absmax + offset, rounded twice. */
 static inline void weight4_scales(const weight4 *w, int64_t first, int64_t count, float *out)
 {
@@ -30,18 +38,18 @@ static inline void weight4_scales(const weight4 *w, int64_t first, int64_t count
         memcpy(out, w->scales + first, (size_t)count * sizeof *out);
         return;
     }
-    const vf offset = vf_set1(*w->scale_offset);
+    const float offset = weight4_float(w->scale_offset);
     int64_t b = first, end = first + count;
     while (b < end) { /* group by group, whole vectors first */
         const int64_t group = (b / 256 + 1) * 256, stop = group < end ? group : end;
-        const float absmax = w->scale_absmax[b / 256];
+        const float absmax = weight4_float(w->scale_absmax + b / 256);
         for (; b + LANES <= stop; b += LANES) {
             const vf value = vf_gather256(w->scale_table, w->nested + b);
-            vf_store(out + (b - first), vf_add(vf_mul(value, vf_set1(absmax)), offset));
+            vf_store(out + (b - first), vf_add(vf_mul(value, vf_set1(absmax)), vf_set1(offset)));
         }
         for (; b < stop; b++) {
-            const float product = w->scale_table[w->nested[b]] * absmax;
-            out[b - first] = product + *w->scale_offset;
+            const float product = weight4_float(w->scale_table + w->nested[b]) * absmax;
+            out[b - first] = product + offset;
         }
     }
 }
