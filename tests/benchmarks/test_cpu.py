@@ -251,15 +251,48 @@ def test_a_wrong_quantization_is_not_timed(
 
 def test_what_is_wrong_ends_the_command_with_1(
     load: Load, contenders: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
 ) -> None:  # fmt: skip
     main, one = load("__main__"), contenders["lora-core reference"]
     monkeypatch.setattr(one, "dx", lambda weight, dy: dy.new_zeros(len(dy), weight.in_features))
     monkeypatch.setattr(main, "everyone", lambda: ([one, contenders["dense bf16"]], []))
+    monkeypatch.setattr(main, "BYTES", 1 << 16)
     assert main.main(["--smoke", "--only", "dx m=64"]) == 1
     said = capsys.readouterr().out
     assert "wrong, and not timed: lora-core reference, dx m=64, 64 x 128: " in said
     assert "times what rounding allows" in said
+    shape = ["--shape", "64x128", "--repeats", "2", "--only", "dx m=64"]
+    assert main.main([*shape, "--out", str(tmp_path / "rows.jsonl")]) == 1
+    assert (
+        "rounding allows"
+        in json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["failure"]
+    )
+
+
+def test_the_next_of_ours_does_not_stand_in_for_a_wrong_one(
+    load: Load, contenders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, next_best = contenders["lora-core reference"], load("contenders").Ours("reference")
+    next_best.name = "lora-core next"
+    monkeypatch.setattr(best, "expand", lambda weight: torch.zeros(64, 128, dtype=torch.bfloat16))
+    rows = measured(load, [best, next_best], only="expand").rows
+    assert "failure" in rows[0]
+    assert [row["who"] for row in rows[1:]] == ["lora-core next", "streaming read"]
+    assert not any(row["ours"] for row in rows[1:])
+
+
+def test_what_is_checked_and_what_is_timed_run_in_the_same_environment(load: Load) -> None:
+    c, seen = load("contenders"), []
+
+    class Spy(c.Ours):
+        def expand(self, weight: Any, out: Tensor | None = None) -> Tensor:
+            seen.append((os.environ.get("LORA_KERNELS"), os.environ.get("LORA_KERNELS_ISA")))
+            return c.decoded_once(weight).bfloat16()
+
+    (row, _) = measured(load, [Spy("avx2")], only="expand").rows
+    assert row["who"] == "lora-core avx2"
+    assert len(seen) > 2
+    assert set(seen) == {("native", "avx2")}
 
 
 def test_our_exception_is_a_failure_and_an_absent_peer_is_none(
@@ -318,6 +351,17 @@ def test_a_lost_block_is_out_of_bounds_and_roundings_are_within(load: Load, task
     coarse = coarse if task == "dx" else coarse.t()
     (said,) = answer.problems(x @ coarse, 1)
     assert said.startswith("the root mean square error is")
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_one_result_among_many_is_out_of_bounds(load: Load, sign: int) -> None:
+    x, w = torch.randn(64, 512).bfloat16(), torch.randn(2048, 512).bfloat16()
+    answer = load("check").Answer.of("forward", x, w.float())
+    y = answer.exact.float()
+    y[5, 7] += sign * 2**-8 * (12 * answer.spread[5, 7] + y[5, 7].abs())
+    (said,) = answer.problems(y, 1)
+    assert said.startswith("an error is 1.")  # under 12/8
+    assert not list(answer.problems(y, 2))  # of a contender that rounds weights twice
 
 
 # --- the limit -----------------------------------------------------------------------------------
