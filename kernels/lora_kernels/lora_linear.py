@@ -4,7 +4,8 @@ Why one operator: beside a frozen product, LoRA is two small products and a sum,
 read x twice, write and read the (rows, N) output three more times and round it as often. Here, in a
 product with few rows, A is r more columns of W: x is read once, y is rounded once, and nothing is
 launched for the adapter (gpu/finish4.py). With many rows the vendor's product is followed by
-kernels that read x once and y once (gpu/lora4.py).
+kernels that read x once and y once (gpu/lora4.py). On a CPU the low-rank part is plain PyTorch
+beside the product in C.
 
 Rows that each name their own adapter, as in a server's batch or in the training of several adapters
 at a time, are the same operator: A and B are stacked, (L, r, K) and (L, N, r), and `rows` holds an

@@ -12,7 +12,7 @@
  * Nibble j of all words is one lookup, with no code put back into order. It is x that is put into
  * the order of the codes instead, once a call: stream j of a chunk holds the elements 8d + (j ^ 1)
  * one after another. The eight streams are multiplied by what was looked up and added up, and the
- * scales of the chunk's blocks multiply the sums, not the weights: a sixteenth of the products.
+ * scales of the chunk's blocks multiply the sums, not the weights: far fewer products.
  *
  *     y[m][n] = Σ over blocks of scale[n][b] · Σ over elements i of b of table[code[n][i]] · x[m][i]
  *
@@ -54,9 +54,10 @@ enum {
 
 typedef struct {
     weight4 weight;
-    int shift;      /* the block size is 2^shift */
-    const float *x; /* tile by tile, in each chunk by chunk, the tile's rows side by side */
-    int64_t x_rows, padded; /* columns with the zeros that make the last chunk whole */
+    int shift;         /* the block size is 2^shift */
+    const float *x;    /* tile by tile, in each chunk by chunk, the tile's rows side by side */
+    int64_t x_rows;
+    int64_t padded;    /* columns, with the zeros that make the last chunk whole */
     const float *bias; /* or NULL */
     char *y;
     int dtype;
@@ -260,9 +261,10 @@ static void multiply_piece(void *context, int64_t begin, int64_t end)
 /* How many rows of W are a piece. */
 static int64_t piece_rows(const weight4 *w, int threads)
 {
-    int64_t rows = smaller(PIECE_ROWS, PIECE_WEIGHTS / (w->columns + 1));
-    rows = smaller(rows, w->rows / ((int64_t)threads * PIECES_EACH)) / W_ROWS * W_ROWS;
-    return rows > W_ROWS ? rows : W_ROWS;
+    const int64_t in_bytes = PIECE_WEIGHTS / (w->columns ? w->columns : 1);
+    const int64_t shared = w->rows / ((int64_t)threads * PIECES_EACH);
+    const int64_t rows = smaller(PIECE_ROWS, smaller(in_bytes, shared)) / W_ROWS * W_ROWS;
+    return rows ? rows : W_ROWS;
 }
 
 /* y (x_rows, rows) = x (x_rows, columns) Wᵀ + bias.
