@@ -197,6 +197,12 @@ def test_hardly_anything(shape: tuple[int, int]) -> None:
             assert expand4_slice(weight, 0, 0, 0, shape[1], dtype).shape == (0, shape[1])
 
 
+def test_a_block_that_c_does_not_take() -> None:
+    weight = make_weight(1, 96, 48)
+    with pytest.raises(RuntimeError, match="lora_expand4 failed: Invalid argument"):
+        expand(weight, torch.empty(96))
+
+
 # --- memory --------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,9 @@
 #include "pool.h"
 #include "weight4.h"
 
-#define APART __attribute__((noinline))
+/* Called once a piece or less: seven copies, one in each kind of result's loop, would only take
+ * longer to compile. */
+#define APART __attribute__((noinline)) static
 
 enum { SCALES = 256, PIECE = 256 * 1024 };
 
@@ -108,8 +110,8 @@ LANE sixteen table_of(const weight4 *w)
 
 /* The last block of a weight, if it is not whole. The elements that do not fill 32 are expanded
  * beside: nothing is read or written beyond the last one. */
-APART static void expand_partial(const weight4 *w, float scale, const uint8_t *codes, int64_t count,
-                           char *out, int dtype)
+APART void expand_partial(const weight4 *w, float scale, const uint8_t *codes, int64_t count,
+                          char *out, int dtype)
 {
     const sixteen table = table_of(w);
     const int64_t most = count / 32 * 32, rest = count - most;
@@ -121,8 +123,7 @@ APART static void expand_partial(const weight4 *w, float scale, const uint8_t *c
     memcpy(out + most * bytes_of(dtype), values, (size_t)(rest * bytes_of(dtype)));
 }
 
-/* Not inlined into each kind of result's loop, nor is the above. */
-APART static void decode_scales(const weight4 *w, int64_t first, int64_t count, float *out)
+APART void decode_scales(const weight4 *w, int64_t first, int64_t count, float *out)
 {
     weight4_scales(w, first, count, out);
 }
@@ -183,7 +184,8 @@ static void expand_piece(void *context, int64_t begin, int64_t end)
  * dtype    an enum lora_dtype
  * stream   1: past the caches, if out is aligned to 64 bytes
  *
- * The other arguments are fields of a weight4. `block` is a multiple of 32. Returns 0 or a number of errno.h.
+ * The other arguments are fields of a weight4, with `block` a multiple of 32. Returns 0 or a number
+ * of errno.h.
  */
 LORA_EXPORT int lora_expand4(int threads, const uint8_t *codes, const float *scales,
                              const uint8_t *nested, const float *scale_absmax,
