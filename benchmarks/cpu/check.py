@@ -11,7 +11,8 @@ while the root mean square of the error is at most u √((r² mean Σ x²w² + m
 of rounding is uniform up to its bound. Float32 sums add a thousandth of it. The worst case without
 chance, Σ |x w| in place of √Σ x²w², is √K times as wide and would let a lost block of 64 pass.
 
-Contenders in float32 are held to bfloat16's bound.
+Contenders in float32 are held to bfloat16's bound. New memory is full of NaN while results for the
+check are made, or what one contender left there could pass for the work of the next.
 """
 
 from collections.abc import Iterator

@@ -48,9 +48,9 @@ def contenders(load: Load, oracle: Callable[[str], ModuleType]) -> dict[str, Any
 def measured(load: Load, everyone: list[Any], n: int = 64, k: int = 128, only: str = "") -> Any:
     """A run of some tasks on one toy shape."""
     main = load("__main__")
-    run = main.Run(everyone, 2)
+    run, wanted = main.Run(everyone, 2), only.split(", ") if only else TASKS
     with torch.no_grad():
-        run.shape(n, k, [task for task in main.TASKS if task.label in (only or TASKS)], 1 << 16)
+        run.shape(n, k, [task for task in main.TASKS if task.label in wanted], 1 << 16)
     return run
 
 
@@ -208,6 +208,18 @@ def test_one_wrong_bit_is_not_timed(
     monkeypatch.setattr(one, method, flipped)
     (row,) = measured(load, [one], only=task).rows
     assert row["failure"] == "1 values differ from the definition's bits"
+
+
+def test_what_another_has_left_does_not_pass(
+    load: Load, contenders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, idle = contenders["bitsandbytes in C"], contenders["lora-core reference"]
+    monkeypatch.setattr(idle, "expand_kept", lambda weight, out: out)
+    monkeypatch.setattr(idle, "forward", lambda weight, x: x.new_empty(len(x), 64))
+    rows = measured(load, [right, idle], only="expand kept").rows
+    assert [row["who"] for row in rows if "seconds" in row] == [right.name, "streaming read"]
+    (row,) = measured(load, [idle], only="forward m=8").rows
+    assert row["failure"] == "512 results are NaN or infinite"
 
 
 def bad_code(found: Any) -> Any:
