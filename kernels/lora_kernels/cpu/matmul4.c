@@ -305,7 +305,8 @@ LORA_EXPORT int lora_matmul4(int threads, const uint8_t *codes, const float *sca
     /* as floats, as a product of three sizes may exceed an integer */
     if ((double)rows * (double)columns * (double)x_rows < FEW_PRODUCTS)
         threads = 1;
-    const int error = parallel_for(threads, rows, piece_rows(&p.weight, threads), multiply_piece, &p);
+    const int64_t grain = piece_rows(&p.weight, threads);
+    const int error = parallel_for(threads, rows, grain, multiply_piece, &p);
     free(copy);
     return error;
 }
