@@ -190,10 +190,10 @@ def test_as_good_as_a_float32_weight_and_better_than_a_rounded_one() -> None:
 @pytest.mark.parametrize("table", [NF4, NO_ZERO], ids=["with zero", "without"])
 def test_infinities_and_nan_do_what_they_do_elsewhere(table: Tensor) -> None:
     """0 times infinity is NaN, infinities of two signs are, all else is infinite."""
-    weight = make_weight(40, 96, 32, table=table)
+    weight = make_weight(40, 160, 32, table=table)
     for special in ([torch.inf], [-torch.inf, -torch.inf], [torch.inf, -torch.inf], [torch.nan]):
-        x = torch.randn(3, 96)
-        x[1, torch.tensor([5, 90][: len(special)])] = torch.tensor(special)
+        x = torch.randn(3, 160)  # the last 32 fill no chunk, and come after the 104th
+        x[1, torch.tensor([104, 5][: len(special)])] = torch.tensor(special)
         y, wanted = cpu.multiply(x, weight, None), x.double() @ exact(weight).t()
         assert torch.equal(y.isnan(), wanted.isnan())
         assert torch.equal(y[wanted.isinf()].double(), wanted[wanted.isinf()])
@@ -382,6 +382,11 @@ def test_few_rows_really_run_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == ["lora_expand4"]
 
 
+def test_a_bias_on_another_device() -> None:
+    with pytest.raises(ValueError, match="bias must be on the CPU, as x is; got meta"):
+        cpu.multiply(torch.ones(1, 64), make_weight(4, 64), torch.ones(4, device="meta"))
+
+
 @pytest.mark.parametrize("run", [cpu.multiply, cpu.multiply_dx])
 def test_weights_that_c_would_read_beyond(run: Callable[..., Tensor]) -> None:
     good, nested = make_weight(4, 64), make_weight(4, 64, nested=True)
@@ -396,6 +401,9 @@ def test_weights_that_c_would_read_beyond(run: Callable[..., Tensor]) -> None:
         run(x, good._replace(table=NF4[1:]), *more)
     with pytest.raises(ValueError, match=r"scales of torch\.uint8 need what decodes them"):
         run(x, nested._replace(scale_table=None), *more)
+    for name, at in (("codes", good.codes), ("scales", good.scales)):
+        with pytest.raises(ValueError, match=f"{name} must be on the CPU, as x is; got meta"):
+            run(x, good._replace(**{name: at.to("meta")}), *more)
     wrong = r"must be uint8 with 1 maxima, 1 offset and 256 entries, all float32; got "
     for bad in (
         {"scale_absmax": torch.ones(2)},

@@ -7,14 +7,14 @@
  * A vector of LANES words of 32 bits holds the codes of a chunk, 8 LANES weights of one row:
  *
  *     word d of the chunk            codes of the elements 8d .. 8d + 7
- *     bits 4j .. 4j + 3 of word d    of element 8d + (j ^ 1), as a byte's first code is its high one
+ *     bits 4j .. 4j + 3 of word d    of element 8d + (j ^ 1): a byte's first code is its high one
  *
  * Nibble j of all words is one lookup, with no code put back into order. It is x that is put into
  * the order of the codes instead, once a call: stream j of a chunk holds the elements 8d + (j ^ 1)
  * one after another. The eight streams are multiplied by what was looked up and added up, and the
  * scales of the chunk's blocks multiply the sums, not the weights: far fewer products.
  *
- *     y[m][n] = Σ over blocks of scale[n][b] · Σ over elements i of b of table[code[n][i]] · x[m][i]
+ *     y[m][n] = Σ over blocks b of scale[n][b] · Σ over i in b of table[code[n][i]] · x[m][i]
  *
  * All of it is float32, and W is not rounded at all: against float64 the result is as good as a
  * dense float32 product, where weights rounded to bfloat16 are a thousand times worse. Other known

@@ -50,10 +50,10 @@ def multiply(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
         (M, N) in the dtype of x. With few rows W is not rounded at all and the result once.
 
     Raises:
-        ValueError: too many or too few codes or scales, scales that nothing decodes, or a table of
-            another kind.
+        ValueError: too many or too few codes or scales, scales that nothing decodes, a table of
+            another kind, or tensors on another device.
     """
-    _check(weight)
+    _check(weight, bias)
     n, k = weight.out_features, weight.in_features
     if _few(x, weight):
         return _from_codes(x, weight, bias)
@@ -113,13 +113,15 @@ def _from_codes(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
     if not y.numel():
         return y
     # names stay: what is copied here has to live until the call is over
-    x, bias = x.contiguous(), None if bias is None else bias.float().contiguous()
+    x, table = x.contiguous(), w.table.cpu()
+    bias = None if bias is None else bias.float().contiguous()
     scales: tuple[int | None, ...] = (w.scales.data_ptr(), None, None, None, None)
     if w.nested is not None:
-        scales = (None, w.scales.data_ptr(), *(t.data_ptr() for t in w.nested))
+        nested = [t.cpu() for t in w.nested]
+        scales = (None, w.scales.data_ptr(), *(t.data_ptr() for t in nested))
     library.function("lora_matmul4", *_ARGUMENTS)(
         library.threads(),
-        *(w.codes.data_ptr(), *scales, w.table.data_ptr()),
+        *(w.codes.data_ptr(), *scales, table.data_ptr()),
         *(w.out_features, w.in_features, w.block_size),
         *(x.data_ptr(), len(x), _DTYPES[x.dtype]),
         *(None if bias is None else bias.data_ptr(), y.data_ptr()),
@@ -127,9 +129,12 @@ def _from_codes(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _check(weight: Weight4) -> None:
-    """Refuse a weight of which C would read past the end."""
+def _check(weight: Weight4, bias: Tensor | None = None) -> None:
+    """Refuse what C cannot read, or would read past the end of."""
     w = weight
+    for name, t in (("codes", w.codes), ("scales", w.scales), ("bias", bias)):
+        if t is not None and not t.is_cpu:
+            raise ValueError(f"{name} must be on the CPU, as x is; got {t.device}")
     numel = w.out_features * w.in_features
     size, blocks = (numel + 1) // 2, -(-numel // w.block_size)
     if w.codes.numel() != size or w.scales.numel() != blocks:

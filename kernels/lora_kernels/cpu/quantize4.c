@@ -2,8 +2,8 @@
  *
  * A weight is read once from memory and once more from the first-level cache, which the largest
  * block (4096 elements) fits: the first pass finds the block's largest magnitude, the second
- * divides by it and finds the codes. 2.6 bytes of memory traffic a weight of bfloat16, and about 45
- * vector instructions for 32 weights with AVX-512, so two cores are nearly as fast as their memory.
+ * divides by it and finds the codes. 2.6 bytes of memory traffic a weight of bfloat16, and with
+ * AVX-512 about 53 instructions for 32 weights.
  *
  * The largest magnitude is looked for among the bits, as integers. They order like the magnitudes,
  * and infinity and NaN are above all numbers, so the maximum also tells whether all is finite.

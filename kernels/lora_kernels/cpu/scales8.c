@@ -4,8 +4,8 @@
  * meant exactly, so quotients and midpoints are doubles, as in the definition (scales4.py), and the
  * result is bit-equal to it. 5 bytes are moved for each scale, of which there is one for 32 weights
  * or more; the time is that of 8 comparisons a scale, each of which waits for the one before it.
- * Hence WIDE searches side by side. The definition does the same with a dozen passes over arrays of
- * doubles, each 64 bytes a scale, on one thread.
+ * Hence WIDE searches side by side. The definition makes a dozen passes over arrays, the larger of
+ * them doubles.
  *
  * Cells instead of a search, as bitsandbytes has them, need 65536 entries for this table, which is
  * dense around zero, and give another code than the nearest for 2 scales in 1000.
