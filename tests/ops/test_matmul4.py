@@ -15,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from lora_core.quant.double_quant import dynamic_map
 from lora_core.quant.nf4 import NF4Tensor, quantize_4bit
 from lora_kernels import Weight4, matmul4
+from lora_kernels.cpu import library
 from lora_kernels.operands import flat
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -24,6 +25,8 @@ OP, OP_DX = torch.ops.lora_kernels.matmul4, torch.ops.lora_kernels.matmul4_dx
 @pytest.fixture(params=["reference", "native", "triton"], autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Everything below holds for every backend; Triton's kernels run in the interpreter."""
+    if request.param == "native" and (reason := library.why_not()) is not None:
+        pytest.skip(reason)
     monkeypatch.setenv("LORA_KERNELS", request.param)
     return request.param
 
