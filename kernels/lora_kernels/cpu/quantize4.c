@@ -28,7 +28,8 @@
 #include "pool.h"
 #include "weight4.h"
 
-enum { STEP = 2 * LANES, LARGEST_BLOCK = 4096, PIECE = 1 << 16 /* elements that a thread claims */ };
+enum { STEP = 2 * LANES, LARGEST_BLOCK = 4096 };
+enum { PIECE = 1 << 16 }; /* elements that a thread claims at once */
 
 static const float TINY = 1e-38f; /* the least divisor */
 static const uint32_t INFINITE = 0x7f800000;
