@@ -369,6 +369,19 @@ def test_a_library_that_is_there_is_not_written_to(
 
 
 @needs_compiler
+@pytest.mark.parametrize("isa", machine.available())
+def test_a_product_does_not_merge_with_a_sum(isa: str, tiny_sources: Path) -> None:
+    """Rounded twice, as the definition rounds; (1 + e)² - (1 + 2e) is e² if rounded once."""
+    (tiny_sources / "sum.c").write_text(
+        '#include "probe.h"\nLORA_EXPORT void lora_sum(float *p) { p[3] = p[0] * p[1] - p[2]; }\n'
+    )
+    e = 2.0**-12
+    numbers = (ctypes.c_float * 4)(1 + e, 1 + e, 1 + 2 * e, 9)
+    ctypes.CDLL(str(build(isa, tiny_sources).path)).lora_sum(numbers)
+    assert numbers[3] == 0
+
+
+@needs_compiler
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
 def test_a_library_that_lost_its_end_is_made_again(share: float, tiny_sources: Path) -> None:
     path = build("portable", tiny_sources).path
@@ -407,6 +420,9 @@ def test_the_compilers_in_order(
     for name in ("clang", "gcc", "cc"):
         path = script("", name)
         assert toolchain.find_compiler() == (str(path),)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "scripts")
+    assert toolchain.find_compiler() == (str(tmp_path / "scripts/cc"),)
     monkeypatch.setenv("CC", "clang --target=x -O1")
     assert toolchain.find_compiler() == (str(tmp_path / "scripts/clang"), "--target=x", "-O1")
 
