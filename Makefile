@@ -40,6 +40,7 @@ lint: $(VENV)/.test ## style and types
 
 bench: $(VENV)/.test ## the benchmarks' smoke runs; figures want a quiet machine
 	$(BIN)/python -m benchmarks.quantization --smoke
+	$(BIN)/python -m benchmarks.cpu --smoke
 	$(BIN)/python -m benchmarks.gpu --smoke
 
 clean:
