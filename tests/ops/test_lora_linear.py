@@ -15,6 +15,7 @@ from lora_core.quant.double_quant import dynamic_map
 from lora_core.quant.nf4 import quantize_4bit
 from lora_core.testing import check_operator
 from lora_kernels import Weight4, lora_linear, matmul4
+from lora_kernels.cpu import library
 from lora_kernels.lora_linear import lora_linear4, lora_linear4_reference
 from lora_kernels.operands import flat
 
@@ -24,8 +25,15 @@ OP = torch.ops.lora_kernels.lora_linear4.default
 OP_BACKWARD = torch.ops.lora_kernels.lora_linear4_backward.default
 
 
+def skip_without(backend: str) -> None:
+    """Tests of C need a compiler."""
+    if backend == "native" and (reason := library.why_not()) is not None:
+        pytest.skip(reason)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    skip_without(request.param)
     monkeypatch.setenv("LORA_KERNELS", request.param)
     return request.param
 
@@ -93,6 +101,7 @@ def test_as_accurate_as_pytorch(
     seed: int,
 ) -> None:
     """Output, dx, dbias, dA, dB; against the definition in float64 by ordinary autograd."""
+    skip_without(name)
     torch.manual_seed(seed)
     weight, (down, up, s) = make_weight(n, k, dq), make_lora(n, k, r, adapters)
     rows = torch.randint(-1, adapters, (m,)) if adapters > 1 else None
