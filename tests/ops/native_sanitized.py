@@ -1,0 +1,389 @@
+"""Every C operator on tensors that begin or end where memory does; a program of its own.
+
+test_native_sanitizers.py runs it with a library that was built to report what it must not do.
+
+AddressSanitizer alone is not enough. It checks what the compiler sees as a load or a store, and to
+gcc a masked load, a gather and a store past the caches are calls that it knows nothing of. So each
+case runs three times: on the heap, where the sanitizer watches; then on pages of its own, with the
+end of each tensor against a page that nobody may touch, and with its beginning against one. What
+operators allocate lies there too, and holds NaN until it is written.
+
+    run      all cases, compared with the definition, so that nothing goes unwritten; and the heap
+             has to be as full after many calls as before
+    plant    the proof that `run` can fail: each tensor in turn ends an element too early, and a
+             forked child that uses it has to die
+    glance   a part of that: a fork takes long under the sanitizer
+"""
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels import blockwise4_reference as reference
+from lora_kernels import scales4
+from lora_kernels.cpu import blockwise4, library, matmul4, quantize4, toolchain
+from lora_kernels.operands import Weight4
+
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32, torch.float64)
+THREADS = 3
+PLACES = ("heap", "end", "beginning")
+PROCESS = ctypes.CDLL(None)
+PROCESS.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+PROCESS.__asan_poison_memory_region.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+PROCESS.__sanitizer_get_current_allocated_bytes.restype = ctypes.c_size_t
+
+
+class Case(NamedTuple):
+    """An operator, the tensors that it is called with, and what it has to give."""
+
+    name: str
+    call: Callable[..., tuple[Tensor, ...]]
+    tensors: dict[str, Tensor]
+    wanted: tuple[Tensor, ...]
+    bound: Tensor | None = None  # of the error; None: bit for bit
+
+
+EMPTY = torch.empty
+
+
+def allocate(place: str, numel: int, dtype: torch.dtype, torn: bool = False) -> Tensor:
+    """Memory full of NaN. `torn`: its last element, or first at a beginning, is out of bounds."""
+    size, item = numel * dtype.itemsize, dtype.itemsize
+    if not size:
+        return EMPTY(0, dtype=dtype)
+    if place == "heap":
+        out = EMPTY(numel + 1, dtype=dtype)[1:]  # an odd place, as vectors go
+        within(out, place, torn).view(torch.uint8).fill_(255)
+        if torn:
+            PROCESS.__asan_poison_memory_region(out.data_ptr() + size - 1, 1)
+        return out
+    page = mmap.PAGESIZE
+    inner = -(-size // page) * page
+    pages = mmap.mmap(-1, inner + 2 * page)
+    start = page + (inner - size if place == "end" else 0)
+    if torn:
+        start += item if place == "end" else -item
+    out = torch.frombuffer(pages, dtype=dtype, count=numel, offset=start)
+    within(out, place, torn).view(torch.uint8).fill_(255)
+    first = out.data_ptr() - start
+    for wall in (first, first + page + inner):
+        assert PROCESS.mprotect(wall, page, 0) == 0  # PROT_NONE
+    return out
+
+
+def within(t: Tensor, place: str, torn: bool) -> Tensor:
+    """What of a flat tensor is in bounds."""
+    if not torn:
+        return t
+    return t[1:] if place == "beginning" else t[:-1]
+
+
+def put(place: str, t: Tensor, torn: bool = False) -> Tensor:
+    """A copy of a tensor."""
+    out = allocate(place, t.numel(), t.dtype, torn)
+    within(out, place, torn).copy_(within(t.reshape(-1), place, torn))
+    return out.view(t.shape)
+
+
+class Place:
+    """While it is entered, what operators allocate lies there too.
+
+    Attributes:
+        made: how many tensors were allocated.
+        torn: which of them is to end too early; None: none.
+    """
+
+    def __init__(self, name: str, torn: int | None = None) -> None:
+        self.name, self.made, self.torn = name, 0, torn
+        self.usual = torch.empty, torch.Tensor.new_empty
+
+    def empty(self, *size: object, dtype: torch.dtype, device: object = None) -> Tensor:
+        shape = torch.Size(size[0] if isinstance(size[0], list | tuple) else size)  # type: ignore
+        out = allocate(self.name, shape.numel(), dtype, self.made == self.torn)
+        self.made += 1
+        return out.view(shape)
+
+    def __enter__(self) -> "Place":
+        torch.empty = self.empty  # type: ignore[assignment]
+        torch.Tensor.new_empty = lambda t, *size: self.empty(*size, dtype=t.dtype)  # type: ignore
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.empty, torch.Tensor.new_empty = self.usual  # type: ignore[method-assign]
+
+
+def quantize_case(dtype: torch.dtype, n: int, block: int) -> Case:
+    x = torch.randn(n).to(dtype)
+    x[: n // 3] = 0  # some blocks of zeros
+    table, flag = torch.linspace(-1, 1, 16), torch.zeros(1, dtype=torch.int32)
+
+    def call(x: Tensor, table: Tensor, flag: Tensor) -> tuple[Tensor, ...]:
+        return (*quantize4.quantize(x, table, block, flag), flag)
+
+    wanted = (*reference.quantize(x, table, block, flag), flag)
+    tensors = {"x": x, "table": table, "flag": flag}
+    return Case(f"quantize {dtype} {n} in {block}", call, tensors, wanted)
+
+
+def encode_case(n: int) -> Case:
+    scales, table = torch.rand(n), torch.linspace(-1, 1, 256)
+    offset = float(scales.mean()) if n else 0.0
+
+    def call(scales: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        return quantize4.encode_scales(scales, offset, table)
+
+    os.environ["LORA_KERNELS"] = "reference"
+    wanted = scales4.encode_scales(scales, table)[:2]
+    os.environ["LORA_KERNELS"] = "native"
+    return Case(f"encode {n}", call, {"scales": scales, "table": table}, wanted)
+
+
+def weight_of(n: int, k: int, block: int, nested: bool) -> dict[str, Tensor]:
+    """The tensors of a `Weight4`, by their names."""
+    blocks = -(-n * k // block)
+    codes = torch.randint(0, 256, ((n * k + 1) // 2,), dtype=torch.uint8)
+    weight = {"codes": codes, "table": torch.linspace(-1, 1, 16)}
+    if not nested:
+        return {**weight, "scales": torch.rand(blocks) + 0.5}
+    scales = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+    scales[::2], scales[1::4] = 255, 0  # both ends of the table are read
+    return {
+        **weight,
+        "scales": scales,
+        "scale_absmax": torch.rand(-(-blocks // scales4.SCALE_GROUP)) + 0.5,
+        "scale_offset": torch.tensor(0.25),
+        "scale_table": torch.linspace(-1, 1, 256),
+    }
+
+
+def expand_case(dtype: torch.dtype, n: int, block: int, nested: bool, stream: bool) -> Case:
+    tensors = weight_of(1, n, block, nested)
+
+    def call(**t: Tensor) -> tuple[Tensor, ...]:
+        out = torch.empty(n, dtype=dtype)
+        w = Weight4(out_features=1, in_features=n, block_size=block, **t)
+        blockwise4.expand(w.codes, w.scales, w.table, block, w.nested, out, stream)
+        return (out,)
+
+    w = Weight4(out_features=1, in_features=n, block_size=block, **tensors)
+    wanted = torch.empty(n, dtype=dtype)
+    reference.dequantize(w.codes, w.scales, w.table, block, w.nested, wanted)
+    name = f"expand {dtype} {n} in {block}, nested {nested}, stream {stream}"
+    return Case(name, call, tensors, (wanted,))
+
+
+def slice_case(
+    dtype: torch.dtype, shape: tuple[int, int], block: int, box: tuple[int, ...], nested: bool
+) -> Case:
+    tensors = weight_of(*shape, block, nested)
+    size = (box[1] - box[0], box[3] - box[2])
+
+    def call(**t: Tensor) -> tuple[Tensor, ...]:
+        out = torch.empty(size, dtype=dtype)
+        w = Weight4(out_features=shape[0], in_features=shape[1], block_size=block, **t)
+        blockwise4.expand_slice(w, *box, out)
+        return (out,)
+
+    w = Weight4(out_features=shape[0], in_features=shape[1], block_size=block, **tensors)
+    wanted = torch.empty(size, dtype=dtype)
+    reference.expand_slice(w, *box, wanted)
+    return Case(f"slice {box} of {shape} {dtype} in {block}", call, tensors, (wanted,))
+
+
+def product_case(
+    dtype: torch.dtype, m: int, shape: tuple[int, int], block: int, nested: bool, bias: bool
+) -> Case:
+    n, k = shape
+    tensors = {**weight_of(n, k, block, nested), "x": torch.randn(m, k).to(dtype)}
+    if bias:
+        tensors["bias"] = torch.randn(n)
+
+    def call(x: Tensor, bias: Tensor | None = None, **t: Tensor) -> tuple[Tensor, ...]:
+        w = Weight4(out_features=n, in_features=k, block_size=block, **t)
+        return (matmul4.multiply(x, w, bias),)
+
+    w, x, zero = dense(tensors, n, k, block), tensors["x"].double(), torch.zeros(n)
+    added = tensors.get("bias", zero).double()
+    wanted, largest = x @ w.t() + added, x.abs() @ w.abs().t() + added.abs()
+    name = f"{m} rows times {shape} {dtype} in {block}, nested {nested}, bias {bias}"
+    return Case(name, call, tensors, (wanted.to(dtype),), 4 * torch.finfo(dtype).eps * largest)
+
+
+def dx_case(dtype: torch.dtype, m: int, shape: tuple[int, int], block: int, nested: bool) -> Case:
+    n, k = shape
+    tensors = {**weight_of(n, k, block, nested), "dy": torch.randn(m, n).to(dtype)}
+
+    def call(dy: Tensor, **t: Tensor) -> tuple[Tensor, ...]:
+        return (
+            matmul4.multiply_dx(dy, Weight4(out_features=n, in_features=k, block_size=block, **t)),
+        )
+
+    w, dy = dense(tensors, n, k, block), tensors["dy"].double()
+    bound = 4 * torch.finfo(dtype).eps * (dy.abs() @ w.abs())
+    return Case(
+        f"{m} rows back through {shape} {dtype} in {block}",
+        call,
+        tensors,
+        ((dy @ w).to(dtype),),
+        bound,
+    )
+
+
+def dense(tensors: dict[str, Tensor], n: int, k: int, block: int) -> Tensor:
+    """W as it is defined: products in float32; given in float64, to multiply by."""
+    decoders = ("scale_absmax", "scale_offset", "scale_table")
+    scales = scales4.decode_scales(tensors["scales"], *(tensors.get(d) for d in decoders))
+    pairs = torch.stack((tensors["codes"] >> 4, tensors["codes"] & 15), 1).view(-1)[: n * k]
+    values = tensors["table"][pairs.long()]
+    return (values * scales.repeat_interleave(block)[: n * k]).double().view(n, k)
+
+
+def cases() -> Iterator[Case]:
+    """Irregular sizes: nothing, one, partial blocks, odd ends, several pieces for threads."""
+    nested, stream = cycle((False, True)), cycle((False, True, True, False))
+    sizes = [(n, 64) for n in (0, 1, 2, 31, 63, 64, 65, 127, 129, 1000, 150_001)]
+    sizes += [(n, 32) for n in (1, 33, 95, 2049)] + [(n, 4096) for n in (5, 4095, 4096, 9001)]
+    for dtype in FLOATS:
+        for n, block in sizes:
+            yield quantize_case(dtype, n, block)
+            for _ in range(2):
+                yield expand_case(dtype, n, block, next(nested), next(stream))
+        for box in (
+            (0, 5, 0, 192),
+            (1, 4, 64, 128),
+            (4, 5, 128, 192),
+            (0, 5, 0, 64),
+            (2, 3, 0, 192),
+        ):
+            yield slice_case(dtype, (5, 192), 64, box, next(nested))
+    for n in (0, 1, 2, 255, 256, 257, 1000, 20_003):
+        yield encode_case(n)
+    matrices = [((1, 32), 32), ((3, 64), 64), ((2, 160), 32), ((5, 192), 64), ((4, 1056), 32)]
+    matrices += [
+        ((3, 4096), 4096),
+        ((2, 8192 + 256), 256),
+        ((301, 128), 64),
+        ((7, 0), 64),
+        ((0, 64), 64),
+    ]
+    bias = cycle((False, True, False))
+    for dtype in (*HALVES, torch.float32):
+        for shape, block in matrices:
+            for m in (0, 1, 2, 3, 5, 8):
+                yield product_case(dtype, m, shape, block, next(nested), next(bias))
+    for dtype in FLOATS:  # panels
+        yield product_case(dtype, 9, (37, 768), 64, next(nested), next(bias))
+        yield dx_case(dtype, 9, (37, 768), 64, next(nested))
+        yield dx_case(dtype, 1, (5, 96), 32, next(nested))
+
+
+def few_cases() -> list[Case]:
+    """One of each operator, with all that it may touch."""
+    half = torch.bfloat16
+    quantize = quantize_case(half, 1001, 64)
+    quantize.tensors["x"][70] = torch.inf  # the flag is set
+    return [
+        quantize,
+        encode_case(1000),
+        expand_case(half, 1001, 64, nested=True, stream=False),
+        product_case(half, 5, (5, 192), 64, nested=True, bias=True),
+    ]
+
+
+def run_case(case: Case, place: str) -> None:
+    with Place(place):
+        got = case.call(**{name: put(place, t) for name, t in case.tensors.items()})
+    for found, wanted in zip(got, case.wanted, strict=True):
+        assert found.shape == wanted.shape, case.name
+        assert found.dtype == wanted.dtype, case.name
+        if case.bound is None:
+            same = torch.equal(
+                found.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8)
+            )
+        else:
+            same = bool(((found.double() - wanted.double()).abs() <= case.bound).all())
+        assert same, "not what the definition gives"
+
+
+def run() -> None:
+    called, function = set(), library.function
+
+    def noted(name: str, *argtypes: object) -> Callable[..., None]:
+        called.add(name)
+        return function(name, *argtypes)
+
+    library.function = noted  # type: ignore[assignment]
+    for case in cases():
+        for place in PLACES:
+            try:
+                run_case(case, place)
+            except Exception as error:
+                raise AssertionError(f"{case.name}, {place}") from error
+    library.function = function
+    sources = "".join(path.read_text() for path in toolchain.SOURCES.glob("*.c"))
+    assert called == set(re.findall(r"LORA_EXPORT int (\w+)", sources)), called
+    for case in few_cases():
+        assert not leaked(case), f"{case.name} keeps {leaked(case)} bytes"
+
+
+def leaked(case: Case) -> int:
+    """Bytes of the heap that 20 calls keep."""
+    case.call(**case.tensors)
+    before = PROCESS.__sanitizer_get_current_allocated_bytes()
+    for _ in range(20):
+        case.call(**case.tensors)
+    return PROCESS.__sanitizer_get_current_allocated_bytes() - before
+
+
+def dies(call: Callable[[], object]) -> bool:
+    """Whether a forked child ends by a report or a signal; what it says is not shown."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.alarm(60)
+        with contextlib.suppress(BaseException):  # an exception is not what has to happen
+            call()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def plant(cases: slice = slice(None), places: tuple[str, ...] = PLACES) -> None:
+    for case in few_cases()[cases]:
+        for place in places:
+            with Place(place) as counted:
+                whole = {name: put(place, t) for name, t in case.tensors.items()}
+                call = functools.partial(case.call, **whole)
+                assert not dies(call), f"{case.name}, {place}"
+                call()
+            for output in range(counted.made):
+                with Place(place, torn=output):
+                    assert dies(call), f"{case.name}, {place}: tensor {output} that it makes"
+            for name, t in case.tensors.items():
+                if place == "heap" and name == "scale_table":
+                    continue  # by gathers on some machines
+                torn = {name: put(place, t, torn=True)}
+                with Place(place):
+                    assert dies(functools.partial(call, **torn)), f"{case.name}, {place}: {name}"
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+    matmul4.PANEL_BYTES = 1 << 13  # so that small weights have several
+    reason = library.why_not()
+    assert reason is None, reason
+    glance = functools.partial(plant, slice(0, None, 3), ("heap", "end"))
+    for chosen in sys.argv[1:]:
+        {"run": run, "plant": plant, "glance": glance}[chosen]()
