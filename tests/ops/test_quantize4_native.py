@@ -151,6 +151,10 @@ def test_addresses_need_not_be_aligned(dtype: torch.dtype) -> None:
             assert torch.equal(ours, theirs)
 
 
+def test_a_table_with_gaps() -> None:
+    of_both(torch.randn(100), torch.stack((NF4, torch.rand(16)), 1)[:, 0], 64)
+
+
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 3 * 64 + 31, 5 * 64])
 def test_nothing_is_written_beside_the_result(n: int) -> None:
     """And codes may lie anywhere."""
