@@ -13,6 +13,13 @@ TABLE = torch.linspace(-1, 1, 16)
 EVERYTHING = ("reference", "native", "triton")
 
 
+@pytest.fixture(autouse=True)
+def _auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever backend the other tests are run with."""
+    monkeypatch.delenv("LORA_KERNELS", raising=False)
+    monkeypatch.delenv("LORA_KERNELS_ISA", raising=False)
+
+
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "why_not", lambda: "no C compiler: none is on the PATH")
