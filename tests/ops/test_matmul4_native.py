@@ -292,6 +292,13 @@ def small_panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     nested=st.booleans(),
     seed=st.integers(0, 2**31),
 )
+@example(  # several panels either way, and a bias
+    m=9, n=150, k=192, block=64, dtype=torch.float32, bias_dtype=torch.float32, nested=True, seed=3,
+)  # fmt: skip
+@example(
+    m=33, n=37, k=320, block=32, dtype=torch.bfloat16, bias_dtype=torch.bfloat16, nested=False,
+    seed=4,
+)  # fmt: skip
 def test_many_rows(
     as_accurate_as: Callable[..., None],
     m: int,
