@@ -205,7 +205,7 @@ LANE void multiply_tile(const product *p, int64_t n, int64_t end, int64_t m, con
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < x_rows; i++) {
             const float sum = vf_sum(totals[r][i]);
-            sums[i * PIECE_ROWS + r] = p->bias ? sum + p->bias[row[r]] : sum;
+            sums[i * PIECE_ROWS + r] = p->bias ? sum + weight4_float(p->bias + row[r]) : sum;
         }
 }
 
