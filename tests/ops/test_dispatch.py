@@ -179,3 +179,14 @@ def test_describe_says_what_c_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe()["selected"] == "native (LORA_KERNELS=auto: on cpu)"
     monkeypatch.setenv("LORA_KERNELS", "native")
     assert describe()["selected"] == "native (LORA_KERNELS=native)"
+
+
+@pytest.mark.usefixtures("a_library")
+def test_describe_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors still take C there, though it is not what runs on the GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_too_old", lambda device: "NVIDIA T4 is too old")
+    lines = describe()
+    assert lines["native"] == "available: C for avx2, built by gcc 1.2.3"
+    assert lines["triton"] == "not available: NVIDIA T4 is too old"
+    assert lines["selected"] == "reference (LORA_KERNELS=auto: nothing faster is available)"
