@@ -1,12 +1,14 @@
 /* Vectors of 32-bit lanes: what the operators need of an instruction set, and nothing else.
  *
  * Every operator is written once, on these functions; each instruction set has a file that says
- * what they are on it. LANES is 16 with AVX-512, 8 with AVX2, 4 with NEON and 8 in plain C, which
- * compilers turn into what they know. The compiler's flags choose.
+ * what they are on it. LANES is 16 with AVX-512, 8 with AVX2, 4 with NEON and in plain C. The
+ * compiler's flags choose.
  *
  *   vf, vu          LANES floats, LANES unsigned integers
  *   vtable          16 floats to look up by a 4-bit index, in registers
  *   half_table      16 numbers of 16 bits, likewise
+ *
+ * LANES_LOOKUPS is 1 where a table lies in registers, 0 where a lookup is a load for each lane.
  *
  * No pointer need be aligned, except where `stream` is set.
  *

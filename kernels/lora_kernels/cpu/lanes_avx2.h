@@ -8,6 +8,7 @@
 
 #define LANES 8
 #define LANES_NAME "avx2"
+#define LANES_LOOKUPS 1
 
 typedef __m256 vf;
 typedef __m256i vu;

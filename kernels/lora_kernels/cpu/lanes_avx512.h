@@ -7,6 +7,7 @@
 
 #define LANES 16
 #define LANES_NAME "avx512"
+#define LANES_LOOKUPS 1
 
 typedef __m512 vf;
 typedef __m512i vu;

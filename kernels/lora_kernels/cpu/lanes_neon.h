@@ -11,6 +11,7 @@
 
 #define LANES 4
 #define LANES_NAME "neon"
+#define LANES_LOOKUPS 1
 
 typedef float32x4_t vf;
 typedef uint32x4_t vu;

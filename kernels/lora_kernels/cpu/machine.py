@@ -10,7 +10,7 @@ and no other instruction set could be forced for a test.
     avx512     16 lanes   AVX-512 F, BW, VL, DQ    servers since 2017, AMD since 2022
     avx2        8 lanes   AVX2, FMA, F16C          x86 since 2013
     neon        4 lanes   part of 64-bit ARM       all of them
-    portable    8 lanes   C alone                  anything else with little-endian 64 bits
+    portable    4 lanes   C alone                  anything else with little-endian 64 bits
 
 `LORA_KERNELS_ISA` forces one, for tests and comparisons.
 """
