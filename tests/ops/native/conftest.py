@@ -30,6 +30,7 @@ from lora_kernels.cpu import library, toolchain
 PAGE = 4096
 RETURN, STACK, HEAP = 0x10000, 0x40000000, 0x100000000
 STACK_BYTES = 1 << 20  # what pool.h promises a task
+POISON = b"\xff"  # of memory that nobody has written: NaN in every type
 LONGEST = 60_000_000  # µs
 SUPERVISOR_CALL = 2  # QEMU's number of the exception
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
@@ -130,6 +131,7 @@ class Arm:
         pages = max(1, -(-size // PAGE)) * PAGE
         address = self.next + ((pages - size) // alignment * alignment if self.at_end else 0)
         self.uc.mem_map(self.next, pages, self.unicorn.UC_PROT_READ | self.unicorn.UC_PROT_WRITE)
+        self.uc.mem_write(self.next, POISON * pages)
         self.rooms[address] = (self.next, pages)
         self.next += pages + PAGE
         return address
@@ -158,7 +160,7 @@ class Arm:
         registers, beyond = integers[:8], integers[8:]
         words = struct.pack(f"<{len(beyond)}Q", *(a % 2**64 for a in beyond))
         top = STACK + STACK_BYTES - -(-len(words) // 16) * 16
-        self.uc.mem_write(top, words)
+        self.uc.mem_write(STACK, POISON * (top - STACK) + words)
         for i, argument in enumerate(registers):
             self.uc.reg_write(self.registers.UC_ARM64_REG_X0 + i, argument % 2**64)
         self.uc.reg_write(self.registers.UC_ARM64_REG_SP, top)

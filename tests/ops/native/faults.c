@@ -13,7 +13,11 @@ int dot_product(void);
 int half_sum(void);
 int atomic_sum(int32_t *p);
 
-int read_at(const char *p, int64_t i) { return p[i]; }
+int read_at(const char *p, int64_t i)
+{
+    *(const volatile char *)(p + i);
+    return 0;
+}
 
 int write_at(char *p, int64_t i)
 {
