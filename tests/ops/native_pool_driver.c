@@ -22,14 +22,15 @@ int pieces(int threads, int64_t count, int64_t grain, int64_t *ends);
 int fail_after(int made);
 
 /* visits[i] counts how often index i was run. */
-static void visit_task(void *context, int64_t begin, int64_t end) {
+static void visit_task(void *context, int64_t begin, int64_t end)
+{
     int32_t *visits = context;
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = begin; i < end; i++)
         visits[i]++;
-    }
 }
 
-int visit(int threads, int64_t count, int64_t grain, int32_t *visits) {
+int visit(int threads, int64_t count, int64_t grain, int32_t *visits)
+{
     return parallel_for(threads, count, grain, visit_task, visits);
 }
 
@@ -38,24 +39,23 @@ typedef struct {
     int64_t grain, *partial;
 } sum_job;
 
-static void sum_task(void *context, int64_t begin, int64_t end) {
+static void sum_task(void *context, int64_t begin, int64_t end)
+{
     sum_job *job = context;
     int64_t total = 0;
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = begin; i < end; i++)
         total += i * i % 1000;
-    }
     job->partial[begin / job->grain] = total;
 }
 
-int64_t sum(int threads, int64_t count, int64_t grain) {
+int64_t sum(int threads, int64_t count, int64_t grain)
+{
     int64_t slots = (count + grain - 1) / grain, total = 0;
     sum_job job = {grain, malloc((size_t)slots * sizeof(int64_t) + 1)};
-    if (job.partial == NULL || parallel_for(threads, count, grain, sum_task, &job) != 0) {
+    if (job.partial == NULL || parallel_for(threads, count, grain, sum_task, &job) != 0)
         total = -1;
-    }
-    for (int64_t i = 0; total >= 0 && i < slots; i++) {
+    for (int64_t i = 0; total >= 0 && i < slots; i++)
         total += job.partial[i];
-    }
     free(job.partial);
     return total;
 }
@@ -67,14 +67,15 @@ typedef struct {
     int32_t *visits;
 } nested_job;
 
-static void nested_task(void *context, int64_t begin, int64_t end) {
+static void nested_task(void *context, int64_t begin, int64_t end)
+{
     nested_job *job = context;
-    for (int64_t row = begin; row < end; row++) {
+    for (int64_t row = begin; row < end; row++)
         parallel_for(job->threads, job->count, 3, visit_task, job->visits + row * job->count);
-    }
 }
 
-int nested(int threads, int64_t count, int32_t *visits) {
+int nested(int threads, int64_t count, int32_t *visits)
+{
     nested_job job = {threads, count, visits};
     return parallel_for(threads, count, 1, nested_task, &job);
 }
@@ -85,32 +86,35 @@ typedef struct {
     atomic_int running, most;
 } meeting;
 
-static void meet_task(void *context, int64_t begin, int64_t end) {
+static void meet_task(void *context, int64_t begin, int64_t end)
+{
     (void)begin;
     (void)end;
     meeting *job = context;
     int running = atomic_fetch_add(&job->running, 1) + 1, most = atomic_load(&job->most);
     while (running > most && !atomic_compare_exchange_weak(&job->most, &most, running)) {
     }
-    for (int i = 0; i < job->patience && atomic_load(&job->most) < job->wanted; i++) {
+    for (int i = 0; i < job->patience && atomic_load(&job->most) < job->wanted; i++)
         usleep(1000);
-    }
     atomic_fetch_sub(&job->running, 1);
 }
 
 /* The most of `count` pieces that ran at once. */
-int meet(int threads, int count, int patience) {
+int meet(int threads, int count, int patience)
+{
     meeting job = {.wanted = count, .patience = patience};
     parallel_for(threads, count, 1, meet_task, &job);
     return atomic_load(&job.most);
 }
 
 /* ends[b] is where the piece that began at b ended; 0 where none began. */
-static void pieces_task(void *context, int64_t begin, int64_t end) {
+static void pieces_task(void *context, int64_t begin, int64_t end)
+{
     ((int64_t *)context)[begin] = end;
 }
 
-int pieces(int threads, int64_t count, int64_t grain, int64_t *ends) {
+int pieces(int threads, int64_t count, int64_t grain, int64_t *ends)
+{
     return parallel_for(threads, count, grain, pieces_task, ends);
 }
 
@@ -120,13 +124,15 @@ int pieces(int threads, int64_t count, int64_t grain, int64_t *ends) {
 int pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
 static int remaining = 1 << 30;
 
-int fail_after(int made) {
+int fail_after(int made)
+{
     remaining = made;
     return 0;
 }
 
 int try_to_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *),
-                  void *argument) {
+                  void *argument)
+{
     return remaining-- > 0 ? pthread_create(thread, attributes, run, argument) : 11;
 }
 #endif
@@ -137,29 +143,30 @@ int try_to_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*r
  * short that workers come too late for them, nested loops, more threads and fewer, and forks. */
 enum { LONG_ROUNDS = 300, LONG = 1 << 15, CALLERS = 3, ROUNDS = 400, WIDTH = 61 };
 
-static int rounds_of_one_caller(void) {
+static int rounds_of_one_caller(void)
+{
     static int32_t visits[LONG];
     for (int round = 0; round < LONG_ROUNDS; round++) {
         visit(2 + round % 3, LONG, 256 + round, visits);
         for (int64_t i = 0; i < LONG; i++) {
-            if (visits[i] != round + 1) {
+            if (visits[i] != round + 1)
                 return 1;
-            }
         }
     }
     return 0;
 }
 
-static int forked_child_counts(int threads) {
+static int forked_child_counts(int threads)
+{
     pid_t child = fork();
-    if (child == 0) {
+    if (child == 0)
         _exit(sum(threads, 1000, 7) != sum(1, 1000, 7));
-    }
     int status = -1;
     return waitpid(child, &status, 0) == child && status == 0;
 }
 
-static void *one_of_many_callers(void *seed) {
+static void *one_of_many_callers(void *seed)
+{
     int32_t visits[WIDTH * WIDTH];
     for (int round = 0; round < ROUNDS; round++) {
         int threads = 1 + (round + *(int *)seed) % 5;
@@ -167,24 +174,22 @@ static void *one_of_many_callers(void *seed) {
         memset(visits, 0, sizeof visits);
         visit(threads, count, 1 + round % 4, visits);
         for (int64_t i = 0; i < count; i++) {
-            if (visits[i] != 1) {
+            if (visits[i] != 1)
                 return seed;
-            }
         }
         if (round % 50 == 0) {
             nested(threads, WIDTH, visits);
-            if (sum(threads, 1000, 7) != sum(1, 1000, 7)) {
+            if (sum(threads, 1000, 7) != sum(1, 1000, 7))
                 return seed;
-            }
         }
-        if (FORKS && round % 100 == 99 && !forked_child_counts(threads)) {
+        if (FORKS && round % 100 == 99 && !forked_child_counts(threads))
             return seed;
-        }
     }
     return NULL;
 }
 
-int main(void) {
+int main(void)
+{
     pthread_t callers[CALLERS];
     int seeds[CALLERS], failed = rounds_of_one_caller();
     for (int i = 0; i < CALLERS; i++) {

@@ -25,6 +25,7 @@ POOL = toolchain.SOURCES / "pool.c"
 DRIVER = Path(__file__).with_name("native_pool_driver.c")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
 OPTIONS = ("-std=gnu11", "-g", "-O1", "-pthread", f"-I{toolchain.SOURCES}", *WARNINGS)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 EINVAL = 22
 LONG = 20_000  # milliseconds that a task waits for the others before it gives up
 
@@ -164,6 +165,7 @@ def test_a_loop_in_a_loop_runs_alone(pool: ctypes.CDLL) -> None:
     assert (visits == 1).all()
 
 
+@LINUX
 def test_no_thread_more_than_asked_for(fresh: Callable[..., str]) -> None:
     """Before any call there are none, and what has only one piece needs none."""
     said = fresh("""
@@ -185,6 +187,7 @@ def test_a_pool_that_has_grown_still_uses_no_more_threads_than_asked_for(
     assert said == "7 2 5"
 
 
+@LINUX
 def test_signals_are_left_to_the_program_and_faults_are_reported(fresh: Callable[..., str]) -> None:
     said = fresh("""
         import signal
@@ -216,6 +219,7 @@ def test_no_processor_time_is_used_between_calls(fresh: Callable[..., str]) -> N
     assert float(used) <= 0.01
 
 
+@LINUX
 def test_after_fork_the_child_has_workers_of_its_own(fresh: Callable[..., str]) -> None:
     said = fresh("""
         assert pool.meet(3, 3, LONG) == 3

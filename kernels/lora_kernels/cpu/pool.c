@@ -65,44 +65,45 @@ typedef struct {
 static pool_state pool = EMPTY_POOL;
 
 /* A forked child has none of the workers, and the lock in whatever state another thread had it. */
-static void start_afresh(void) {
+static void start_afresh(void)
+{
     pool = (pool_state)EMPTY_POOL;
 }
 
-__attribute__((constructor)) static void watch_for_forks(void) {
+__attribute__((constructor)) static void watch_for_forks(void)
+{
     pthread_atfork(NULL, NULL, start_afresh);
 }
 
-static void run_pieces(loop *l) {
+static void run_pieces(loop *l)
+{
     for (;;) {
         int64_t piece = atomic_fetch_add_explicit(&l->next, 1, memory_order_relaxed);
-        if (piece >= l->pieces) {
+        if (piece >= l->pieces)
             return;
-        }
         int64_t begin = piece * l->grain;
         int64_t end = l->count - begin < l->grain ? l->count : begin + l->grain;
         l->run(l->context, begin, end);
     }
 }
 
-static void wake(int seats) {
-    for (int i = 0; i < seats && i < WOKEN_BY_EACH; i++) {
+static void wake(int seats)
+{
+    for (int i = 0; i < seats && i < WOKEN_BY_EACH; i++)
         pthread_cond_signal(&pool.opened);
-    }
 }
 
-static void *work(void *unused) {
+static void *work(void *unused)
+{
     (void)unused;
     pthread_mutex_lock(&pool.lock);
     for (;;) {
-        while (pool.door == NULL) {
+        while (pool.door == NULL)
             pthread_cond_wait(&pool.opened, &pool.lock);
-        }
         loop *l = pool.door;
         int seats = --pool.seats;
-        if (seats == 0) {
+        if (seats == 0)
             pool.door = NULL;
-        }
         atomic_fetch_add_explicit(&pool.inside, 1, memory_order_relaxed);
         pthread_mutex_unlock(&pool.lock);
 
@@ -110,22 +111,20 @@ static void *work(void *unused) {
         run_pieces(l);
 
         pthread_mutex_lock(&pool.lock);
-        if (pool.door == l) { /* no pieces are left: else this thread would join again, and again */
+        if (pool.door == l) /* no pieces are left: else this thread would join again, and again */
             pool.door = NULL;
-        }
-        if (atomic_fetch_sub_explicit(&pool.inside, 1, memory_order_release) == 1) {
+        if (atomic_fetch_sub_explicit(&pool.inside, 1, memory_order_release) == 1)
             pthread_cond_signal(&pool.left);
-        }
     }
     return NULL;
 }
 
 /* Makes workers until there are `wanted`, or no more can be had: then fewer have to do. */
-static void grow(int wanted) {
+static void grow(int wanted)
+{
     pthread_attr_t attributes;
-    if (pool.workers >= wanted || pthread_attr_init(&attributes) != 0) {
+    if (pool.workers >= wanted || pthread_attr_init(&attributes) != 0)
         return;
-    }
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
 
@@ -139,14 +138,14 @@ static void grow(int wanted) {
     sigdelset(&blocked, SIGFPE);
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
     pthread_t thread;
-    while (pool.workers < wanted && pthread_create(&thread, &attributes, work, NULL) == 0) {
+    while (pool.workers < wanted && pthread_create(&thread, &attributes, work, NULL) == 0)
         pool.workers++;
-    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
 }
 
-static void open_door(loop *l, int seats) {
+static void open_door(loop *l, int seats)
+{
     pthread_mutex_lock(&pool.lock);
     pool.door = l;
     pool.seats = seats;
@@ -154,13 +153,15 @@ static void open_door(loop *l, int seats) {
     wake(seats);
 }
 
-static void close_door(void) {
+static void close_door(void)
+{
     pthread_mutex_lock(&pool.lock);
     pool.door = NULL;
     pthread_mutex_unlock(&pool.lock);
 }
 
-static void pause_briefly(void) {
+static void pause_briefly(void)
+{
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -169,24 +170,23 @@ static void pause_briefly(void) {
 }
 
 /* The last pieces often end within a few microseconds, sooner than a sleeper is woken. */
-static void wait_until_all_have_left(void) {
+static void wait_until_all_have_left(void)
+{
     for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(&pool.inside, memory_order_acquire) == 0) {
+        if (atomic_load_explicit(&pool.inside, memory_order_acquire) == 0)
             return;
-        }
         pause_briefly();
     }
     pthread_mutex_lock(&pool.lock);
-    while (atomic_load_explicit(&pool.inside, memory_order_acquire) > 0) {
+    while (atomic_load_explicit(&pool.inside, memory_order_acquire) > 0)
         pthread_cond_wait(&pool.left, &pool.lock);
-    }
     pthread_mutex_unlock(&pool.lock);
 }
 
-int parallel_for(int threads, int64_t count, int64_t grain, task *run, void *context) {
-    if (count < 0 || grain < 1) {
+int parallel_for(int threads, int64_t count, int64_t grain, task *run, void *context)
+{
+    if (count < 0 || grain < 1)
         return EINVAL;
-    }
     int64_t pieces = count / grain + (count % grain != 0);
     loop l = {.run = run, .context = context, .count = count, .grain = grain, .pieces = pieces};
     int64_t helpers = (pieces < threads ? pieces : threads) - 1;
@@ -195,9 +195,8 @@ int parallel_for(int threads, int64_t count, int64_t grain, task *run, void *con
         return 0;
     }
     grow((int)helpers);
-    if (pool.workers > 0) {
+    if (pool.workers > 0)
         open_door(&l, (int)helpers);
-    }
     run_pieces(&l);
     close_door();
     wait_until_all_have_left();
