@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.cpu import library
-from lora_kernels.expand4 import check_table, expand4, expand4_slice
+from lora_kernels.cpu import blockwise4, library
+from lora_kernels.cpu.blockwise4 import BLOCK_STEP
+from lora_kernels.expand4 import check_table, expand4
 from lora_kernels.operands import Weight4
 from lora_kernels.scales4 import SCALE_GROUP
 
@@ -59,12 +60,13 @@ def multiply(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
         return _from_codes(x, weight, bias)
     bias = None if bias is None else bias.to(x.dtype)
     rows = max(1, PANEL_BYTES // (x.element_size() * max(k, 1)))
-    if rows >= n or k % weight.block_size:
-        return F.linear(x, expand4(weight, x.dtype), bias)
+    if rows >= n or not _slices(weight):
+        return F.linear(x, _dense(weight, x.dtype), bias)
     y, panels = x.new_empty(len(x), n), x.new_empty(rows, k)
     for a in range(0, n, rows):
         b = min(a + rows, n)
-        panel = expand4_slice(weight, a, b, 0, k, x.dtype, out=panels[: b - a])
+        panel = panels[: b - a]
+        blockwise4.expand_slice(weight, a, b, 0, k, panel, stream=False)
         if bias is None:
             torch.mm(x, panel.t(), out=y[:, a:b])
         else:
@@ -89,15 +91,30 @@ def multiply_dx(dy: Tensor, weight: Weight4) -> Tensor:
     n, k, block = weight.out_features, weight.in_features, weight.block_size
     columns = max(PANEL_COLUMNS, PANEL_BYTES // (dy.element_size() * max(n, 1)))
     columns = max(columns // block, 1) * block
-    if columns >= k or k % block:
-        return dy @ expand4(weight, dy.dtype)
+    if columns >= k or not _slices(weight):
+        return dy @ _dense(weight, dy.dtype)
     dx, panels = dy.new_empty(len(dy), k), dy.new_empty(n * columns)
     for a in range(0, k, columns):
         b = min(a + columns, k)
-        out = panels[: n * (b - a)].view(n, b - a)
-        panel = expand4_slice(weight, 0, n, a, b, dy.dtype, out=out)
+        panel = panels[: n * (b - a)].view(n, b - a)
+        blockwise4.expand_slice(weight, 0, n, a, b, panel, stream=False)
         torch.mm(dy, panel, out=dx[:, a:b])
     return dx
+
+
+def _slices(weight: Weight4) -> bool:
+    """Whether rows are whole blocks, and of a size that C takes."""
+    return not (weight.in_features % weight.block_size or weight.block_size % BLOCK_STEP)
+
+
+def _dense(weight: Weight4, dtype: torch.dtype) -> Tensor:
+    """All of W (N, K), for an operator that is already inside torch's dispatcher."""
+    w = weight
+    if w.block_size % BLOCK_STEP:
+        return expand4(w, dtype)
+    out = torch.empty(w.out_features, w.in_features, dtype=dtype, device=w.codes.device)
+    blockwise4.expand(w.codes, w.scales, w.table, w.block_size, w.nested, out)
+    return out
 
 
 def _few(x: Tensor, weight: Weight4) -> bool:
