@@ -330,7 +330,7 @@ def test_many_rows(
 def test_memory_is_a_panel(dtype: torch.dtype, backward: bool, live_bytes: Any) -> None:
     """Beside the result; the dense weight would be 8 MB in bfloat16."""
     weight = make_weight(1024, 4096)
-    x = torch.randn(16, 1024 if backward else 4096).to(dtype)
+    x = torch.randn(40, 1024 if backward else 4096).to(dtype)
     limit = cpu.PANEL_BYTES // 4
     with pytest.MonkeyPatch.context() as patch, live_bytes:
         patch.setattr(cpu, "PANEL_BYTES", limit)

@@ -26,7 +26,7 @@
  * longer to compile. */
 #define APART __attribute__((noinline)) static
 
-enum { SCALES = 256, PIECE = 256 * 1024 };
+enum { SCALES = 256, PIECE = 256 * 1024, AHEAD = 16 };
 
 typedef struct {
     weight4 weight;
@@ -145,6 +145,9 @@ LANE void expand_blocks(const expansion *e, int64_t begin, int64_t end, int dtyp
         decode_scales(w, first, blocks, scales);
 
         const uint8_t *codes = w->codes + first * (block / 2);
+        if (e->stride > e->across)
+            for (int64_t i = 0; i < blocks * (block / 2); i += 64)
+                lanes_prefetch(codes + AHEAD * e->stride * (block / 2) + i);
         char *out = e->out + (line * e->width + at * block) * size;
         const int64_t left = e->width - at * block, whole = left / block;
         const int64_t full = blocks < whole ? blocks : whole;

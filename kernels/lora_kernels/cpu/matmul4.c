@@ -166,17 +166,18 @@ LANE void add_blocks(const product *p, const int64_t n[W_ROWS], int64_t first, i
         weight4_scales(w, (n[r] * w->columns + first) >> p->shift, count, decoded[r]);
         memset(decoded[r] + count, 0, 3 * sizeof(float));
     }
-    for (int64_t k = 0, left = count << p->shift; left > 0; k += CHUNK, left -= CHUNK) {
+    const int64_t columns = count << p->shift, whole = columns / CHUNK * CHUNK;
+    for (int64_t k = 0; k < columns; k += CHUNK, x += x_rows * CHUNK) {
         vf scales[W_ROWS];
+        if (k == whole)
+            for (int r = 0; r < rows; r++)
+                codes[r] = copy_rest(codes[r], (columns - whole) / 2, rest[r]);
         for (int r = 0; r < rows; r++) {
             const float *scale = decoded[r] + (k >> p->shift);
             scales[r] = several ? vf_pick(scale, which) : vf_set1(*scale);
             lanes_prefetch(codes[r] + ahead);
-            if (left < CHUNK)
-                codes[r] = copy_rest(codes[r], left / 2, rest[r]);
         }
         add_chunk(codes, table, scales, x, rows, x_rows, totals);
-        x += x_rows * CHUNK;
         for (int r = 0; r < rows; r++)
             codes[r] += CHUNK_BYTES;
     }

@@ -10,6 +10,8 @@ takes the place of the one before. So the product needs a hundredth of the dense
 and takes as long as if W had been dense all along; bitsandbytes expands all of W, writes it to
 memory and reads it back.
 
+Products of float16 are formed in float32: PyTorch has no fast ones of float16 on most CPUs.
+
 `x Wᵀ` is cut along the rows of W and `dy W` along its columns. Either way an element of the result
 is one sum over all of W's row or column, rounded once.
 """
@@ -28,8 +30,8 @@ from lora_kernels.scales4 import SCALE_GROUP
 
 __all__ = ["FEW_ROWS", "PANEL_BYTES", "PANEL_COLUMNS", "multiply", "multiply_dx"]
 
-# rows up to which multiplying from the codes is faster; float64 never is
-FEW_ROWS = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}
+# rows up to which multiplying from the codes is faster (docs/log.md); float64 never is
+FEW_ROWS = {torch.float32: 32, torch.bfloat16: 12, torch.float16: 32}
 PANEL_BYTES = 4 << 20
 PANEL_COLUMNS = 256  # of `dy W` at least: fewer and the library's product slows down
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # weight4.h
@@ -58,6 +60,8 @@ def multiply(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
     n, k = weight.out_features, weight.in_features
     if _few(x, weight):
         return _from_codes(x, weight, bias)
+    if x.dtype == torch.float16:
+        return multiply(x.float(), weight, bias).half()
     bias = None if bias is None else bias.to(x.dtype)
     rows = max(1, PANEL_BYTES // (x.element_size() * max(k, 1)))
     if rows >= n or not _slices(weight):
@@ -88,6 +92,8 @@ def multiply_dx(dy: Tensor, weight: Weight4) -> Tensor:
         ValueError: as `multiply`.
     """
     _check(weight)
+    if dy.dtype == torch.float16:
+        return multiply_dx(dy.float(), weight).half()
     n, k, block = weight.out_features, weight.in_features, weight.block_size
     columns = max(PANEL_COLUMNS, PANEL_BYTES // (dy.element_size() * max(n, 1)))
     columns = max(columns // block, 1) * block
