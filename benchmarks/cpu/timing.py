@@ -1,15 +1,16 @@
 """How one contender's turn is measured on a CPU.
 
 Contenders take turns (`harness.time_in_turns`). A turn is some calls in a row, as in a model, each
-on the next of the copies, which together are larger than the caches. The first call is not timed:
-it wakes the contender's own threads, while those of the one before (OpenMP's keep spinning for a
-moment) go to sleep.
+on the next of the copies, which together are larger than the caches. Before it everybody rests: the
+threads of the contender before may still spin (OpenMP's do, for milliseconds) and would hold a core
+that is not theirs. Then the first call is not timed: it wakes the contender's own threads.
 """
 
 import copy
 import itertools
 import operator
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ TIMES_THE_CACHE = 4
 MOST_COPIES = 64
 TURN = 5e-3  # seconds that a turn takes at least, if its calls are short
 MOST_CALLS = 32  # in a turn
+REST = 0.02  # seconds before a turn: four times what libgomp's threads spin here
 LONG = 0.05  # seconds after which a call needs none before it
 LIMIT = 8.0  # seconds after which no further turn of a task begins, three excepted
 
@@ -61,6 +63,7 @@ def turns(
 
     def turn(_: Any) -> float:
         nonlocal last
+        time.sleep(REST)
         with environment(variables):
             if last < LONG:
                 one()
