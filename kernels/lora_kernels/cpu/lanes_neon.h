@@ -1,6 +1,6 @@
 /* lanes.h on NEON of 64-bit Arm: 4 lanes.
  *
- * The only lookup, tbl, is one of bytes: 16 indices at a time. So a table of 16 floats is four of 16
+ * The only lookup, tbl, is one of bytes: 16 indices at a time. So 16 floats are four tables of 16
  * bytes, the lowest of each entry, the next, .., and what was looked up is put together to floats
  * by zips: 27 instructions for 32 codes. Indices that lie in lanes already take another way: the
  * table as it lies in memory is 64 bytes in four registers, and entry c is bytes 4 c .. 4 c + 3.

@@ -24,10 +24,12 @@
  * acquires it, with the lock or without. What the caller wrote before, workers see through the
  * lock that they join under. The counter of pieces therefore needs no order of its own.
  */
+#define _GNU_SOURCE /* for affinities */
 #include "pool.h"
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -35,6 +37,7 @@
 enum {
     STACK_BYTES = 1 << 20, /* address space; only what is touched becomes memory */
     SPINS = 256,           /* pauses before sleeping: 3 to 12 µs on x86, less on ARM */
+    MOST_WORKERS = 1023,   /* more threads than that do without the rest */
     WOKEN_BY_EACH = 2      /* a tree of wake-ups: no one, the caller least, wakes all the others */
 };
 
@@ -47,7 +50,9 @@ typedef struct {
 
 typedef struct {
     atomic_flag taken;
-    int workers; /* threads that exist; whoever has the pool may read and change it */
+    int workers; /* threads that exist; whoever has the pool may read and change these */
+    pthread_t threads[MOST_WORKERS];
+    int placed, avoided; /* workers that keep off a processor, and that processor */
     pthread_mutex_t lock;
     pthread_cond_t opened; /* workers sleep on it */
     pthread_cond_t left;   /* the caller sleeps on it */
@@ -137,11 +142,30 @@ static void grow(int wanted)
     sigdelset(&blocked, SIGILL);
     sigdelset(&blocked, SIGFPE);
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    pthread_t thread;
-    while (pool.workers < wanted && pthread_create(&thread, &attributes, work, NULL) == 0)
+    while (pool.workers < wanted && pool.workers < MOST_WORKERS &&
+           pthread_create(&pool.threads[pool.workers], &attributes, work, NULL) == 0)
         pool.workers++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
+}
+
+/* Linux may wake a worker on the processor that the caller keeps busy, above all when the caller
+ * has just woken up itself, and leave it waiting there for milliseconds beside idle ones. So
+ * workers are told to run on any of the caller's processors but the one it is on. It costs a system
+ * call a worker whenever the caller has moved. */
+static void keep_off_the_callers_processor(void) {
+#ifdef __linux__
+    int here = sched_getcpu();
+    cpu_set_t others;
+    if ((here == pool.avoided && pool.placed == pool.workers) || here < 0 ||
+        sched_getaffinity(0, sizeof others, &others) != 0 || CPU_COUNT(&others) < 2)
+        return;
+    CPU_CLR((size_t)here, &others);
+    for (int i = 0; i < pool.workers; i++)
+        pthread_setaffinity_np(pool.threads[i], sizeof others, &others);
+    pool.placed = pool.workers;
+    pool.avoided = here;
+#endif
 }
 
 static void open_door(loop *l, int seats)
@@ -195,8 +219,10 @@ int parallel_for(int threads, int64_t count, int64_t grain, task *run, void *con
         return 0;
     }
     grow((int)helpers);
-    if (pool.workers > 0)
+    if (pool.workers > 0) {
+        keep_off_the_callers_processor();
         open_door(&l, (int)helpers);
+    }
     run_pieces(&l);
     close_door();
     wait_until_all_have_left();
