@@ -4,6 +4,7 @@
  * Nothing in the tasks is atomic unless it has to be: two threads that run one index, or a result
  * that the caller does not see, are then data races, which ThreadSanitizer reports.
  */
+#define _GNU_SOURCE /* for affinities */
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -20,6 +21,9 @@ int nested(int threads, int64_t count, int32_t *visits);
 int meet(int threads, int count, int patience);
 int pieces(int threads, int64_t count, int64_t grain, int64_t *ends);
 int fail_after(int made);
+int place(int processor, uint64_t processors);
+int workers_told(void);
+uint64_t told_to_run_on(void);
 
 /* visits[i] counts how often index i was run. */
 static void visit_task(void *context, int64_t begin, int64_t end)
@@ -134,6 +138,42 @@ int try_to_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*r
                   void *argument)
 {
     return remaining-- > 0 ? pthread_create(thread, attributes, run, argument) : 11;
+}
+#endif
+
+#ifdef PLACES
+/* pool.c is built with its three calls about processors under other names: these. */
+static int here, told;
+static uint64_t allowed, elsewhere;
+
+/* Where the caller is and may be, as bits (none: nobody knows); forgets what workers were told. */
+int place(int processor, uint64_t processors)
+{
+    here = processor;
+    allowed = processors;
+    told = 0;
+    return 0;
+}
+
+int workers_told(void) { return told; }
+uint64_t told_to_run_on(void) { return elsewhere; }
+int sched_getcpu(void) { return here; }
+
+int sched_getaffinity(pid_t process, size_t size, cpu_set_t *set)
+{
+    (void)process;
+    memset(set, 0, size);
+    memcpy(set, &allowed, sizeof allowed);
+    return allowed ? 0 : -1;
+}
+
+int pthread_setaffinity_np(pthread_t thread, size_t size, const cpu_set_t *set)
+{
+    (void)thread;
+    (void)size;
+    memcpy(&elsewhere, set, sizeof elsewhere);
+    told++;
+    return 0;
 }
 #endif
 

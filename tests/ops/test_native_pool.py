@@ -274,6 +274,48 @@ def test_threads_that_cannot_be_had(tmp_path: Path, made: int) -> None:
     assert pool.meet(5, 5, LONG) == 5
 
 
+@LINUX
+def test_workers_keep_off_the_callers_processor(tmp_path: Path) -> None:
+    """Where they are told to run follows the caller, and those it may use; without need, nobody
+    is told anything."""
+    calls = ("sched_getcpu", "sched_getaffinity", "pthread_setaffinity_np")
+    renamed = (f"-D{call}=driver_{call}" for call in calls)
+    pool = load(compile_driver(tmp_path / "placed.so", "-fPIC", "-shared", "-DPLACES", *renamed))
+    pool.place.argtypes = (ctypes.c_int, ctypes.c_uint64)
+    pool.told_to_run_on.restype = ctypes.c_uint64
+
+    def told(threads: int, here: int, allowed: int) -> tuple[int, int]:
+        pool.place(here, allowed)
+        assert pool.meet(threads, threads, LONG) == threads
+        return pool.workers_told(), pool.told_to_run_on()
+
+    assert told(3, 0, 0b0001) == (0, 0)  # there is nowhere else
+    assert told(3, 0, 0b1111) == (2, 0b1110)
+    assert told(3, 0, 0b1111) == (0, 0b1110)  # all as before
+    assert told(2, 2, 0b1111) == (2, 0b1011)  # the caller moved: those that have no work now, too
+    assert told(4, 2, 0b1111) == (3, 0b1011)  # a new worker
+    assert told(4, 2, 0b0111) == (3, 0b0011)  # the caller may use fewer processors, or more
+    assert told(4, 2, 1 << 63 | 0b0111) == (3, 1 << 63 | 0b0011)
+    assert told(4, 1, 0b0010) == (0, 1 << 63 | 0b0011)  # nowhere else
+    assert told(4, 1, 0) == (0, 1 << 63 | 0b0011)  # nobody knows
+    assert told(4, -1, 0b1111) == (0, 1 << 63 | 0b0011)
+
+
+@LINUX
+def test_workers_really_run_elsewhere(fresh: Callable[..., str]) -> None:
+    if len(os.sched_getaffinity(0)) == 1:
+        pytest.skip("there is nowhere else")
+    said = fresh("""
+        mine = os.sched_getaffinity(0)
+        pool.meet(3, 3, LONG)
+        workers = set(map(int, os.listdir("/proc/self/task"))) - {os.getpid()}
+        theirs = [os.sched_getaffinity(worker) for worker in workers]
+        left = [len(mine - processors) for processors in theirs if processors <= mine]
+        print(left, theirs[0] == theirs[1])
+    """)
+    assert said == "[1, 1] True"
+
+
 @pytest.mark.parametrize(
     ("sanitizer", "forks"),
     # ThreadSanitizer does not follow a fork of several threads

@@ -52,7 +52,10 @@ typedef struct {
     atomic_flag taken;
     int workers; /* threads that exist; whoever has the pool may read and change these */
     pthread_t threads[MOST_WORKERS];
-    int placed, avoided; /* workers that keep off a processor, and that processor */
+#ifdef __linux__
+    int placed;          /* workers that were told where to run, */
+    cpu_set_t elsewhere; /* and where */
+#endif
     pthread_mutex_t lock;
     pthread_cond_t opened; /* workers sleep on it */
     pthread_cond_t left;   /* the caller sleeps on it */
@@ -152,19 +155,24 @@ static void grow(int wanted)
 /* Linux may wake a worker on the processor that the caller keeps busy, above all when the caller
  * has just woken up itself, and leave it waiting there for milliseconds beside idle ones. So
  * workers are told to run on any of the caller's processors but the one it is on. It costs a system
- * call a worker whenever the caller has moved. */
-static void keep_off_the_callers_processor(void) {
+ * call a worker whenever the caller has moved or is another one, with other processors of its own,
+ * and one that tells so. A caller that is bound to a single processor changes nothing: workers stay
+ * where they are, which is beside it if it is the one that made them. */
+static void keep_off_the_callers_processor(void)
+{
 #ifdef __linux__
-    int here = sched_getcpu();
-    cpu_set_t others;
-    if ((here == pool.avoided && pool.placed == pool.workers) || here < 0 ||
-        sched_getaffinity(0, sizeof others, &others) != 0 || CPU_COUNT(&others) < 2)
+    cpu_set_t elsewhere;
+    const int here = sched_getcpu();
+    if (here < 0 || sched_getaffinity(0, sizeof elsewhere, &elsewhere) != 0)
+        return; /* the latter fails on a machine of more than 1024 processors */
+    CPU_CLR((size_t)here, &elsewhere);
+    if (CPU_COUNT(&elsewhere) == 0 ||
+        (pool.placed == pool.workers && CPU_EQUAL(&elsewhere, &pool.elsewhere)))
         return;
-    CPU_CLR((size_t)here, &others);
     for (int i = 0; i < pool.workers; i++)
-        pthread_setaffinity_np(pool.threads[i], sizeof others, &others);
+        pthread_setaffinity_np(pool.threads[i], sizeof elsewhere, &elsewhere);
     pool.placed = pool.workers;
-    pool.avoided = here;
+    pool.elsewhere = elsewhere;
 #endif
 }
 
