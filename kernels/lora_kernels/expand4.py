@@ -72,22 +72,11 @@ def dequantize4(
         `out`, or a new tensor (numel,) of `dtype`.
 
     Raises:
-        TypeError: `dtype` is not floating-point.
-        ValueError: too many or too few codes or scales for `numel`, uint8 scales without `nested`,
-            or a table or an `out` of another kind.
+        TypeError: `dtype` is not floating-point, or codes are not uint8.
+        ValueError: too many or too few codes or scales for `numel`, scales on another device,
+            uint8 scales without `nested`, or a table or an `out` of another kind.
     """
-    if codes.numel() != (numel + 1) // 2:
-        raise ValueError(
-            f"codes must have ceil(n / 2) = {(numel + 1) // 2} bytes for n = {numel}; "
-            f"got {codes.numel()}"
-        )
-    if scales.numel() != -(-numel // block_size):
-        raise ValueError(
-            f"scales must have ceil(n / block) = {-(-numel // block_size)} entries for "
-            f"n = {numel}, block = {block_size}; got {scales.numel()}"
-        )
-    check_table(table)
-    _check_nested(scales, nested)
+    _check_stored(codes, scales, table, block_size, nested, numel)
     _check_dtype(dtype)
     weight = (codes, scales, table, *(nested or (None, None, None)), block_size)
     with torch.no_grad():
@@ -137,7 +126,7 @@ def expand4_slice(
         `out`, or a new tensor (row1 - row0, col1 - col0).
 
     Raises:
-        TypeError: `dtype` is not floating-point.
+        TypeError: as `dequantize4`.
         ValueError: rows that are not whole blocks, a slice that is not within the weight or does
             not end on blocks, or as `dequantize4`.
     """
@@ -148,8 +137,7 @@ def expand4_slice(
         raise ValueError(f"[{row0}:{row1}, {col0}:{col1}] is not a slice of ({n}, {k})")
     if col0 % block or col1 % block:
         raise ValueError(f"columns must be multiples of the block size {block}; got {col0}:{col1}")
-    check_table(weight.table)
-    _check_nested(weight.scales, weight.nested)
+    _check_stored(weight.codes, weight.scales, weight.table, block, weight.nested, n * k)
     _check_dtype(dtype)
     shape, device = (row1 - row0, col1 - col0), weight.codes.device
     if out is None:
@@ -176,6 +164,37 @@ def check_table(table: Tensor) -> None:
         raise ValueError(
             f"the code table must be float32 (16,); got {table.dtype} {tuple(table.shape)}"
         )
+
+
+def _check_stored(
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    block_size: int,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+    numel: int,
+) -> None:
+    """Refuse what a kernel, which sees addresses alone, would read wrongly or beyond."""
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes must be uint8, two a byte; got {codes.dtype}")
+    if codes.numel() != (numel + 1) // 2:
+        raise ValueError(
+            f"codes must have ceil(n / 2) = {(numel + 1) // 2} bytes for n = {numel}; "
+            f"got {codes.numel()}"
+        )
+    if scales.numel() != -(-numel // block_size):
+        raise ValueError(
+            f"scales must have ceil(n / block) = {-(-numel // block_size)} entries for "
+            f"n = {numel}, block = {block_size}; got {scales.numel()}"
+        )
+    check_table(table)
+    _check_nested(scales, nested)
+    for t in (scales, *(nested or ())[:2]):  # tables are copied to where they are read
+        if t.device != codes.device:
+            raise ValueError(
+                f"scales must be on {codes.device} with their codes, and so must what decodes "
+                f"them; got {t.device}"
+            )
 
 
 def _check_nested(scales: Tensor, nested: tuple[Tensor, Tensor, Tensor] | None) -> None:

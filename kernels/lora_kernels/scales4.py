@@ -12,7 +12,8 @@ float32 entries have no error.
 There is one scale for 32 weights or more, so on a GPU nothing here is worth a kernel of its own:
 the definition is a dozen operations on the scales' device and never waits for the host. On a CPU it
 takes longer than to quantize the weight itself in C, so that encoding is C too (`cpu/scales8.c`).
-What expands a weight decodes its scales on the way.
+Both are one operator, `lora_kernels::encode_scales`: what traces, batches or differentiates a
+program does not meet C's addresses. What expands a weight decodes its scales on the way.
 
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (double quantization).
 """
@@ -27,6 +28,11 @@ __all__ = ["SCALE_GROUP", "TINY", "decode_scales", "encode_scales"]
 BACKENDS = ("reference", "native", "triton")  # on a GPU the definition runs
 SCALE_GROUP = 256  # scales that share one scale of their own
 TINY = 1e-38  # scales below are taken as this much, so that the reciprocal stays finite
+
+torch.library.define(
+    "lora_kernels::encode_scales",
+    "(Tensor scales, Tensor offset, Tensor scale_table) -> (Tensor, Tensor)",
+)
 
 
 def encode_scales(
@@ -68,20 +74,35 @@ def encode_scales(
                 f"the {scales.numel()} scales sum to more than float32 holds (largest "
                 f"{float(scales.max()):g}); use double_quant=False or rescale the weight"
             )
-        if backend_for(scales, BACKENDS) == "native" and scales.dtype == torch.float32:
-            from lora_kernels.cpu import quantize4 as native
+        q, absmax = torch.ops.lora_kernels.encode_scales(scales.detach(), offset, scale_table)
+        return q, absmax, offset
 
-            return *native.encode_scales(scales, float(offset), scale_table), offset
-        centred = scales - offset
-        groups = -(-scales.numel() // SCALE_GROUP)
-        padded = torch.nn.functional.pad(centred, (0, groups * SCALE_GROUP - scales.numel()))
-        absmax = padded.view(groups, SCALE_GROUP).abs().amax(1)  # (groups,)
-        bound = absmax.clamp(min=TINY).double()
-        quotients = padded.view(groups, SCALE_GROUP).double() / bound[:, None]
-        entries = scale_table.to(scales.device).double()
-        middle = (entries[:-1] + entries[1:]) / 2  # exact in float64
-        nearest = torch.bucketize(quotients.view(-1)[: scales.numel()], middle)
-        return nearest.to(torch.uint8), absmax, offset
+
+@torch.library.impl("lora_kernels::encode_scales", "default")
+def _encode_scales(scales: Tensor, offset: Tensor, scale_table: Tensor) -> tuple[Tensor, Tensor]:
+    if backend_for(scales, BACKENDS) == "native" and scales.dtype == torch.float32:
+        from lora_kernels.cpu import quantize4 as native
+
+        return native.encode_scales(scales, float(offset), scale_table)
+    centred = scales - offset
+    groups = -(-scales.numel() // SCALE_GROUP)
+    padded = torch.nn.functional.pad(centred, (0, groups * SCALE_GROUP - scales.numel()))
+    absmax = padded.view(groups, SCALE_GROUP).abs().amax(1)  # (groups,)
+    bound = absmax.clamp(min=TINY).double()
+    quotients = padded.view(groups, SCALE_GROUP).double() / bound[:, None]
+    entries = scale_table.to(scales.device).double()
+    middle = (entries[:-1] + entries[1:]) / 2  # exact in float64
+    nearest = torch.bucketize(quotients.view(-1)[: scales.numel()], middle)
+    return nearest.to(torch.uint8), absmax
+
+
+def _fake(scales: Tensor, offset: Tensor, scale_table: Tensor) -> tuple[Tensor, Tensor]:
+    # rounded up without a negative number, on which symbolic sizes stumble
+    groups = (scales.numel() + SCALE_GROUP - 1) // SCALE_GROUP
+    return scales.new_empty(scales.numel(), dtype=torch.uint8), scales.new_empty(groups)
+
+
+torch.library.register_fake("lora_kernels::encode_scales", _fake)
 
 
 def decode_scales(

@@ -314,6 +314,10 @@ def test_options_that_cannot_be() -> None:
         dequantize4(codes[:64], scales, nf4, 64, 130)
     with pytest.raises(ValueError, match=r"= 3 entries for n = 130, block = 64; got 2"):
         dequantize4(codes, scales[:2], nf4, 64, 130)
+    with pytest.raises(TypeError, match=r"codes must be uint8, two a byte; got torch\.int64"):
+        dequantize4(codes.long(), scales, nf4, 64, 130)
+    with pytest.raises(ValueError, match=r"scales must be on cpu with their codes, .* got meta"):
+        dequantize4(codes, scales.to("meta"), nf4, 64, 130)
     with pytest.raises(ValueError, match=r"code table must be float32 \(16,\); got torch.float64"):
         dequantize4(codes, scales, nf4.double(), 64, 130)
     with pytest.raises(TypeError, match=r"dtype must be float16, .* got torch.int32"):
@@ -342,6 +346,10 @@ def test_nested_scales_that_cannot_be() -> None:
         with pytest.raises(
             ValueError, match=r"float32 \(1,\), \(\) and \(256,\) for 3 scales; got"
         ):
+            dequantize4(codes, q, nf4, 64, 130, nested=nested)
+    away = [(absmax.to("meta"), offset, dynamic_map()), (absmax, offset.to("meta"), dynamic_map())]
+    for nested in away:
+        with pytest.raises(ValueError, match="so must what decodes them; got meta"):
             dequantize4(codes, q, nf4, 64, 130, nested=nested)
     with pytest.raises(ValueError, match=r"scale table must be float32 \(256,\); got .* \(16,\)"):
         encode_scales(torch.ones(3), nf4)
@@ -430,6 +438,11 @@ def test_slices_that_cannot_be() -> None:
         expand4_slice(nested_weight(4, 96, 64), 0, 4, 0, 64, torch.float32)
     with pytest.raises(ValueError, match="out must be contiguous, 256 elements"):
         expand4_slice(w, 0, 4, 0, 64, torch.float32, torch.empty(4, 65))
+    # a kernel would read beyond their ends
+    with pytest.raises(ValueError, match=r"= 256 bytes for n = 512; got 64"):
+        expand4_slice(w._replace(codes=w.codes[:64]), 0, 4, 0, 64, torch.float32)
+    with pytest.raises(ValueError, match=r"= 8 entries for n = 512, block = 64; got 7"):
+        expand4_slice(w._replace(scales=w.scales[:7]), 0, 4, 0, 64, torch.float32)
 
 
 # --- flags ---------------------------------------------------------------------------------------

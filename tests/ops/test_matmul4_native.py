@@ -411,6 +411,12 @@ def test_weights_that_c_would_read_beyond(run: Callable[..., Tensor]) -> None:
     for name, at in (("codes", good.codes), ("scales", good.scales)):
         with pytest.raises(ValueError, match=f"{name} must be on the CPU, as x is; got meta"):
             run(x, good._replace(**{name: at.to("meta")}), *more)
+    for name in ("scale_absmax", "scale_offset"):
+        moved = getattr(nested, name).to("meta")
+        with pytest.raises(ValueError, match=f"{name} must be on the CPU, as x is; got meta"):
+            run(x, nested._replace(**{name: moved}), *more)
+    with pytest.raises(ValueError, match=r"codes must be uint8, two a byte; got torch\.int64"):
+        run(x, good._replace(codes=good.codes.long()), *more)
     wrong = r"must be uint8 with 1 maxima, 1 offset and 256 entries, all float32; got "
     for bad in (
         {"scale_absmax": torch.ones(2)},

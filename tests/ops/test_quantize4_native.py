@@ -338,6 +338,26 @@ def test_no_index_is_written_beside(n: int) -> None:
     assert absmax[1 + -(-n // 256) :].eq(7).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_encoding_scales_is_an_operator(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what traces, batches or differentiates never meets an address."""
+    monkeypatch.setenv("LORA_KERNELS", backend)
+    scales, table = torch.rand(700), dynamic_map()
+    operator = torch.ops.lora_kernels.encode_scales.default
+    torch.library.opcheck(operator, (scales, scales.mean(), table))
+
+    def encode(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return encode_scales(s, table, check_finite=False)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(encode, backend="aot_eager", fullgraph=True, dynamic=True)
+    negative = torch._neg_view(-scales)  # its bytes are those of -scales
+    for got in (compiled(scales), encode(negative)):
+        assert all(map(torch.equal, got, encode(scales)))
+    gradient = torch.func.grad(lambda s: s.sum() + encode(s)[1].sum())(scales)
+    assert gradient.eq(1).all()
+
+
 # --- the operator --------------------------------------------------------------------------------
 
 

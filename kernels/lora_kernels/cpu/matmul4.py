@@ -54,7 +54,7 @@ def multiply(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
 
     Raises:
         ValueError: too many or too few codes or scales, scales that nothing decodes, a table of
-            another kind, or tensors on another device.
+            another kind, codes that are not uint8, or tensors on another device.
     """
     _check(weight, bias)
     n, k = weight.out_features, weight.in_features
@@ -155,9 +155,12 @@ def _from_codes(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
 def _check(weight: Weight4, bias: Tensor | None = None) -> None:
     """Refuse what C cannot read, or would read past the end of."""
     w = weight
-    for name, t in (("codes", w.codes), ("scales", w.scales), ("bias", bias)):
+    decoders = (("scale_absmax", w.scale_absmax), ("scale_offset", w.scale_offset))
+    for name, t in (("codes", w.codes), ("scales", w.scales), *decoders, ("bias", bias)):
         if t is not None and not t.is_cpu:
             raise ValueError(f"{name} must be on the CPU, as x is; got {t.device}")
+    if w.codes.dtype != torch.uint8:
+        raise ValueError(f"codes must be uint8, two a byte; got {w.codes.dtype}")
     numel = w.out_features * w.in_features
     size, blocks = (numel + 1) // 2, -(-numel // w.block_size)
     if w.codes.numel() != size or w.scales.numel() != blocks:
