@@ -223,6 +223,16 @@ def test_the_same_bits_on_any_number_of_threads(m: int) -> None:
 
 
 @pytest.mark.parametrize("isa", machine.available()[:1], indirect=True)
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("threads", [0, -3])
+def test_less_than_one_thread_is_one(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    weight, x = make_weight(1031, 1056, 32), torch.randn(1, 1056)
+    wanted = cpu.multiply(x, weight, None)
+    monkeypatch.setattr(library, "threads", lambda: threads)
+    assert torch.equal(cpu.multiply(x, weight, None), wanted)
+
+
+@pytest.mark.parametrize("isa", machine.available()[:1], indirect=True)
 @pytest.mark.usefixtures("isa", "all_threads")
 def test_callers_at_the_same_time() -> None:
     torch.set_num_threads(2)

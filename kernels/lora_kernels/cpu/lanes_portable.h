@@ -187,7 +187,10 @@ LANE vtable vtable_load(const float *t)
 }
 
 LANE vf vf_lookup(vtable t, vu index) { return vf_pick(t.at, index); }
-LANE vf vf_nibble(vtable t, vu words, int j) { return vf_pick(t.at, words >> 4 * (uint32_t)j & 15); }
+LANE vf vf_nibble(vtable t, vu words, int j)
+{
+    return vf_pick(t.at, words >> 4 * (uint32_t)j & 15);
+}
 
 LANE half_table half_table_load(const uint16_t *t)
 {

@@ -25,9 +25,9 @@
  *
  * A tile is some rows of W by some of x, all sums in registers; both counts are constants, so that
  * each has its own code. One row of x takes one row of W at a time, as it lies in memory, and keeps
- * two sums for one addition need not wait for another. More rows of x take several of W, so that
- * what is loaded and looked up is used more than once. More than four rows take W in turns, a piece
- * of it at a time, which then still lies in the cache.
+ * two sums, so that an addition need not wait for the one before. More rows of x take several of W,
+ * so that what is loaded and looked up is used more than once. More than four rows take W in turns,
+ * a piece of it at a time, which then still lies in the cache.
  *
  * A result is summed by one thread, in an order that depends on nothing but K, the block size and
  * how many rows of x share the tile: the same bits on any number of threads.
@@ -270,7 +270,7 @@ static int64_t piece_rows(const weight4 *w, int threads)
 
 /* y (x_rows, rows) = x (x_rows, columns) Wᵀ + bias.
  *
- * threads  at most so many work on it
+ * threads  at most so many work on it; below 1: one
  * columns  a multiple of `block`, a power of two from 32 to 4096
  * x        numbers of `dtype` without gaps
  * dtype    an enum lora_dtype, not float64
@@ -304,7 +304,7 @@ LORA_EXPORT int lora_matmul4(int threads, const uint8_t *codes, const float *sca
     reorder(x, &p, copy);
     p.x = copy;
     /* as floats, as a product of three sizes may exceed an integer */
-    if ((double)rows * (double)columns * (double)x_rows < FEW_PRODUCTS)
+    if (threads < 1 || (double)rows * (double)columns * (double)x_rows < FEW_PRODUCTS)
         threads = 1;
     const int64_t grain = piece_rows(&p.weight, threads);
     const int error = parallel_for(threads, rows, grain, multiply_piece, &p);

@@ -10,7 +10,7 @@
  * runtimes do not know of each other: each keeps a thread a core, and for milliseconds after a
  * loop those threads spin, in the way of whichever runtime works next. libgomp also hangs in a
  * process that was forked after its first parallel loop, which is what a data loader does. So: a
- * few hundred bytes of our own that sleep when there is nothing to do and start afresh after fork.
+ * few threads of our own that sleep when there is nothing to do and start afresh after fork.
  *
  * What the loop promises
  * - Pieces are claimed one at a time, by whoever is free. A core that is slow, or busy with
