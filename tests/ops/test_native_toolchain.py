@@ -393,6 +393,25 @@ def test_a_library_that_lost_its_end_is_made_again(share: float, tiny_sources: P
     assert path.read_bytes() == whole
 
 
+@needs_compiler
+def test_a_library_is_for_this_user_alone_to_change(place: Path, tiny_sources: Path) -> None:
+    """Others may be able to enter the folder, and the umask may let them write to its files."""
+    place.mkdir()
+    place.chmod(0o755)
+    before = os.umask(0)
+    try:
+        path = build("portable", tiny_sources).path
+    finally:
+        os.umask(before)
+    assert path.parent == place
+    assert path.stat().st_mode & 0o777 == 0o700
+    path.write_bytes(bytes(path.stat().st_size))  # as others could, if it were
+    path.chmod(0o722)
+    again = build("portable", tiny_sources).path
+    assert again.stat().st_mode & 0o777 == 0o700
+    assert again.read_bytes().startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe"))
+
+
 def test_there_is_no_compiler(
     tiny_sources: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -144,9 +145,11 @@ def _c_library() -> str:
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    """A library that is there and has all its bytes."""
+    """A library that is there, has all its bytes and is for this user alone to change."""
     for path in folder.glob(f"{name}-*.so"):
-        if path.stem == f"{name}-{path.stat().st_size}":
+        facts = path.stat()
+        others = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if path.stem == f"{name}-{facts.st_size}" and not others:
             return path
     return None
 
@@ -167,6 +170,7 @@ def _compile(folder: Path, name: str, command: tuple[str, ...], files: list[Path
         _run((*command, "-o", str(made), *names), cwd=files[0].parent, scratch=work)
         if not made.exists():
             raise BuildError(f"{command[0]} ended well, but made no library")
+        made.chmod(0o700)  # whatever the umask: others may be able to enter the folder
         with open(made, "rb") as file:
             os.fsync(file.fileno())
         target = folder / f"{name}-{made.stat().st_size}.so"
