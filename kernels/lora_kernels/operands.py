@@ -75,13 +75,18 @@ def check(x: Tensor, weight: Weight4, bias: Tensor | None) -> None:
 
     Raises:
         TypeError: x is not floating-point.
-        ValueError: the last dimension of x is not K, or the bias is not (N,).
+        ValueError: x is on another device, its last dimension is not K, or the bias is not (N,).
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be floating-point; got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != weight.in_features:
         raise ValueError(
             f"x must end in in_features = {weight.in_features}; got shape {tuple(x.shape)}"
+        )
+    # a weight on meta would give memory as it was found: operators have shapes there, no values
+    if x.device != weight.codes.device:
+        raise ValueError(
+            f"x must be on the weight's device, {weight.codes.device}; got {x.device}: move one"
         )
     if bias is not None and bias.shape != (weight.out_features,):
         raise ValueError(f"bias must be ({weight.out_features},); got {tuple(bias.shape)}")

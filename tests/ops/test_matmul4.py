@@ -311,5 +311,13 @@ def test_inputs_that_do_not_fit() -> None:
             matmul4(torch.ones(3, 128), weight, torch.ones(size))
     with pytest.raises(ValueError, match=r"got shape \(\)"):
         matmul4(torch.tensor(1.0), weight)
+    away = Weight4(*(t.to("meta") if isinstance(t, Tensor) else t for t in weight))
+    for x, w, here, there in (
+        (torch.ones(3, 128), away, "meta", "cpu"),
+        (torch.ones(3, 128, device="meta"), weight, "cpu", "meta"),
+    ):
+        wrong = f"x must be on the weight's device, {here}; got {there}: move one"
+        with pytest.raises(ValueError, match=wrong):
+            matmul4(x, w)
     with pytest.raises(TypeError, match=r"x must be floating-point; got torch\.int64"):
         matmul4(torch.ones(3, 128, dtype=torch.int64), weight)
