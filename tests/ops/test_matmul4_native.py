@@ -291,7 +291,8 @@ def small_panels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cpu, "FEW_ROWS", {})
 
 
-@pytest.mark.usefixtures("small_panels", "poison")
+@pytest.mark.parametrize("isa", machine.available()[:1], indirect=True)
+@pytest.mark.usefixtures("isa", "small_panels", "poison")
 @given(
     m=st.sampled_from([0, 1, 9, 33]),
     n=st.sampled_from([0, 1, 3, 37, 150]),
@@ -335,6 +336,8 @@ def test_many_rows(
     as_accurate_as(dx, dx_reference(dy, weight), truth, size)
 
 
+@pytest.mark.parametrize("isa", machine.available()[:1], indirect=True)
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_is_a_panel(dtype: torch.dtype, backward: bool, live_bytes: Any) -> None:
@@ -349,6 +352,8 @@ def test_memory_is_a_panel(dtype: torch.dtype, backward: bool, live_bytes: Any) 
     assert live_bytes.peak < 0.3 * 1024 * 4096 * x.element_size()
 
 
+@pytest.mark.parametrize("isa", machine.available()[:1], indirect=True)
+@pytest.mark.usefixtures("isa")
 def test_float64_is_never_multiplied_in_float32() -> None:
     weight, x = make_weight(5, 64), torch.randn(1, 64, dtype=torch.float64)
     y = cpu.multiply(x, weight, None)
