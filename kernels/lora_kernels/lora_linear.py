@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.dispatch import backend_for, device_of
+from lora_kernels.dispatch import backend_for, device_of, requested
 from lora_kernels.matmul4 import dx_reference, matmul4, matmul4_reference
 from lora_kernels.operands import SCHEMA, TENSORS, WIDTH, Weight4, autocast, check, flat, unflat
 from lora_kernels.operands import rows as flatten
@@ -121,8 +121,11 @@ def row_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     Returns:
         Dtypes of x; none where there is no such kernel.
     """
+    if requested() in ("reference", "native"):
+        return ()
+    # no look for C, which torch.compile could not trace
     probe = torch.empty(0, device=device)
-    return HALF if backend_for(probe, BACKENDS) == "triton" else ()
+    return HALF if backend_for(probe, ("reference", "triton")) == "triton" else ()
 
 
 def _check_lora(weight: Weight4, down: Tensor, up: Tensor, scaling: Tensor) -> None:

@@ -16,7 +16,7 @@ from lora_core.quant.nf4 import quantize_4bit
 from lora_core.testing import check_operator
 from lora_kernels import Weight4, lora_linear, matmul4
 from lora_kernels.cpu import library
-from lora_kernels.lora_linear import lora_linear4, lora_linear4_reference
+from lora_kernels.lora_linear import lora_linear4, lora_linear4_reference, row_dtypes
 from lora_kernels.operands import flat
 
 BACKENDS = ["reference", "native", "triton"]
@@ -469,3 +469,15 @@ def test_rows_that_do_not_fit(backend: str) -> None:
     for wrong in (2, -2):
         with pytest.raises(ValueError, match=rf"-1 \.\.\. 1 for 2 adapters; got {wrong}"):
             run(torch.tensor([0, 1, wrong, 0]))
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference", "native"])
+def test_asking_for_rows_compiles_whole(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer needs no C, and looking for a compiler is nothing that could be traced."""
+    monkeypatch.setenv("LORA_KERNELS", choice)
+    torch._dynamo.reset()
+
+    def run(x: Tensor) -> Tensor:
+        return x + len(row_dtypes(x.device))
+
+    assert torch.compile(run, backend="eager", fullgraph=True)(torch.ones(3)).eq(1).all()
