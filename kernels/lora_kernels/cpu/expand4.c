@@ -38,11 +38,6 @@ typedef struct {
     int dtype, stream;
 } expansion;
 
-static int64_t bytes_of(int dtype)
-{
-    return dtype == LORA_FLOAT64 ? 8 : dtype == LORA_FLOAT32 ? 4 : 2;
-}
-
 /* The table in registers: a table in memory would be read again for each block, as a compiler
  * cannot know that the result does not overwrite it. */
 typedef struct {

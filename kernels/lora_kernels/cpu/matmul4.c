@@ -52,6 +52,9 @@ enum {
     FEW_PRODUCTS = 1 << 20,      /* some 20 µs: below that, threads cost more than they save */
 };
 
+_Static_assert(PIECE_ROWS % W_ROWS == 0 && PIECE_ROWS % LANES == 0,
+               "sums of a piece are written a tile at a time and rounded a vector at a time");
+
 typedef struct {
     weight4 weight;
     int shift;         /* the block size is 2^shift */
@@ -66,8 +69,6 @@ typedef struct {
 /* --- x in the order of the codes ------------------------------------------------------------- */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static int64_t bytes_of(int dtype) { return dtype == LORA_FLOAT32 ? 4 : 2; }
 
 static vf load_as_float(const char *x, int dtype)
 {
@@ -154,7 +155,9 @@ LANE void add_blocks(const product *p, const int64_t n[W_ROWS], int64_t first, i
                      vf totals[W_ROWS][X_ROWS])
 {
     const weight4 *w = &p->weight;
-    const int64_t row_bytes = w->columns / 2, ahead = rows > 1 ? rows * row_bytes : AHEAD;
+    const int64_t row_bytes = w->columns / 2;
+    /* one row comes to what lies ahead of it; several come next to the same columns of others */
+    const int64_t ahead = rows > 1 ? rows * row_bytes : AHEAD;
     /* a chunk of 128 most often has several blocks, and asking costs more than the answer saves */
     const int several = CHUNK > 64 || w->block < CHUNK;
     const vu which = vu_lane_over((int)w->block / 8);

@@ -20,7 +20,7 @@
  * - The pieces are the same whatever `threads` is, and which thread ran one cannot be seen. An
  *   operator whose pieces write to separate places gives the same bits on any number of threads.
  * - No thread uses the processor after the call. Workers sleep on a condition variable: waking
- *   one costs some microseconds, so a piece should be worth tens of them.
+ *   one takes tens of microseconds, so a loop should be worth a hundred of them.
  * - One loop has the workers at a time. A second caller, or a task that calls parallel_for, runs
  *   its loop alone, at once: it would find the cores taken anyway, and nothing can deadlock.
  *

@@ -31,7 +31,6 @@
 enum { STEP = 2 * LANES, LARGEST_BLOCK = 4096 };
 enum { PIECE = 1 << 16 }; /* elements that a thread claims at once */
 
-static const float TINY = 1e-38f; /* the least divisor */
 static const uint32_t INFINITE = 0x7f800000;
 
 typedef struct {
@@ -123,16 +122,11 @@ LANE vu find_codes(const searched *s, vf quotient)
 
 /* --- one block ------------------------------------------------------------------------------- */
 
-LANE int64_t size_of(int dtype)
-{
-    return dtype == LORA_FLOAT64 ? 8 : dtype == LORA_FLOAT32 ? 4 : 2;
-}
-
 /* STEP elements as float32: the even and the odd ones of bfloat16, else the first half and the
  * second. */
 LANE void read_two(const uint8_t *x, int dtype, vf *a, vf *b)
 {
-    const uint8_t *half = x + LANES * size_of(dtype);
+    const uint8_t *half = x + LANES * bytes_of(dtype);
     if (dtype == LORA_BFLOAT16) {
         const vu words = vu_load(x);
         *a = vu_floats(vu_shl(words, 16));
@@ -156,7 +150,7 @@ LANE uint32_t largest(const uint8_t *x, int64_t count, int dtype)
     vu most_a = vu_set1(0), most_b = vu_set1(0);
     for (int64_t i = 0; i < count; i += STEP) {
         vf a, b;
-        read_two(x + i * size_of(dtype), dtype, &a, &b);
+        read_two(x + i * bytes_of(dtype), dtype, &a, &b);
         most_a = vu_max(most_a, vu_and(vf_bits(a), magnitude));
         most_b = vu_max(most_b, vu_and(vf_bits(b), magnitude));
     }
@@ -170,7 +164,7 @@ LANE void encode(const searched *s, const uint8_t *x, int64_t count, int dtype, 
     const vf divisor = vf_set1(bound), factor = vf_set1(1.0f / bound);
     for (int64_t i = 0; i < count; i += STEP) {
         vf a, b;
-        read_two(x + i * size_of(dtype), dtype, &a, &b);
+        read_two(x + i * bytes_of(dtype), dtype, &a, &b);
         if (dtype != LORA_BFLOAT16)
             vf_unzip(a, b, &a, &b);
         const vu high = find_codes(s, divide ? vf_div(a, divisor) : vf_mul(a, factor));
@@ -193,7 +187,7 @@ LANE void full_blocks(job *j, int64_t begin, int64_t end, int dtype)
     const searched table = j->table; /* a copy of our own: no store to codes can change it */
     const int64_t block = j->block;
     for (int64_t i = begin; i < end; i++) {
-        const uint8_t *x = j->x + i * block * size_of(dtype);
+        const uint8_t *x = j->x + i * block * bytes_of(dtype);
         const uint32_t bits = largest(x, block, dtype);
         const float absmax = float_of(bits);
         if (bits >= INFINITE)
@@ -208,7 +202,7 @@ static void partial_block(job *j, int64_t i, int64_t count, int dtype)
 {
     uint8_t x[LARGEST_BLOCK * 8] = {0}, codes[LARGEST_BLOCK / 2];
     const int64_t padded = (count + STEP - 1) / STEP * STEP;
-    memcpy(x, j->x + i * j->block * size_of(dtype), (size_t)(count * size_of(dtype)));
+    memcpy(x, j->x + i * j->block * bytes_of(dtype), (size_t)(count * bytes_of(dtype)));
     const uint32_t bits = largest(x, padded, dtype);
     const float absmax = float_of(bits), bound = absmax < TINY ? TINY : absmax;
     if (bits >= INFINITE)

@@ -65,7 +65,7 @@ static void encode_group(const job *j, int64_t group)
     for (size_t i = 0; i < here; i++)
         centred[i] -= j->offset;
     const float absmax = largest(centred);
-    const double bound = absmax < 1e-38f ? 1e-38f : absmax;
+    const double bound = absmax < TINY ? TINY : absmax;
     for (int i = 0; i < GROUP; i++)
         quotient[i] = centred[i] / bound;
     nearest(j->middle, quotient, codes);

@@ -12,6 +12,14 @@
 
 enum lora_dtype { LORA_FLOAT32 = 0, LORA_BFLOAT16 = 1, LORA_FLOAT16 = 2, LORA_FLOAT64 = 3 };
 
+LANE int64_t bytes_of(int dtype)
+{
+    return dtype == LORA_FLOAT64 ? 8 : dtype == LORA_FLOAT32 ? 4 : 2;
+}
+
+/* What scales below are taken as when something is divided by them: the reciprocal stays finite. */
+#define TINY 1e-38f
+
 typedef struct {
     const uint8_t *codes; /* two elements a byte, the first in the high nibble */
     const float *scales;  /* one a block, or NULL if they are nested: */
