@@ -8,7 +8,8 @@ file alone.
 
 `LORA_KERNELS=auto|reference|native|triton` is read at each call. `auto` takes the fastest that the
 operator has and the device can run, so it never fails; a backend that was asked for by name and
-cannot run raises instead of giving way to another.
+cannot run raises instead of giving way to another. (C and Triton take blocks as `quantize4` makes
+them; block sizes of which 32 is no divisor, made by hand, are expanded by the definition.)
 
 No device is asked anything before a tensor on it arrives, and nothing is compiled before a CPU
 tensor arrives at an operator that has C for it.
