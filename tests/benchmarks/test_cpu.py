@@ -423,6 +423,7 @@ def test_a_turn_goes_on_through_the_copies_in_its_environment(
 ) -> None:
     timing, seen = load("timing"), []
     monkeypatch.setattr(timing, "TURN", 1e9)
+    monkeypatch.setattr(timing, "WARM", 0.0)
     monkeypatch.setattr(timing, "MOST_CALLS", 3)
 
     def run(value: int) -> None:

@@ -25,7 +25,8 @@
  *
  * A tile is some rows of W by some of x, all sums in registers; both counts are constants, so that
  * each has its own code. One row of x takes one row of W at a time, as it lies in memory, and keeps
- * two sums, so that an addition need not wait for the one before. More rows of x take several of W,
+ * two sums, so that an addition need not wait for the one before; several rows of W, if x is so
+ * long that it comes from the second-level cache each time. More rows of x take several of W,
  * so that what is loaded and looked up is used more than once. More than four rows take W in turns,
  * a piece of it at a time, which then still lies in the cache.
  *
@@ -45,6 +46,7 @@ enum {
     X_ROWS = 4,                  /* of x in a tile, at most */
     W_ROWS = LANES == 8 ? 2 : 4, /* of W, where x has several: what 16 or 32 registers hold */
     SCALES = 256,                /* decoded at a time; a multiple of the blocks in a chunk */
+    NEAR = 8192,                 /* columns of x that stay in the first cache, as floats */
     AHEAD = 4096,                /* bytes that a single row of x prefetches: nearer comes late */
     PIECE_ROWS = 256,            /* of W, which a thread takes at a time, at most */
     PIECE_WEIGHTS = 1 << 20,     /* likewise: half a megabyte of codes, read from end to end */
@@ -247,8 +249,10 @@ static void multiply_piece(void *context, int64_t begin, int64_t end)
     for (int64_t m = 0; m < p->x_rows;) {
         const int x_rows = rows_of_tile(p->x_rows, m);
         float sums[X_ROWS * PIECE_ROWS] = {0};
-        if (x_rows == 1)
+        if (x_rows == 1 && p->padded <= NEAR)
             multiply_rows(p, begin, end, m, 1, 1, sums);
+        else if (x_rows == 1)
+            multiply_rows(p, begin, end, m, W_ROWS, 1, sums);
         else if (x_rows == 2)
             multiply_rows(p, begin, end, m, W_ROWS, 2, sums);
         else if (x_rows == 3)
