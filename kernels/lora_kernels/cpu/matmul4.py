@@ -32,7 +32,7 @@ __all__ = ["FEW_ROWS", "PANEL_BYTES", "PANEL_COLUMNS", "multiply", "multiply_dx"
 
 # rows up to which multiplying from the codes is faster (docs/log.md); float64 never is
 FEW_ROWS = {torch.float32: 32, torch.bfloat16: 12, torch.float16: 32}
-PANEL_BYTES = 4 << 20
+PANEL_BYTES = 8 << 20
 PANEL_COLUMNS = 256  # of `dy W` at least: fewer and the library's product slows down
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # weight4.h
 _ARGUMENTS = (
