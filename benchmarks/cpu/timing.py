@@ -65,7 +65,8 @@ def turns(
 
     def turn(_: Any) -> float:
         nonlocal last
-        time.sleep(REST)
+        if last < LONG:  # a long call outlasts them, and would begin with cold threads of its own
+            time.sleep(REST)
         with environment(variables):
             began = time.perf_counter()
             while last < LONG:
