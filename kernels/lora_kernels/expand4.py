@@ -24,7 +24,7 @@ from lora_kernels.dispatch import backend_for
 from lora_kernels.operands import Weight4
 from lora_kernels.scales4 import SCALE_GROUP
 
-__all__ = ["FLOATS", "check_table", "dequantize4", "expand4", "expand4_slice"]
+__all__ = ["FLOATS", "check_stored", "check_table", "dequantize4", "expand4", "expand4_slice"]
 
 BACKENDS = ("reference", "native", "triton")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -76,7 +76,7 @@ def dequantize4(
         ValueError: too many or too few codes or scales for `numel`, scales on another device,
             uint8 scales without `nested`, or a table or an `out` of another kind.
     """
-    _check_stored(codes, scales, table, block_size, nested, numel)
+    check_stored(codes, scales, table, block_size, nested, numel)
     _check_dtype(dtype)
     weight = (codes, scales, table, *(nested or (None, None, None)), block_size)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def expand4_slice(
         raise ValueError(f"[{row0}:{row1}, {col0}:{col1}] is not a slice of ({n}, {k})")
     if col0 % block or col1 % block:
         raise ValueError(f"columns must be multiples of the block size {block}; got {col0}:{col1}")
-    _check_stored(weight.codes, weight.scales, weight.table, block, weight.nested, n * k)
+    check_stored(weight.codes, weight.scales, weight.table, block, weight.nested, n * k)
     _check_dtype(dtype)
     shape, device = (row1 - row0, col1 - col0), weight.codes.device
     if out is None:
@@ -166,7 +166,7 @@ def check_table(table: Tensor) -> None:
         )
 
 
-def _check_stored(
+def check_stored(
     codes: Tensor,
     scales: Tensor,
     table: Tensor,
@@ -174,7 +174,13 @@ def _check_stored(
     nested: tuple[Tensor, Tensor, Tensor] | None,
     numel: int,
 ) -> None:
-    """Refuse what a kernel, which sees addresses alone, would read wrongly or beyond."""
+    """Refuse what a kernel, which sees addresses alone, would read wrongly or beyond.
+
+    Raises:
+        TypeError: codes that are not uint8.
+        ValueError: a number of codes or scales that does not fit `numel`, scales that nothing
+            decodes, a table of another kind, or scales on another device than the codes.
+    """
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be uint8, two a byte; got {codes.dtype}")
     if codes.numel() != (numel + 1) // 2:

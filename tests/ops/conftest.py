@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_core.quant.codebook import CODEBOOKS
+from lora_core.quant.double_quant import dynamic_map
+from lora_kernels import Weight4
 from lora_kernels.cpu import library, machine
 
 
@@ -39,6 +42,34 @@ def _as_accurate_as(
 @pytest.fixture(scope="session")
 def as_accurate_as() -> Callable[[Tensor, Tensor, Tensor], None]:
     return _as_accurate_as
+
+
+def _make_weight(
+    n: int,
+    k: int,
+    block: int = 64,
+    *,
+    nested: bool = False,
+    table: Tensor | None = None,
+    seed: int = 0,
+) -> Weight4:
+    generator = torch.Generator().manual_seed(seed)
+    size, blocks = (n * k + 1) // 2, -(-n * k // block)
+    codes = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
+    table = CODEBOOKS["nf4"].table() if table is None else table
+    if not nested:
+        scales = torch.randn(blocks, generator=generator)
+        return Weight4(codes, scales, table, n, k, block)
+    scales = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
+    absmax = torch.rand(-(-blocks // 256), generator=generator)
+    offset = torch.randn((), generator=generator)
+    return Weight4(codes, scales, table, n, k, block, absmax, offset, dynamic_map())
+
+
+@pytest.fixture(scope="session")
+def make_weight() -> Callable[..., Weight4]:
+    """Random codes, scales of either sign: `make_weight(n, k, block, nested=, table=, seed=)`."""
+    return _make_weight
 
 
 class LiveBytes(TorchDispatchMode):

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_core.quant.codebook import CODEBOOKS
-from lora_core.quant.double_quant import dynamic_map
 from lora_kernels import Weight4, decode_scales, dequantize4, expand4_slice
 from lora_kernels import blockwise4_reference as definition
 from lora_kernels.cpu import blockwise4 as cpu
@@ -26,22 +26,6 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 NF4 = CODEBOOKS["nf4"].table()
 ANY = torch.tensor([0.0, -0.0, 1, -1, 1e-30, -3e38, 0.1, 7, 1e-45, 0.5, -0.3, 2, 64, 1e9, -2, 3])
 PIECE = 256 * 1024  # bytes of a result that one thread takes at a time
-
-
-def make_weight(
-    n: int, k: int, block: int, *, nested: bool = False, seed: int = 0, table: Tensor = NF4
-) -> Weight4:
-    """Random codes; scales of either sign, doubly quantized or not."""
-    generator = torch.Generator().manual_seed(seed)
-    size, blocks = (n * k + 1) // 2, -(-n * k // block)
-    codes = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
-    if not nested:
-        scales = torch.randn(blocks, generator=generator)
-        return Weight4(codes, scales, table, n, k, block)
-    scales = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
-    absmax = torch.rand(-(-blocks // 256), generator=generator)
-    offset = torch.randn((), generator=generator)
-    return Weight4(codes, scales, table, n, k, block, absmax, offset, dynamic_map())
 
 
 def define(weight: Weight4, dtype: torch.dtype) -> Tensor:
@@ -79,7 +63,14 @@ def same_bits(ours: Tensor, wanted: Tensor) -> bool:
     seed=st.integers(0, 2**31),
 )
 def test_any_size(
-    n: int, dtype: torch.dtype, block: int, nested: bool, stream: bool, table: Tensor, seed: int
+    make_weight: Callable[..., Weight4],
+    n: int,
+    dtype: torch.dtype,
+    block: int,
+    nested: bool,
+    stream: bool,
+    table: Tensor,
+    seed: int,
 ) -> None:
     weight = make_weight(1, n, block, nested=nested, seed=seed, table=table)
     wanted = define(weight, dtype)
@@ -92,7 +83,7 @@ def test_any_size(
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_size_around_a_block_writes_that_and_no_more(
-    dtype: torch.dtype, nested: bool
+    make_weight: Callable[..., Weight4], dtype: torch.dtype, nested: bool
 ) -> None:
     for n in range(130):
         weight = make_weight(1, n, 64, nested=nested, seed=n)
@@ -147,7 +138,9 @@ def test_scales_of_any_kind(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("field", ["scale_absmax", "scale_offset"])
 @pytest.mark.parametrize("value", [0.0, -1e-40, 1e-45, 3e38, torch.inf, torch.nan])
-def test_nested_scales_of_any_kind(field: str, value: float) -> None:
+def test_nested_scales_of_any_kind(
+    make_weight: Callable[..., Weight4], field: str, value: float
+) -> None:
     weight = make_weight(5, 256 * 64, 64, nested=True)
     getattr(weight, field).fill_(value)
     wanted = define(weight, torch.bfloat16)
@@ -167,6 +160,7 @@ def test_nested_scales_of_any_kind(field: str, value: float) -> None:
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_slice(
+    make_weight: Callable[..., Weight4],
     n: int,
     across: int,
     cut: list[float],
@@ -188,14 +182,16 @@ def test_any_slice(
 
 @pytest.mark.parametrize("box", [(0, 7, 0, 320), (3, 7, 0, 320), (2, 3, 0, 320), (3, 7, 64, 320)])
 @pytest.mark.parametrize("nested", [False, True])
-def test_whole_rows(box: tuple[int, int, int, int], nested: bool) -> None:
+def test_whole_rows(
+    make_weight: Callable[..., Weight4], box: tuple[int, int, int, int], nested: bool
+) -> None:
     weight = make_weight(7, 320, 64, nested=nested)
     wanted = define(weight, torch.bfloat16).view(7, 320)[box[0] : box[1], box[2] : box[3]]
     assert same_bits(expand4_slice(weight, *box, torch.bfloat16), wanted.contiguous())
 
 
 @pytest.mark.parametrize("shape", [(0, 128), (3, 0), (0, 0), (1, 64), (1, 1)])
-def test_hardly_anything(shape: tuple[int, int]) -> None:
+def test_hardly_anything(make_weight: Callable[..., Weight4], shape: tuple[int, int]) -> None:
     for dtype in DTYPES:
         weight = make_weight(*shape, 64)
         wanted = define(weight, dtype)
@@ -205,7 +201,7 @@ def test_hardly_anything(shape: tuple[int, int]) -> None:
             assert expand4_slice(weight, 0, 0, 0, shape[1], dtype).shape == (0, shape[1])
 
 
-def test_a_block_that_c_does_not_take() -> None:
+def test_a_block_that_c_does_not_take(make_weight: Callable[..., Weight4]) -> None:
     weight = make_weight(1, 96, 48)
     with pytest.raises(RuntimeError, match="lora_expand4 failed: Invalid argument"):
         expand(weight, torch.empty(96))
@@ -227,7 +223,9 @@ def moved(tensor: Tensor, by: int = 1) -> Tensor:
 @pytest.mark.parametrize("by", [1, 2, 3, 32, 63])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_memory_that_is_not_aligned(dtype: torch.dtype, nested: bool, by: int) -> None:
+def test_memory_that_is_not_aligned(
+    make_weight: Callable[..., Weight4], dtype: torch.dtype, nested: bool, by: int
+) -> None:
     weight = make_weight(3, 1000, 128, nested=nested)
     wanted = define(weight, dtype)
     away = Weight4(*(moved(t, by) if isinstance(t, Tensor) else t for t in weight))
@@ -238,7 +236,9 @@ def test_memory_that_is_not_aligned(dtype: torch.dtype, nested: bool, by: int) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_views_with_an_offset_of_one(dtype: torch.dtype) -> None:
+def test_views_with_an_offset_of_one(
+    make_weight: Callable[..., Weight4], dtype: torch.dtype
+) -> None:
     weight = make_weight(3, 1001, 64)
     wanted = define(weight, dtype)
     behind = torch.cat((weight.codes[:1], weight.codes))[1:]
@@ -247,7 +247,9 @@ def test_views_with_an_offset_of_one(dtype: torch.dtype) -> None:
         assert same_bits(expand(weight._replace(codes=behind), memory[1:], stream), wanted)
 
 
-def test_tensors_with_gaps_and_scales_of_other_integers() -> None:
+def test_tensors_with_gaps_and_scales_of_other_integers(
+    make_weight: Callable[..., Weight4],
+) -> None:
     weight = make_weight(3, 1000, 64, nested=True)
     wanted = define(weight, torch.float32)
     apart = [
@@ -265,7 +267,10 @@ def test_tensors_with_gaps_and_scales_of_other_integers() -> None:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_threads_and_either_store_give_the_same_bits(
-    dtype: torch.dtype, nested: bool, monkeypatch: pytest.MonkeyPatch
+    make_weight: Callable[..., Weight4],
+    dtype: torch.dtype,
+    nested: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     k = 5 * PIECE // 8
     weight = make_weight(2, k, 64, nested=nested)
@@ -281,7 +286,9 @@ def test_any_number_of_threads_and_either_store_give_the_same_bits(
             assert same_bits(part, columns)
 
 
-def test_large_results_are_written_past_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_results_are_written_past_the_caches(
+    make_weight: Callable[..., Weight4], monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[tuple[Any, ...]] = []
     monkeypatch.setattr(library, "function", lambda *_: lambda *args: said.append(args))
     monkeypatch.setattr(library, "threads", lambda: 3)
@@ -297,7 +304,7 @@ def test_large_results_are_written_past_the_caches(monkeypatch: pytest.MonkeyPat
 # --- beyond 2^31 ---------------------------------------------------------------------------------
 
 
-def test_a_slice_behind_2_to_the_32_elements() -> None:
+def test_a_slice_behind_2_to_the_32_elements(make_weight: Callable[..., Weight4]) -> None:
     """4 GB of codes' addresses, of which the last pages alone become memory."""
     n, k, block = 2**21 + 3, 4096, 4096
     codes = torch.empty(n * k // 2, dtype=torch.uint8)
@@ -333,7 +340,9 @@ def mirrored(nbytes: int, memory: int) -> mmap.mmap:
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_result_of_more_than_2_to_the_31_elements(stream: bool, full_run: bool) -> None:
+def test_a_result_of_more_than_2_to_the_31_elements(
+    make_weight: Callable[..., Weight4], stream: bool, full_run: bool
+) -> None:
     if not full_run:
         pytest.skip("1 GB of codes to read: only with full counts")
     n, memory = 2**31 + 3 * 4096 + 7, 1 << 26

@@ -10,20 +10,17 @@ moved or replaced.
 
 import ctypes
 
-import torch
 from torch import Tensor
 
-from lora_kernels.cpu import library
+from lora_kernels.cpu import arguments, library
 from lora_kernels.operands import Weight4
 
 __all__ = ["BLOCK_STEP", "STREAM", "expand", "expand_slice"]
 
 BLOCK_STEP = 32  # codes are looked up 32 at a time: block sizes are multiples
 STREAM = 16 << 20  # bytes of a result from which on it is written past the caches
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # weight4.h
-_POINTERS, _SIZES = (ctypes.c_void_p,) * 7, (ctypes.c_int64,) * 5
 _ARGUMENTS = (
-    *(ctypes.c_int, *_POINTERS, *_SIZES),
+    *(ctypes.c_int, *arguments.WEIGHT, *[ctypes.c_int64] * 5),
     *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int),
 )
 
@@ -91,25 +88,12 @@ def _run(
     stream: bool | None,
 ) -> None:
     """`box`: the first block, blocks from line to line, lines, elements a line."""
-    # names stay: what is copied here has to live until the call is over
-    codes, scales, table = codes.contiguous(), scales.contiguous(), _at_hand(table)
-    pointers: tuple[int | None, ...] = (scales.data_ptr(), None, None, None, None)
-    if scales.dtype != torch.float32:
-        assert nested is not None
-        scales = scales.to(torch.uint8)
-        absmax, offset, values = nested[0].contiguous(), nested[1], _at_hand(nested[2])
-        decoders = (absmax.data_ptr(), offset.data_ptr(), values.data_ptr())
-        pointers = (None, scales.data_ptr(), *decoders)
+    held = arguments.at_hand(codes, scales, table, nested)  # until the call is over
     if stream is None:
         stream = out.nbytes >= STREAM
     library.function("lora_expand4", *_ARGUMENTS)(
         library.threads(),
-        *(codes.data_ptr(), *pointers, table.data_ptr()),
+        *arguments.addresses(held),
         *(block_size, *box),
-        *(out.data_ptr(), _DTYPES[out.dtype], stream),
+        *(out.data_ptr(), arguments.DTYPES[out.dtype], stream),
     )
-
-
-def _at_hand(table: Tensor) -> Tensor:
-    """A table without gaps on the CPU: itself, as a rule."""
-    return (table if table.is_cpu else table.cpu()).contiguous()

@@ -12,7 +12,7 @@
  *
  * No pointer need be aligned, except where `stream` is set.
  *
- *   vf_load, vf_store, vf_set1(x), vf_add, vf_sub, vf_mul, vf_div, vf_sum(a) -> float
+ *   vf_load, vf_store, vf_set1(x), vf_add, vf_mul, vf_div, vf_sum(a) -> float
  *   vf_fma(a, b, c)              a b + c, rounded once where the hardware can, so not for results
  *                                that have to be equal to the bit everywhere
  *   vf_load_bf16, vf_load_f16    from LANES numbers of 16 bits
@@ -24,7 +24,7 @@
  *   vf_pick8(s, which)           the same, which < 8; may read s[0 .. 7]
  *   vu_load(pointer)             LANES little-endian words
  *   vu_set1, vu_add, vu_and, vu_or, vu_max (of values below 2^31)
- *   vu_shr(a, bits), vu_shl(a, bits)
+ *   vu_shl(a, bits)
  *   vu_lane_over(step)           lane / step; step a power of two
  *   vu_maximum(a) -> uint32_t    over lanes, of values below 2^31
  *   vu_store_bytes(to, a)        the lowest byte of each lane

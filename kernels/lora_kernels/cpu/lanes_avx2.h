@@ -23,7 +23,6 @@ LANE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
 LANE void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 LANE vf vf_set1(float x) { return _mm256_set1_ps(x); }
 LANE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
-LANE vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 LANE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 LANE vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 LANE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
@@ -41,7 +40,6 @@ LANE vu vu_add(vu a, vu b) { return _mm256_add_epi32(a, b); }
 LANE vu vu_and(vu a, vu b) { return _mm256_and_si256(a, b); }
 LANE vu vu_or(vu a, vu b) { return _mm256_or_si256(a, b); }
 LANE vu vu_max(vu a, vu b) { return _mm256_max_epu32(a, b); }
-LANE vu vu_shr(vu a, int bits) { return _mm256_srli_epi32(a, bits); }
 LANE vu vu_shl(vu a, int bits) { return _mm256_slli_epi32(a, bits); }
 LANE vu vf_bits(vf a) { return _mm256_castps_si256(a); }
 LANE vf vu_floats(vu a) { return _mm256_castsi256_ps(a); }

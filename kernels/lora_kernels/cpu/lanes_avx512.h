@@ -18,7 +18,6 @@ LANE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
 LANE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 LANE vf vf_set1(float x) { return _mm512_set1_ps(x); }
 LANE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
-LANE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 LANE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 LANE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 LANE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
@@ -30,7 +29,6 @@ LANE vu vu_add(vu a, vu b) { return _mm512_add_epi32(a, b); }
 LANE vu vu_and(vu a, vu b) { return _mm512_and_si512(a, b); }
 LANE vu vu_or(vu a, vu b) { return _mm512_or_si512(a, b); }
 LANE vu vu_max(vu a, vu b) { return _mm512_max_epu32(a, b); }
-LANE vu vu_shr(vu a, int bits) { return _mm512_srli_epi32(a, (unsigned)bits); }
 LANE vu vu_shl(vu a, int bits) { return _mm512_slli_epi32(a, (unsigned)bits); }
 LANE uint32_t vu_maximum(vu a) { return _mm512_reduce_max_epu32(a); }
 LANE vu vf_bits(vf a) { return _mm512_castps_si512(a); }

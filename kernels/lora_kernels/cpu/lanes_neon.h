@@ -27,7 +27,6 @@ LANE vf vf_load(const float *p) { return vld1q_f32(p); }
 LANE void vf_store(float *p, vf a) { vst1q_f32(p, a); }
 LANE vf vf_set1(float x) { return vdupq_n_f32(x); }
 LANE vf vf_add(vf a, vf b) { return vaddq_f32(a, b); }
-LANE vf vf_sub(vf a, vf b) { return vsubq_f32(a, b); }
 LANE vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
 LANE vf vf_div(vf a, vf b) { return vdivq_f32(a, b); }
 LANE vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
@@ -39,7 +38,6 @@ LANE vu vu_add(vu a, vu b) { return vaddq_u32(a, b); }
 LANE vu vu_and(vu a, vu b) { return vandq_u32(a, b); }
 LANE vu vu_or(vu a, vu b) { return vorrq_u32(a, b); }
 LANE vu vu_max(vu a, vu b) { return vmaxq_u32(a, b); }
-LANE vu vu_shr(vu a, int bits) { return vshlq_u32(a, vdupq_n_s32(-bits)); }
 LANE vu vu_shl(vu a, int bits) { return vshlq_u32(a, vdupq_n_s32(bits)); }
 LANE uint32_t vu_maximum(vu a) { return vmaxvq_u32(a); }
 LANE vu vf_bits(vf a) { return vreinterpretq_u32_f32(a); }

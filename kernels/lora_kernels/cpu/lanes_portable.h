@@ -33,7 +33,6 @@ LANE vf vf_load(const float *p)
 LANE void vf_store(float *p, vf a) { memcpy(p, &a, sizeof a); }
 LANE vf vf_set1(float x) { return (vf){x, x, x, x}; }
 LANE vf vf_add(vf a, vf b) { return a + b; }
-LANE vf vf_sub(vf a, vf b) { return a - b; }
 LANE vf vf_mul(vf a, vf b) { return a * b; }
 LANE vf vf_div(vf a, vf b) { return a / b; }
 LANE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
@@ -50,7 +49,6 @@ LANE vu vu_set1(uint32_t x) { return (vu){x, x, x, x}; }
 LANE vu vu_add(vu a, vu b) { return a + b; }
 LANE vu vu_and(vu a, vu b) { return a & b; }
 LANE vu vu_or(vu a, vu b) { return a | b; }
-LANE vu vu_shr(vu a, int bits) { return a >> (uint32_t)bits; }
 LANE vu vu_shl(vu a, int bits) { return a << (uint32_t)bits; }
 LANE vu vu_lane_over(int step) { return (vu){0, 1, 2, 3} / (uint32_t)step; }
 LANE vu vf_bits(vf a) { return (vu)a; }

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.cpu import blockwise4, library
+from lora_kernels.cpu import arguments, blockwise4, library
 from lora_kernels.cpu.blockwise4 import BLOCK_STEP
-from lora_kernels.expand4 import check_table, expand4
+from lora_kernels.expand4 import check_stored, expand4
 from lora_kernels.operands import Weight4
-from lora_kernels.scales4 import SCALE_GROUP
 
 __all__ = ["FEW_ROWS", "PANEL_BYTES", "PANEL_COLUMNS", "multiply", "multiply_dx"]
 
@@ -34,9 +33,8 @@ __all__ = ["FEW_ROWS", "PANEL_BYTES", "PANEL_COLUMNS", "multiply", "multiply_dx"
 FEW_ROWS = {torch.float32: 32, torch.bfloat16: 12, torch.float16: 32}
 PANEL_BYTES = 8 << 20
 PANEL_COLUMNS = 256  # of `dy W` at least: fewer and the library's product slows down
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # weight4.h
 _ARGUMENTS = (
-    *(ctypes.c_int, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 3),
+    *(ctypes.c_int, *arguments.WEIGHT, *[ctypes.c_int64] * 3),
     *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
 )
 
@@ -89,6 +87,7 @@ def multiply_dx(dy: Tensor, weight: Weight4) -> Tensor:
         (M, K) in the dtype of dy.
 
     Raises:
+        TypeError: as `multiply`.
         ValueError: as `multiply`.
     """
     _check(weight)
@@ -136,17 +135,13 @@ def _from_codes(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
     if not y.numel():
         return y
     # names stay: what is copied here has to live until the call is over
-    x, table = x.contiguous(), w.table.cpu()
+    x, held = x.contiguous(), arguments.at_hand(w.codes, w.scales, w.table, w.nested)
     bias = None if bias is None else bias.float().contiguous()
-    scales: tuple[int | None, ...] = (w.scales.data_ptr(), None, None, None, None)
-    if w.nested is not None:
-        nested = [t.cpu() for t in w.nested]
-        scales = (None, w.scales.data_ptr(), *(t.data_ptr() for t in nested))
     library.function("lora_matmul4", *_ARGUMENTS)(
         library.threads(),
-        *(w.codes.data_ptr(), *scales, table.data_ptr()),
+        *arguments.addresses(held),
         *(w.out_features, w.in_features, w.block_size),
-        *(x.data_ptr(), len(x), _DTYPES[x.dtype]),
+        *(x.data_ptr(), len(x), arguments.DTYPES[x.dtype]),
         *(None if bias is None else bias.data_ptr(), y.data_ptr()),
     )
     return y
@@ -155,34 +150,10 @@ def _from_codes(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
 def _check(weight: Weight4, bias: Tensor | None = None) -> None:
     """Refuse what C cannot read, or would read past the end of."""
     w = weight
-    decoders = (("scale_absmax", w.scale_absmax), ("scale_offset", w.scale_offset))
-    for name, t in (("codes", w.codes), ("scales", w.scales), *decoders, ("bias", bias)):
+    for name, t in (("codes", w.codes), ("bias", bias)):
         if t is not None and not t.is_cpu:
             raise ValueError(f"{name} must be on the CPU, as x is; got {t.device}")
-    if w.codes.dtype != torch.uint8:
-        raise ValueError(f"codes must be uint8, two a byte; got {w.codes.dtype}")
     numel = w.out_features * w.in_features
-    size, blocks = (numel + 1) // 2, -(-numel // w.block_size)
-    if w.codes.numel() != size or w.scales.numel() != blocks:
-        raise ValueError(
-            f"a weight ({w.out_features}, {w.in_features}) in blocks of {w.block_size} needs "
-            f"{size} bytes of codes and {blocks} scales; got {w.codes.numel()} and "
-            f"{w.scales.numel()}"
-        )
-    check_table(w.table)
-    if w.nested is not None:
-        _check_nested(w.scales, w.nested)
-    elif w.scales.dtype != torch.float32:
-        raise ValueError(f"scales of {w.scales.dtype} need what decodes them; float32 do not")
-
-
-def _check_nested(scales: Tensor, nested: tuple[Tensor, Tensor, Tensor]) -> None:
-    groups = -(-scales.numel() // SCALE_GROUP)
-    fits = [t.numel() for t in nested] == [groups, 1, 256]
-    fits = fits and all(t.dtype == torch.float32 for t in nested)
-    if not fits or scales.dtype != torch.uint8:
-        got = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (scales, *nested))
-        raise ValueError(
-            f"nested scales must be uint8 with {groups} maxima, 1 offset and 256 entries, all "
-            f"float32; got {got}"
-        )
+    check_stored(w.codes, w.scales, w.table, w.block_size, w.nested, numel)
+    if w.nested is not None and w.scales.dtype != torch.uint8:
+        raise ValueError(f"nested scales must be uint8; got {w.scales.dtype}")

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from lora_kernels import blockwise4_reference as reference
-from lora_kernels.cpu import library
+from lora_kernels.cpu import arguments, library
 from lora_kernels.scales4 import SCALE_GROUP
 
 __all__ = ["encode_scales", "quantize"]
 
-# as weight4.h numbers them
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _QUANTIZE = (
     *(c_int, c_int, c_void_p, c_int64, c_int64, c_void_p),  # threads, dtype, x, n, block, table
     *(c_void_p, c_void_p, c_void_p),  # codes, scales, flag
@@ -49,7 +47,13 @@ def quantize(
     for piece in (x,) if x.is_contiguous() else reference.pieces(x, block_size):
         here = piece.contiguous()
         run(
-            *(library.threads(), DTYPES[x.dtype], here.data_ptr(), here.numel(), block_size),
+            *(
+                library.threads(),
+                arguments.DTYPES[x.dtype],
+                here.data_ptr(),
+                here.numel(),
+                block_size,
+            ),
             *(table.data_ptr(), to_codes + start // 2, to_scales + start // block_size * 4, told),
         )
         start += here.numel()

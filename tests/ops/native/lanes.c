@@ -50,8 +50,6 @@ static int check_arithmetic(void)
         const vf x = vf_load(a), y = vf_load(b), z = vf_load(c);
         vf_store(got, vf_add(x, y));
         EACH_LANE CHECK(same(got[l], a[l] + b[l]));
-        vf_store(got, vf_sub(x, y));
-        EACH_LANE CHECK(same(got[l], a[l] - b[l]));
         vf_store(got, vf_mul(x, y));
         EACH_LANE CHECK(same(got[l], a[l] * b[l]));
         vf_store(got, vf_div(x, y));
@@ -116,8 +114,6 @@ static int check_integers(void)
         GOT(vu_set1(a[0]));
         EACH_LANE CHECK(got[l] == a[0]);
         for (int bits = 0; bits < 32; bits++) {
-            GOT(vu_shr(x, bits));
-            EACH_LANE CHECK(got[l] == a[l] >> bits);
             GOT(vu_shl(x, bits));
             EACH_LANE CHECK(got[l] == a[l] << bits);
         }
