@@ -104,6 +104,8 @@ def _trimmed(value: Any, total: int, extra: int) -> Any:
     for name in fields:
         if isinstance(part := getattr(value, name), Tensor | tuple):
             setattr(value, name, _trimmed(part, total, extra))
+        if name == "token_losses" and isinstance(part, Tensor):  # (B, total)
+            setattr(value, name, part[:, extra:])
     return value
 
 

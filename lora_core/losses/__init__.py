@@ -4,16 +4,20 @@ from lora_core.losses.cross_entropy import (
     IGNORE,
     count_graded,
     linear_cross_entropy,
+    linear_token_cross_entropy,
     masked_cross_entropy,
     shift_labels,
     token_cross_entropy,
+    token_mean,
 )
 
 __all__ = [
     "IGNORE",
     "count_graded",
     "linear_cross_entropy",
+    "linear_token_cross_entropy",
     "masked_cross_entropy",
     "shift_labels",
     "token_cross_entropy",
+    "token_mean",
 ]

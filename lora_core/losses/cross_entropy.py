@@ -141,8 +141,30 @@ def masked_cross_entropy(
         ValueError: shapes that do not fit, a label outside the vocabulary, a negative normalizer.
         TypeError: labels that are not integers.
     """
+    loss, _ = token_mean(logits, labels, normalizer=normalizer, label_smoothing=label_smoothing)
+    return loss
+
+
+def token_mean(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    normalizer: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`masked_cross_entropy` with each position's own loss beside the mean.
+
+    Args:
+        logits: (B, T, V).
+        labels: integers (B, T), unshifted, -100 where not graded.
+        normalizer: as in `masked_cross_entropy`.
+        label_smoothing: ε in [0, 1).
+
+    Returns:
+        The scalar, and the detached losses (B, T).
+    """
     losses = token_cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    return losses.sum() / _divisor(labels, normalizer)
+    return losses.sum() / _divisor(labels, normalizer), losses.detach()
 
 
 def _chunk_loss(
@@ -151,12 +173,15 @@ def _chunk_loss(
     head: Callable[[Tensor], Tensor],
     softcap: float | None,
     scale: float,
+    label_smoothing: float,
 ) -> Tensor:
     logits = head(rows)  # (n, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, reduction="sum")
+    return F.cross_entropy(
+        logits, targets, reduction="none", label_smoothing=label_smoothing
+    )  # (n,)
 
 
 def linear_cross_entropy(
@@ -188,23 +213,66 @@ def linear_cross_entropy(
     Ref:
         Gemma Team 2024 (Gemma 2), section 2, for the cap.
     """
+    loss, _ = linear_token_cross_entropy(
+        hidden, head, labels, normalizer=normalizer, softcap=softcap, scale=scale
+    )
+    return loss
+
+
+def linear_token_cross_entropy(
+    hidden: Tensor,
+    head: Tensor | nn.Module,
+    labels: Tensor,
+    *,
+    normalizer: float | Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""`linear_cross_entropy` with each position's own loss beside the mean.
+
+    Args:
+        hidden: the decoder's last hidden states (B, T, H).
+        head: the output head's weight (V, H), or a module (H) -> (V), an adapted one included.
+        labels: integers (B, T), unshifted, -100 where not graded.
+        normalizer: as in `masked_cross_entropy`.
+        softcap: c: logits become c·tanh(logits / c), after the scale; None: no cap.
+        scale: a factor on the logits.
+        label_smoothing: ε in [0, 1); see `token_cross_entropy`.
+
+    Returns:
+        The scalar of `linear_cross_entropy`, and what `token_cross_entropy` gives, (B, T) in
+        float32, without a gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, a label outside the vocabulary, a negative normalizer.
+        TypeError: labels that are not integers.
+
+    Ref:
+        Gemma Team 2024 (Gemma 2), section 2, for the cap.
+    """
     classes = head.shape[0] if isinstance(head, Tensor) else _head_rows(head)
     _check_labels(labels, hidden.shape[:-1], classes)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, or None for no cap; got {softcap}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
     project = (lambda x: F.linear(x, head)) if isinstance(head, Tensor) else head
     targets = shift_labels(labels)  # (B, T)
     graded = targets != IGNORE
     rows, targets = hidden[graded], targets[graded]  # (n, H), (n,)
     size = max(1, _CHUNK_ELEMENTS // classes)
-    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    parts = []
     # without a graded row one empty chunk still ties the result to hidden and head
     for start in range(0, max(len(targets), 1), size):
-        chunk = slice(start, start + size)
-        total = total + checkpoint(
-            _chunk_loss, rows[chunk], targets[chunk], project, softcap, scale, use_reentrant=False
+        chunk, options = slice(start, start + size), (project, softcap, scale, label_smoothing)
+        parts.append(
+            checkpoint(_chunk_loss, rows[chunk], targets[chunk], *options, use_reentrant=False)
         )
-    return total / _divisor(labels, normalizer)
+    losses = torch.cat(parts)  # (n,)
+    by_token = losses.new_zeros(labels.shape)
+    by_token[graded] = losses.detach()
+    return losses.sum() / _divisor(labels, normalizer), by_token
 
 
 def _head_rows(head: nn.Module) -> int:

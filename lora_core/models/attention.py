@@ -79,6 +79,23 @@ def default_positions(
     return torch.arange(past, past + tokens, device=device)[None]
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """Cast the input that several projections share to autocast's dtype, if it is active.
+
+    Each would cast it for itself, to the same numbers, and keep a copy of its own for backward.
+
+    Args:
+        x: any tensor.
+
+    Returns:
+        x, or x in autocast's dtype.
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x
+    return x
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions: Hugging Face's `self_attn`."""
 
@@ -109,6 +126,7 @@ class Attention(nn.Module):
         Returns:
             (B, T, C).
         """
+        x = cast_once(x)
         q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, H, T, D), (B, Hkv, T, D)
         if cache is not None:

@@ -13,14 +13,15 @@ whole path from ids to loss is the few functions below. Activation checkpointing
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_core.losses.cross_entropy import masked_cross_entropy
-from lora_core.models.attention import Attention, attention_rule, default_positions
+from lora_core.losses.cross_entropy import linear_token_cross_entropy, token_mean
+from lora_core.models.attention import Attention, attention_rule, cast_once, default_positions
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
 from lora_core.models.rope import Rotary
@@ -37,10 +38,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class ModelOutput:
     """What a forward returns."""
 
-    logits: Tensor
-    """(B, T, V), or (B, logits_to_keep, V)."""
+    logits: Tensor | None
+    """(B, T, V), or (B, logits_to_keep, V); None with `keep_logits=False`."""
     loss: Tensor | None = None
     """Mean cross-entropy over graded tokens, a scalar; None without labels."""
+    token_losses: Tensor | None = None
+    """(B, T) float32, without a gradient: each position's loss, 0 where not graded."""
     hidden_states: tuple[Tensor, ...] | None = None
     """On request (B, T, C) each: the embeddings, then every layer's output, the last one normed."""
 
@@ -79,6 +82,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, C) to (B, T, C)."""
+        x = cast_once(x)
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -155,6 +159,9 @@ class CausalLM(nn.Module):
     Ref: Touvron et al., arXiv:2302.13971, section 2.2.
     """
 
+    grades = True
+    """Says that the forward takes `normalizer`, `label_smoothing` and `keep_logits`."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -162,7 +169,7 @@ class CausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
-    def forward(
+    def forward(  # noqa: PLR0913  # transformers' arguments, and the loss's
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -174,6 +181,9 @@ class CausalLM(nn.Module):
         document_ids: Tensor | None = None,
         logits_to_keep: int | None = None,
         output_hidden_states: bool = False,
+        normalizer: float | None = None,
+        label_smoothing: float = 0.0,
+        keep_logits: bool = True,
     ) -> ModelOutput:
         """Logits of the next token at every position, and the loss if there are labels.
 
@@ -187,6 +197,9 @@ class CausalLM(nn.Module):
             document_ids: (B, T) integers; tokens see only those with the same id (packed rows).
             logits_to_keep: only for the last so many positions; not with labels.
             output_hidden_states: also return the hidden states.
+            normalizer: what the summed loss is divided by; None: the graded tokens of this batch.
+            label_smoothing: of the loss; see `token_cross_entropy`.
+            keep_logits: False with labels: the loss alone, and logits are never held whole.
 
         Returns:
             ModelOutput.
@@ -197,6 +210,8 @@ class CausalLM(nn.Module):
         self._check(input_ids, inputs_embeds, attention_mask, cache, document_ids)
         if labels is not None and logits_to_keep is not None:
             raise ValueError("labels need every position's logits: leave logits_to_keep out")
+        if labels is None and not keep_logits:
+            raise ValueError("without labels the logits are all there is: leave keep_logits True")
         if logits_to_keep is not None and logits_to_keep < 1:
             raise ValueError(f"logits_to_keep must be at least 1; got {logits_to_keep}")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -209,11 +224,15 @@ class CausalLM(nn.Module):
             keep_all=output_hidden_states,
         )
         kept = states[-1] if logits_to_keep is None else states[-1][:, -logits_to_keep:]
-        logits = self.lm_head(kept)  # (B, T, V)
-        loss = None
-        if labels is not None:
-            loss = masked_cross_entropy(logits, labels)
-        return ModelOutput(logits, loss, tuple(states) if output_hidden_states else None)
+        logits = self.lm_head(kept) if keep_logits else None  # (B, T, V)
+        loss = by_token = None
+        grading: dict[str, Any] = {"normalizer": normalizer, "label_smoothing": label_smoothing}
+        if labels is not None and logits is not None:
+            loss, by_token = token_mean(logits, labels, **grading)
+        elif labels is not None:
+            loss, by_token = linear_token_cross_entropy(kept, self.lm_head, labels, **grading)
+        hidden = tuple(states) if output_hidden_states else None
+        return ModelOutput(logits, loss, by_token, hidden)
 
     def _check(
         self,

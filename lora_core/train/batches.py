@@ -109,6 +109,10 @@ def make_batches(
     batch_size: int,
     seed: int | None,
     collate: Callable[[Sequence[Any]], Batch] | None = None,
+    *,
+    packing: int | None = None,
+    by_length: bool = False,
+    few_lengths: bool = False,
 ) -> BatchSource:
     """Batches from rows or from batches, whichever `data` holds.
 
@@ -117,6 +121,9 @@ def make_batches(
         batch_size: rows in a batch; not used for ready batches.
         seed: of the order; None keeps the rows' own; not used for ready batches.
         collate: rows -> batch. When given, `data` is a sequence of rows of any kind.
+        packing: tokens of a row into which short samples are packed; None: a row a sample.
+        by_length: batches of samples of about the same length.
+        few_lengths: pad to one of a few lengths, for what is compiled once for each.
 
     Returns:
         The source of batches.

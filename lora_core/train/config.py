@@ -18,8 +18,19 @@ DEFAULT_LR = {
 (Schulman et al. 2025, "LoRA Without Regret")."""
 
 _SCHEDULES = ("cosine", "linear", "constant")
+_OPTIMIZERS = ("adamw", "adamw8bit", "adamw-paged")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_REAL = ("lr", "warmup", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps", "label_smoothing")
+_REAL = (
+    "lr",
+    "lora_plus",
+    "warmup",
+    "min_lr_ratio",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "eps",
+    "label_smoothing",
+)
 _WARMUP = "a share below 1 or a whole number of steps"
 
 
@@ -63,8 +74,25 @@ class TrainConfig:
     """share of each target spread over the vocabulary, in [0, 1)"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the matrix products; auto: bfloat16 on a GPU that has it, else float32"""
+    optimizer: Literal["adamw", "adamw8bit", "adamw-paged"] = "adamw"
+    """AdamW's state: float32, 8 bits a number in blocks of 256, or float32 in the host's memory"""
+    lora_plus: float = 1.0
+    """learning rate of LoRA's B over that of everything else (LoRA+ recommends 16)"""
+    packing: int | None = None
+    """tokens of a row into which short samples are packed; none: one sample a row, padded"""
+    group_by_length: bool = False
+    """batches of samples of about the same length: less padding, a less random order"""
+    probe: bool | None = None
+    """run the longest batch once, without a step, before all others, so that too little memory
+    shows at once; none: on a GPU only"""
     activation_checkpointing: bool = False
     """recompute each layer in backward: less memory, about a third more time"""
+    offload_activations: bool = False
+    """keep what checkpointing keeps in the host's memory instead of the GPU's"""
+    compile: bool = False
+    """compile each layer by torch.compile; lengths are padded to a few sizes"""
+    shard: bool = False
+    """split weights over the processes of torchrun (FSDP2); else each process holds all of them"""
     eval_every: int | None = None
     """steps between evaluations; none: at the end of each epoch"""
     patience: int | None = None
@@ -84,7 +112,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         whole = {"epochs": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "eval_every": 1}
-        whole |= {"patience": 1, "save_every": 1, "keep": 1, "seed": 0}
+        whole |= {"patience": 1, "save_every": 1, "keep": 1, "seed": 0, "packing": 2}
         for name, least in whole.items():
             value = getattr(self, name)
             if value is None and getattr(type(self), name) is None:
@@ -107,11 +135,21 @@ class TrainConfig:
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
             ("warmup", self.warmup >= 0 and (share or self.warmup == int(self.warmup)), _WARMUP),
             ("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
+            ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
+            ("lora_plus", self.lora_plus > 0, "above 0"),
             ("dtype", self.dtype in _DTYPES, f"one of {', '.join(_DTYPES)}"),
         ]
         for name, holds, rule in rules:
             if not holds:
                 raise ValueError(f"{name} must be {rule}; got {getattr(self, name)!r}")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Refuse settings that do not go together."""
+        if self.packing is not None and self.group_by_length:
+            raise ValueError("packing fills rows whole: leave group_by_length out")
+        if self.offload_activations and not self.activation_checkpointing:
+            raise ValueError("offload_activations moves what checkpointing keeps: set both")
         if self.resume and self.out is None:
             raise ValueError("resume needs out, the folder that holds the checkpoints")
 

@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,12 @@ from lora_core.train.batches import (
     steps_per_epoch,
     to_device,
 )
+from lora_core.train.compile import compiled_layers
 from lora_core.train.config import TrainConfig
 from lora_core.train.interrupt import Interrupts
-from lora_core.train.optim import make_adamw, trained_parameters
+from lora_core.train.optim import make_optimizer, trained_parameters
+from lora_core.train.probe import advice, probe_due, run_longest
+from lora_core.train.ranks import Ranks
 from lora_core.train.recompute import recomputed_layers
 from lora_core.train.report import (
     Bar,
@@ -115,7 +118,15 @@ def train(
     config = config or TrainConfig()
     if config.patience is not None and eval_dataset is None:
         raise ValueError("patience counts evaluations: give eval_dataset, or set patience to None")
-    source = make_batches(dataset, config.batch_size, config.seed, collate)
+    source = make_batches(
+        dataset,
+        config.batch_size,
+        config.seed,
+        collate,
+        packing=config.packing,
+        by_length=config.group_by_length,
+        few_lengths=config.compile,
+    )
     run = Run(
         model=model,
         config=config,
@@ -128,11 +139,17 @@ def train(
         eval_loss=loss or CausalLoss(),
         schedule=schedule or schedule_of(config),
         schedule_name="" if schedule else f" {config.schedule}",
-        optimizer_factory=optimizer or (lambda named: make_adamw(named, config)),
+        optimizer_factory=optimizer or (lambda named: make_optimizer(model, named, config)),
         facts=json.loads(json.dumps(dict(facts or {}))),
     )
     lock = contextlib.nullcontext() if config.out is None else folder_lock(config.out)
-    with lock, modes_kept(model), recomputed_layers(model, config.activation_checkpointing):
+    recompute = (config.activation_checkpointing, config.offload_activations)
+    with (
+        lock,
+        modes_kept(model),
+        compiled_layers(model, config.compile),
+        recomputed_layers(model, *recompute),
+    ):
         return run.go(on_step or (lambda record: None))
 
 
@@ -165,6 +182,7 @@ class Run:
     schedule_name: str
     optimizer_factory: OptimizerFactory
     facts: dict[str, Any]
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         self.parameters = trained_parameters(self.model)
@@ -197,6 +215,10 @@ class Run:
                 interrupted, speed = self.loop(on_step)
             except NonFiniteError as error:
                 raise self.explain(error) from None
+            except torch.OutOfMemoryError as error:
+                first = str(error).strip().splitlines()[0]
+                step = self.progress.step + 1
+                raise ValueError(f"step {step}: {first}; {advice(self.config)}") from None
             self.plot()
         if self.finished() and self.config.keep_best:
             self.put_back_best()
@@ -245,6 +267,9 @@ class Run:
         groups = step_groups(self.source, self.config.accumulate, progress.epoch, progress.group)
         seconds, fed = 0.0, 0
         self.model.train()
+        if probe_due(self.config, self.device):
+            run_longest(self.source, self.forward_backward)
+            reset_peak_memory(self.device)
         with (
             contextlib.closing(metrics),
             Interrupts() as interrupts,
@@ -272,6 +297,13 @@ class Run:
                     self.save()
         # interrupted before the first step, no time has been spent
         return interrupts.asked and not self.finished(), fed / seconds if seconds else 0.0
+
+    def forward_backward(self, batch: Batch) -> None:
+        """Run one batch without a step; its gradients are dropped."""
+        with self.policy.autocast():
+            value, _ = split_rows(self.loss(self.model, to_device(batch, self.device), 1))
+        torch.autograd.backward(self.scaler.scale(value))
+        self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, batches: Sequence[Batch]) -> Record:
         """Set the learning rate and update the weights."""

@@ -39,6 +39,24 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def make_optimizer(
+    model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """The optimizer a configuration describes.
+
+    Args:
+        model: that holds the parameters; LoRA's B are found in it by type.
+        parameters: (name, parameter) pairs.
+        config: `optimizer` says how the state is kept; lr, lora_plus, betas, eps, weight_decay.
+
+    Returns:
+        The optimizer.
+    """
+    if config.optimizer != "adamw" or config.lora_plus != 1:
+        raise ValueError(f"optimizer {config.optimizer} is not built yet")
+    return make_adamw(parameters, config)
+
+
 def make_adamw(
     parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig
 ) -> torch.optim.AdamW:

@@ -37,12 +37,13 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def recomputed_layers(model: nn.Module, on: bool = True) -> Iterator[None]:
+def recomputed_layers(model: nn.Module, on: bool = True, offload: bool = False) -> Iterator[None]:
     """Within the block the model's layers recompute their activations in backward.
 
     Args:
         model: any module with an `nn.ModuleList` of layers.
         on: False changes nothing.
+        offload: keep the layers' inputs in the host's memory.
 
     Yields:
         None. Afterwards the layers are as they were.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.device import DtypePolicy
-from lora_core.losses import count_graded, token_cross_entropy
+from lora_core.losses import IGNORE, count_graded, token_mean
 from lora_core.train.batches import Batch, to_device, tokens_in
 
 Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor]"]
@@ -40,11 +40,24 @@ class CausalLoss:
     def __call__(
         self, model: nn.Module, batch: Mapping[str, Any], normalizer: float
     ) -> tuple[Tensor, Tensor]:
-        """Run the model on every tensor of the batch but the labels, and judge its logits."""
+        """Run the model on every tensor of the batch, and judge it.
+
+        A model that `grades` does so itself, without holding its logits (models/decoder.py); of any
+        other the logits are taken whole.
+        """
         inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+        grading: dict[str, Any] = {
+            "normalizer": normalizer,
+            "label_smoothing": self.label_smoothing,
+        }
+        if getattr(getattr(model, "module", model), "grades", False):
+            labels = batch["labels"].clone()
+            labels[:, 0] = IGNORE  # nothing predicts it, unless a soft prompt stands before it
+            out = model(**inputs, **grading, labels=labels, keep_logits=False)
+            return out.loss, out.token_losses.sum(dim=1)
         logits = model(**inputs).logits  # (B, T, V)
-        losses = token_cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
-        return losses.sum() / max(normalizer, 1), losses.detach().sum(dim=1)
+        loss, by_token = token_mean(logits, batch["labels"], **grading)
+        return loss, by_token.sum(dim=1)
 
     def count(self, batch: Batch) -> float:
         """The batch's graded tokens, counted after the shift."""
