@@ -1,0 +1,1 @@
+"""Training against transformers + PEFT + bitsandbytes: tokens a second and peak memory."""
