@@ -13,16 +13,15 @@ the checkpoint, so that a run that was stopped and resumed is, bit for bit, the 
 import contextlib
 import dataclasses
 import json
-import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_core.adapters import parameter_counts
 from lora_core.device import DtypePolicy, dtype_policy, peak_memory, reset_peak_memory
@@ -31,7 +30,6 @@ from lora_core.files import folder_lock
 from lora_core.train.batches import (
     Batch,
     BatchSource,
-    ReadyBatches,
     make_batches,
     step_groups,
     steps_per_epoch,
@@ -39,6 +37,7 @@ from lora_core.train.batches import (
 )
 from lora_core.train.compile import compiled_layers
 from lora_core.train.config import TrainConfig
+from lora_core.train.evaluation import Evaluation
 from lora_core.train.interrupt import Interrupts
 from lora_core.train.optim import make_optimizer, trained_parameters
 from lora_core.train.probe import advice, probe_due, run_longest
@@ -55,14 +54,12 @@ from lora_core.train.report import (
     write_run,
 )
 from lora_core.train.schedule import Schedule, schedule_of
-from lora_core.train.snapshot import restore_weights, seed_everything
-from lora_core.train.state import Checkpoints, Loaded, Progress
+from lora_core.train.snapshot import seed_everything
+from lora_core.train.state import Checkpoints, Progress
 from lora_core.train.step import (
     CausalLoss,
     Loss,
     NonFiniteError,
-    SourceMeans,
-    counter,
     split_rows,
     train_step,
 )
@@ -127,16 +124,16 @@ def train(
         by_length=config.group_by_length,
         few_lengths=config.compile,
     )
+    held_out = None
+    if eval_dataset is not None:
+        held_out = make_batches(eval_dataset, config.batch_size, None, collate)
     run = Run(
         model=model,
         config=config,
         source=source,
         total=total_steps(config, source),
-        eval_source=None
-        if eval_dataset is None
-        else make_batches(eval_dataset, config.batch_size, None, collate),
         loss=loss or CausalLoss(config.label_smoothing),
-        eval_loss=loss or CausalLoss(),
+        evaluation=Evaluation(held_out, loss or CausalLoss(), config),
         schedule=schedule or schedule_of(config),
         schedule_name="" if schedule else f" {config.schedule}",
         optimizer_factory=optimizer or (lambda named: make_optimizer(model, named, config)),
@@ -175,9 +172,8 @@ class Run:
     config: TrainConfig
     source: BatchSource
     total: int
-    eval_source: BatchSource | None
     loss: Loss
-    eval_loss: Loss
+    evaluation: Evaluation
     schedule: Schedule
     schedule_name: str
     optimizer_factory: OptimizerFactory
@@ -195,7 +191,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.policy.scales_loss)
         self.progress = Progress(total=self.total)
         self.checked = False
-        self.best_weights: dict[str, Tensor] | None = None
         out = self.config.out
         self.out = None if out is None else Path(out)
         self.checkpoints = (
@@ -204,8 +199,7 @@ class Run:
 
     def go(self, on_step: Callable[[Record], object]) -> TrainResult:
         """Resume or begin, loop, put the best weights back."""
-        if self.eval_source is not None:
-            self.check_evaluation(self.eval_source)
+        self.evaluation.check()
         seed_everything(self.config.seed)
         resumed = self.resume() if self.config.resume else None
         interrupted, speed = False, 0.0
@@ -221,7 +215,7 @@ class Run:
                 raise ValueError(f"step {step}: {first}; {advice(self.config)}") from None
             self.plot()
         if self.finished() and self.config.keep_best:
-            self.put_back_best()
+            self.evaluation.put_back_best(self.progress, self.parameters, self.checkpoints)
         progress = self.progress
         return TrainResult(
             history=progress.history,
@@ -337,62 +331,11 @@ class Run:
         return "eval_loss" in record if every is None else self.progress.step % every == 0
 
     def evaluate_if_due(self, record: Record) -> bool:
-        """Evaluate after the step if it is time, and note what follows from it.
-
-        Returns:
-            Whether this is the best evaluation so far.
-        """
-        every, progress = self.config.eval_every, self.progress
-        last = progress.step >= self.total
-        due = self.epoch_ends() if every is None else last or progress.step % every == 0
-        if self.eval_source is None or not due:
+        """Evaluate after the step if it is time; says whether it is the best so far."""
+        if not self.evaluation.due(self.progress, self.epoch_ends()):
             return False
-        record.update(self.evaluate(self.eval_source))
-        loss = record["eval_loss"]
-        if progress.best_loss is None or loss < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.since_best = loss, progress.step, 0
-            if self.out is None and self.config.keep_best:
-                self.best_weights = {k: p.detach().clone() for k, p in self.parameters.items()}
-            return True
-        progress.since_best += 1
-        progress.stopped_early = self.out_of_patience(progress)
-        return False
-
-    def out_of_patience(self, progress: Progress) -> bool:
-        """Whether there were too many evaluations without a better loss."""
-        patience = self.config.patience
-        return patience is not None and progress.since_best >= patience
-
-    def check_evaluation(self, source: BatchSource) -> None:
-        """Find out now, not after an epoch, that there is nothing to evaluate on.
-
-        Raises:
-            ValueError: data that can be read only once, or that grade nothing.
-        """
-        if isinstance(source, ReadyBatches) and isinstance(source.batches, Iterator):
-            raise ValueError(
-                "the evaluation data can be read only once and are read at each evaluation: "
-                "give a list, or an object that can be iterated again"
-            )
-        if not any(map(counter(self.eval_loss), source.epoch(0))):
-            raise ValueError("no token of the evaluation data is graded, so it has no loss")
-
-    @torch.no_grad()
-    def evaluate(self, source: BatchSource) -> Record:
-        """Mean loss over all graded tokens of a source of batches: sum of sums / sum of counts."""
-        total, graded, by_source = 0.0, 0.0, SourceMeans()
-        self.model.eval()
-        for batch in source.epoch(0):
-            moved = to_device(batch, self.device)
-            with self.policy.autocast():
-                value, rows = split_rows(self.eval_loss(self.model, moved, 1))
-            number = value.item()
-            if not math.isfinite(number):
-                raise NonFiniteError(f"the evaluation loss is {number}", [batch])
-            total, graded = total + number, graded + counter(self.eval_loss)(batch)
-            by_source.add(batch, rows)
-        self.model.train()
-        return {"eval_loss": total / graded} | by_source.means("eval_loss/")
+        record.update(self.evaluation.measure(self.model, self.policy))
+        return self.evaluation.note(record["eval_loss"], self.progress, self.parameters)
 
     def identity(self) -> dict[str, Any]:
         """What a continuing run has to share with the one that wrote the checkpoint."""
@@ -422,7 +365,7 @@ class Run:
             return None
         loaded.check_identity(self.identity())
         loaded.restore(self.parameters, self.optimizer, self.scaler)
-        stopped = self.out_of_patience(loaded.progress)  # by this run's patience
+        stopped = self.evaluation.out_of_patience(loaded.progress)  # by this run's patience
         self.progress = dataclasses.replace(
             loaded.progress, total=self.total, stopped_early=stopped
         )
@@ -436,27 +379,6 @@ class Run:
         why = plot_loss(self.progress.history, self.out / "loss.png")
         if why is not None:
             say(why)
-
-    def put_back_best(self) -> None:
-        """Give the model the weights of the best evaluation."""
-        best = self.progress.best_step
-        if best is None or best == self.progress.step:
-            return
-        if self.checkpoints is None:
-            weights, where = self.best_weights, Path("memory")
-        else:
-            where = self.checkpoints.path(best)
-            try:
-                weights = Loaded.read(where).weights
-            except (ValueError, OSError) as error:
-                warnings.warn(
-                    f"the best checkpoint, {where.name}, is damaged ({error}); the model keeps the "
-                    "weights of the last step",
-                    stacklevel=2,
-                )
-                return
-        assert weights is not None  # kept when the evaluation was made
-        restore_weights(self.parameters, weights, where)
 
     def explain(self, error: NonFiniteError) -> NonFiniteError:
         """The error with the step in it, its batches written to the run's folder."""
