@@ -58,6 +58,56 @@ def reset_peak_memory(device: torch.device | str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+class HostCopies:
+    """Copies between a CUDA device and pinned host memory, on a stream of their own.
+
+    One stream serves both ways: a step's copies out all come before its copies back. Memory is the
+    current stream's; who lets it go, or uses it, calls `wait` first. Pinned memory comes from
+    torch's allocator, which hands a block out again only when the copies on it are done.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
+
+    def out(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """Start copying a contiguous tensor out; give the copy and what says that it is made."""
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return copy, self._copy(copy, tensor)
+
+    def back(self, copy: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """Start copying to the device; give the tensor and what says that it is there."""
+        tensor = torch.empty_like(copy, device=self.device)
+        return tensor, self._copy(tensor, copy)
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Let the current stream, not the host, wait for a copy."""
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+        # what is in the tensor, or was in its memory, is the current stream's work
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            to.copy_(source, non_blocking=True)
+        return self.stream.record_event()
+
+
+def host_copies(device: torch.device | str) -> HostCopies | None:
+    """The copies between a device and the host.
+
+    Args:
+        device: any.
+
+    Returns:
+        None where the host's memory is the device's own.
+    """
+    device = torch.device(device)
+    return HostCopies(device) if device.type == "cuda" else None
+
+
 @dataclass(frozen=True)
 class DtypePolicy:
     """How a run computes: the dtype of activations, and whether the loss is scaled."""

@@ -12,7 +12,8 @@ operator, because decoded ones would be a further half bit a parameter held from
 backward.
 
 On a GPU one of three routes is taken, by the number of rows (gpu/routes4.py), on a CPU one of two
-(cpu/matmul4.py): few rows are multiplied straight from the codes, by W unrounded.
+(cpu/matmul4.py): few rows are multiplied straight from the codes, by W unrounded. Under activation
+checkpointing what the recomputation expanded serves the gradient too (expansions.py).
 
 Bytes moved by the reference, N x K weight: K N / 2 codes read, 2 K N written and read again as the
 16-bit W. W is rounded once, from the float32 product of table entry and scale to the dtype of x.
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.blockwise4 import expand4
 from lora_kernels.dispatch import backend_for, device_of
+from lora_kernels.expand4 import expand4
+from lora_kernels.expansions import expanded, taken
 from lora_kernels.operands import (
     SCHEMA,
     TENSORS,
@@ -98,7 +100,7 @@ def matmul4_reference(x: Tensor, weight: Weight4, bias: Tensor | None = None) ->
         (..., N) in the dtype of x.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, expand4(weight, x.dtype), bias)
+    return torch.nn.functional.linear(x, expanded(weight, x.dtype), bias)
 
 
 def dx_reference(dy: Tensor, weight: Weight4) -> Tensor:
@@ -111,7 +113,8 @@ def dx_reference(dy: Tensor, weight: Weight4) -> Tensor:
     Returns:
         (..., K) in the dtype of dy.
     """
-    return dy @ expand4(weight, dy.dtype)
+    kept = taken(weight, dy.dtype)
+    return dy @ (expand4(weight, dy.dtype) if kept is None else kept)
 
 
 def _matmul4_native(x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:

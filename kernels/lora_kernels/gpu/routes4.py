@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_kernels.blockwise4 import expand4
+from lora_kernels import expansions
 from lora_kernels.gpu import matmul4, planes4
 from lora_kernels.gpu.blockwise4 import expand4_slice
 from lora_kernels.gpu.finish4 import Update
@@ -150,6 +150,9 @@ def dense_dx(dy: Tensor, weight: Weight4) -> Tensor:
         (M, K) in the dtype of dy.
     """
     n, k = weight.out_features, weight.in_features
+    kept = expansions.taken(weight, dy.dtype)
+    if kept is not None:
+        return dy @ kept
     dx = dy
     for start, stop, w in _slices(weight, k, n, dy, along=1):
         if (start, stop) == (0, k):
@@ -162,18 +165,25 @@ def dense_dx(dy: Tensor, weight: Weight4) -> Tensor:
 def _slices(
     weight: Weight4, length: int, across: int, like: Tensor, along: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Cut W along its rows (0) or columns (1); each slice is overwritten by the next."""
+    """Cut W along its rows (0) or columns (1); each slice is overwritten by the next.
+
+    Where a recomputation keeps W for its gradient, slices of rows are written beside one another.
+    """
     n, k, dtype = weight.out_features, weight.in_features, like.dtype
     unit = weight.block_size if along else 1
     step = max(1, SLICE_BYTES // (across * dtype.itemsize or 1) // unit) * unit
     if step >= length or k % weight.block_size or dtype not in HALF:
-        yield 0, length, expand4(weight, dtype)
+        yield 0, length, expansions.expanded(weight, dtype)
         return
-    workspace = like.new_empty(step * across)
+    whole = None if along else expansions.room(weight, dtype)
+    workspace = like.new_empty(0 if whole is not None else step * across)
     for start in range(0, length, step):
         stop = min(start + step, length)
         box = (0, n, start, stop) if along else (start, stop, 0, k)
-        out = workspace[: (stop - start) * across].view(box[1] - box[0], box[3] - box[2])
+        if whole is None:
+            out = workspace[: (stop - start) * across].view(box[1] - box[0], box[3] - box[2])
+        else:
+            out = whole[start:stop]
         yield start, stop, expand4_slice(weight, *box, dtype, out=out)
 
 
