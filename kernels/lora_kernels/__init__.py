@@ -1,5 +1,6 @@
 """Operators with one plain PyTorch definition each and, where they exist, faster backends."""
 
+from lora_kernels.attention import Documents, document_attention, document_mask, documents
 from lora_kernels.blockwise4 import (
     decode_scales,
     dequantize4,
@@ -14,11 +15,15 @@ from lora_kernels.matmul4 import matmul4
 from lora_kernels.operands import Weight4
 
 __all__ = [
+    "Documents",
     "Weight4",
     "backend_for",
     "decode_scales",
     "dequantize4",
     "describe",
+    "document_attention",
+    "document_mask",
+    "documents",
     "encode_scales",
     "expand4",
     "expand4_slice",

@@ -4,6 +4,7 @@ from lora_core.data.batch import collate, find_duplicates, find_overlap, split
 from lora_core.data.chat import BUILTIN_TEMPLATES, builtin_template, load_template
 from lora_core.data.grading import ControlTextError, Graded, Grader
 from lora_core.data.mixing import mix
+from lora_core.data.packing import collate_packed, pack
 from lora_core.data.records import (
     Chat,
     Completion,
@@ -41,12 +42,14 @@ __all__ = [
     "Tokens",
     "builtin_template",
     "collate",
+    "collate_packed",
     "encode_documents",
     "find_duplicates",
     "find_overlap",
     "load_template",
     "load_tokenizer",
     "mix",
+    "pack",
     "parse_columns",
     "parse_record",
     "parse_records",

@@ -16,33 +16,39 @@ from torch import Tensor
 from lora_core.data.sft import IGNORED, Row, Rows
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, Tensor]:
+def collate(
+    rows: Sequence[Mapping[str, Any]], pad_id: int = 0, length: int | None = None
+) -> dict[str, Tensor]:
     """Rows of different lengths as int64 tensors (B, T), padded on the right.
 
     Args:
         rows: each {"input_ids", "labels"} of its own length.
         pad_id: what to fill `input_ids` with; never looked at again.
+        length: T, if more than the longest row has; None: the longest row's.
 
     Returns:
         input_ids (B, T), labels (B, T) with -100 in the padding, attention_mask (B, T) of 0 and 1.
 
     Raises:
-        ValueError: no rows, or a row whose labels have another length than its ids.
+        ValueError: no rows, a row whose labels have another length than its ids, or one of more
+            than `length` tokens.
     """
     if not rows:
         raise ValueError("collate needs at least one row")
     lengths = [len(row["input_ids"]) for row in rows]
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        if len(row["labels"]) != length:
-            raise ValueError(f"row {index} has {length} input_ids but {len(row['labels'])} labels")
-    shape = (len(rows), max(lengths))
+    for index, (row, size) in enumerate(zip(rows, lengths, strict=True)):
+        if len(row["labels"]) != size:
+            raise ValueError(f"row {index} has {size} input_ids but {len(row['labels'])} labels")
+        if length is not None and size > length:
+            raise ValueError(f"row {index} has {size} tokens for a batch of length {length}")
+    shape = (len(rows), max(lengths) if length is None else length)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)  # (B, T)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)  # (B, T)
     attention_mask = torch.zeros(shape, dtype=torch.int64)  # (B, T)
-    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        input_ids[b, :length] = torch.tensor(row["input_ids"])
-        labels[b, :length] = torch.tensor(row["labels"])
-        attention_mask[b, :length] = 1
+    for b, (row, size) in enumerate(zip(rows, lengths, strict=True)):
+        input_ids[b, :size] = torch.tensor(row["input_ids"])
+        labels[b, :size] = torch.tensor(row["labels"])
+        attention_mask[b, :size] = 1
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
 
 

@@ -2,7 +2,9 @@
 
 The mask is boolean, (B, 1, T, S), True where a query may look, and is built once per forward. If
 nothing is padded and nothing is packed there is none: the operator's own causal path is taken, or
-no mask at all when a single new token looks back at a whole cache.
+no mask at all when a single new token looks back at a whole cache. Packed rows have `Documents` in
+place of a mask where a GPU has kernels that compute the documents' blocks alone
+(lora_kernels/attention.py).
 """
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
 from lora_core.models.rope import rotate
+from lora_kernels import Documents, document_attention, document_mask, documents
 
 
 def attention_rule(
@@ -20,30 +23,39 @@ def attention_rule(
     attention_mask: Tensor | None,
     document_ids: Tensor | None,
     device: torch.device | None = None,
-) -> Tensor | None:
+    *,
+    document_bounds: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | Documents | None:
     """The boolean mask of a forward, or None where plain causal attention is meant.
 
     Args:
         tokens: T, new tokens.
         past: tokens in the cache; S = past + T.
         attention_mask: (B, S), nonzero for real tokens; or None.
-        document_ids: (B, T) integers; a token sees only tokens with its own id; or None.
+        document_ids: (B, T) integers, or None. A document is a run of equal ids, and a token sees
+            only its own.
         device: where the mask is made; None: the CPU.
+        document_bounds: (N + 1,) int32: where the documents begin in the flattened batch, and B T;
+            None: they are counted if needed.
+        dtype: of the embeddings; autocast's counts where it is active.
 
     Returns:
-        (B or 1, 1, T, S) bool, or None. A padded query sees itself, since a row that sees nothing
-        would be 0/0.
+        (B or 1, 1, T, S) bool, or None; or Documents for a GPU's kernels. A padded query sees
+        itself, since a row that sees nothing would be 0/0.
     """
     if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
         attention_mask = None
     # several new tokens after a cache: the operator's causal path would align them to its start
     if attention_mask is None and document_ids is None and (past == 0 or tokens == 1):
         return None
+    if attention_mask is None and document_ids is not None and past == 0:
+        return documents(document_ids, document_bounds, _computed_in(dtype, device))
     query = torch.arange(past, past + tokens, device=device)[:, None]  # (T, 1)
     key = torch.arange(past + tokens, device=device)  # (S,)
     allowed = (key <= query)[None]  # (1, T, S)
     if document_ids is not None:
-        allowed = allowed & (document_ids[:, :, None] == document_ids[:, None, :])
+        allowed = allowed & document_mask(document_ids)[:, 0]
     if attention_mask is not None:
         allowed = allowed & attention_mask.bool()[:, None, :]  # (B, T, S)
         allowed = allowed | (key == query)
@@ -79,6 +91,14 @@ def default_positions(
     return torch.arange(past, past + tokens, device=device)[None]
 
 
+def _computed_in(dtype: torch.dtype, device: torch.device | None) -> torch.dtype:
+    """The dtype of projections of an input: autocast's where it is active."""
+    kind = "cpu" if device is None else device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind) if dtype != torch.float64 else dtype
+    return dtype
+
+
 def cast_once(x: Tensor) -> Tensor:
     """Cast the input that several projections share to autocast's dtype, if it is active.
 
@@ -90,10 +110,7 @@ def cast_once(x: Tensor) -> Tensor:
     Returns:
         x, or x in autocast's dtype.
     """
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device)) if x.dtype != torch.float64 else x
-    return x
+    return x.to(_computed_in(x.dtype, x.device))
 
 
 class Attention(nn.Module):
@@ -113,7 +130,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * dim, hidden, bias=bias)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | Documents | None,
+        cache: KVCache | None,
     ) -> Tensor:
         """Attend.
 
@@ -133,9 +154,11 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, Hkv, S, D)
         return self.o_proj(self._attend(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None) -> Tensor:
         """(B, H, T, D); query head h reads key/value head h // groups."""
         dropout = self.dropout if self.training else 0.0
+        if isinstance(mask, Documents):
+            return document_attention(q, k, v, mask, dropout)
         if q.shape[2] == 1:
             # one new token: the query heads of a group stand where rows of a sequence would, so
             # the whole cache is read in place

@@ -25,6 +25,7 @@ from lora_core.models.attention import Attention, attention_rule, cast_once, def
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
 from lora_core.models.rope import Rotary
+from lora_kernels import Documents
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -97,7 +98,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | Documents | None,
+        cache: KVCache | None,
     ) -> Tensor:
         """Map x (B, T, C) to (B, T, C); the other arguments are `Attention.forward`'s."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
@@ -125,6 +130,7 @@ class Decoder(nn.Module):
         *,
         cache: KVCache | None = None,
         document_ids: Tensor | None = None,
+        document_bounds: Tensor | None = None,
         keep_all: bool = False,
     ) -> list[Tensor]:
         """Run the layers; arguments as `CausalLM.forward`'s, x (B, T, C) being the embeddings.
@@ -134,7 +140,15 @@ class Decoder(nn.Module):
             order before it, L + 1 tensors in all.
         """
         tokens, past = x.shape[1], 0 if cache is None else cache.length
-        mask = attention_rule(tokens, past, attention_mask, document_ids, x.device)
+        mask = attention_rule(
+            tokens,
+            past,
+            attention_mask,
+            document_ids,
+            x.device,
+            document_bounds=document_bounds,
+            dtype=x.dtype,
+        )
         if position_ids is None:
             position_ids = default_positions(tokens, past, attention_mask, document_ids, x.device)
         rotary = self.rotary(position_ids)
@@ -179,6 +193,7 @@ class CausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
         cache: KVCache | None = None,
         document_ids: Tensor | None = None,
+        document_bounds: Tensor | None = None,
         logits_to_keep: int | None = None,
         output_hidden_states: bool = False,
         normalizer: float | None = None,
@@ -194,7 +209,10 @@ class CausalLM(nn.Module):
             labels: (B, T), unshifted, -100 where not graded.
             inputs_embeds: (B, T, C) in place of input_ids.
             cache: keys and values of earlier tokens; the new ones are appended.
-            document_ids: (B, T) integers; tokens see only those with the same id (packed rows).
+            document_ids: (B, T) integers for packed rows; a document is a run of equal ids, and
+                tokens see only their own.
+            document_bounds: (N + 1,) int32: where the runs begin in the flattened batch, and B T;
+                spares a GPU the wait of counting them.
             logits_to_keep: only for the last so many positions; not with labels.
             output_hidden_states: also return the hidden states.
             normalizer: what the summed loss is divided by; None: the graded tokens of this batch.
@@ -221,6 +239,7 @@ class CausalLM(nn.Module):
             position_ids,
             cache=cache,
             document_ids=document_ids,
+            document_bounds=document_bounds,
             keep_all=output_hidden_states,
         )
         kept = states[-1] if logits_to_keep is None else states[-1][:, -logits_to_keep:]

@@ -2,106 +2,40 @@
 
 A data set is either a sequence of rows (`{"input_ids": [...], "labels": [...]}`, optionally
 `"source"`), which is shuffled anew each epoch and collated here, or any iterable of ready batches,
-which is taken as it comes. The permutation of epoch e is a function of (seed, e) and of nothing
-else, so a position (epoch, group) can be returned to without replaying the random numbers before
-it. The last batch of an epoch may be short, and so may the last group of batches: normalising by
-graded tokens gives their tokens the weight of any other's within their step.
+which is taken as it comes (sources.py, packed.py). The last batch of an epoch may be short, and so
+may the last group of batches: normalising by graded tokens gives their tokens the weight of any
+other's within their step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_core.data import collate as default_collate
+from lora_core.data.packing import PADDING
+from lora_core.train.packed import PackedBatches
+from lora_core.train.sources import (
+    Batch,
+    BatchSource,
+    ReadyBatches,
+    RowBatches,
+    batched,
+    is_row,
+)
 
-T = TypeVar("T")
-
-Batch = Any
-"""What the loss is given: by default a mapping with `input_ids` and `labels`."""
-
-
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter (itertools has it from Python 3.12 on)."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk
-
-
-class BatchSource(Protocol):
-    """Batches epoch by epoch, with a known number of them or None."""
-
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from the `start`-th on."""
-        ...
-
-    def per_epoch(self) -> int | None:
-        """Batches in an epoch, if known."""
-        ...
-
-
-class RowBatches:
-    """Batches of a sequence of rows, in an order drawn anew for each epoch."""
-
-    def __init__(
-        self,
-        rows: Sequence[Any],
-        batch_size: int,
-        seed: int | None,
-        collate: Callable[[Sequence[Any]], Batch] = default_collate,
-    ) -> None:
-        self.rows = rows
-        self.batch_size = batch_size
-        self.seed = seed  # None: the rows' own order, for evaluation
-        self.collate = collate
-
-    def per_epoch(self) -> int:
-        """Batches in an epoch, the short last one included."""
-        return -(-len(self.rows) // self.batch_size)
-
-    def order(self, epoch: int) -> list[int]:
-        """The rows' numbers in the order of this epoch."""
-        if self.seed is None:
-            return list(range(len(self.rows)))
-        # the CPU generator keeps 32 bits of its seed
-        generator = torch.Generator().manual_seed((self.seed + 1_000_003 * epoch) % 2**32)
-        return torch.randperm(len(self.rows), generator=generator).tolist()
-
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from the `start`-th on."""
-        for chosen in islice(_batched(self.order(number), self.batch_size), start, None):
-            rows = [self.rows[i] for i in chosen]
-            batch = self.collate(rows)
-            if isinstance(batch, dict):
-                batch["row"] = chosen
-                if isinstance(rows[0], Mapping) and "source" in rows[0]:
-                    batch["source"] = [row["source"] for row in rows]
-            yield batch
-
-
-class ReadyBatches:
-    """An iterable of batches, read from its beginning in every epoch."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches = batches
-
-    def per_epoch(self) -> int | None:
-        """Batches in an epoch, where the iterable says its length."""
-        return len(self.batches) if isinstance(self.batches, Sized) else None
-
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from the `start`-th on."""
-        return islice(iter(self.batches), start, None)
-
-
-def _is_row(item: object) -> bool:
-    """Whether an item has one row's ids (a list, or a tensor of one dimension), not a batch's."""
-    if not isinstance(item, Mapping) or "input_ids" not in item:
-        return False
-    ids = item["input_ids"]
-    return getattr(ids, "ndim", 1) == 1
+__all__ = [
+    "Batch",
+    "BatchSource",
+    "PackedBatches",
+    "ReadyBatches",
+    "RowBatches",
+    "make_batches",
+    "step_groups",
+    "steps_per_epoch",
+    "to_device",
+    "tokens_in",
+]
 
 
 def make_batches(
@@ -129,20 +63,31 @@ def make_batches(
         The source of batches.
 
     Raises:
-        ValueError: there is no row, or rows without labels.
+        ValueError: there is no row, rows without labels, or `packing` or `by_length` for batches
+            that are made elsewhere.
         TypeError: `collate` for something else than a sequence of rows.
     """
     sequence = isinstance(data, Sized) and hasattr(data, "__getitem__")
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError("the data set is empty; it needs at least one row")
     first: Any = data[0] if sequence and collate is None else None  # type: ignore[index]  # has it
-    if _is_row(first) and "labels" not in first:
+    if is_row(first) and "labels" not in first:
         raise ValueError(
             "rows need labels beside input_ids: the same ids, with -100 where nothing is graded; "
             f"got {sorted(first)}"
         )
-    if sequence and (collate is not None or _is_row(first)):
-        return RowBatches(data, batch_size, seed, collate or default_collate)  # type: ignore[arg-type]
+    for setting, given in (("packing", packing is not None), ("group_by_length", by_length)):
+        if given and not is_row(first):
+            made = "batches of your own collate" if collate else "ready batches"
+            raise ValueError(
+                f"{setting} makes the batches itself, from a sequence of rows with input_ids and "
+                f"labels; it cannot change {made}: give rows alone, or leave {setting} out"
+            )
+    if packing is not None:
+        return PackedBatches(data, batch_size, seed, packing, few_lengths)  # type: ignore[arg-type]
+    if sequence and (collate is not None or is_row(first)):
+        options = {"by_length": by_length, "few_lengths": few_lengths}
+        return RowBatches(data, batch_size, seed, collate, **options)  # type: ignore[arg-type]
     if collate is not None:
         raise TypeError("collate needs a sequence of rows, with a length and an index")
     return ReadyBatches(data)
@@ -167,7 +112,7 @@ def step_groups(
     """
     while True:
         some = group > 0
-        for batches in _batched(source.epoch(epoch, group * accumulate), accumulate):
+        for batches in batched(source.epoch(epoch, group * accumulate), accumulate):
             some = True
             yield epoch, group, batches
             group += 1
@@ -189,9 +134,11 @@ def tokens_in(batch: Batch) -> int:
     """Tokens fed to the model, padding not counted; 0 for a batch without `input_ids`."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         return 0
-    mask = batch.get("attention_mask")
+    mask, documents = batch.get("attention_mask"), batch.get("document_ids")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return int(mask.sum())
+    if isinstance(documents, Tensor):
+        return int((documents != PADDING).sum())
     return int(batch["input_ids"].numel())
 
 

@@ -246,6 +246,8 @@ class Run:
             f"{self.total - self.progress.step} steps, lr {self.peak_lr:g}"
             f"{self.schedule_name}; {self.policy}"
         )
+        if (note := self.source.note()) is not None:
+            say(note)
         # a gradient left by whatever the caller did before would be added to the first step's
         self.optimizer.zero_grad(set_to_none=True)
         reset_peak_memory(self.device)
@@ -262,7 +264,8 @@ class Run:
         seconds, fed = 0.0, 0
         self.model.train()
         if probe_due(self.config, self.device):
-            run_longest(self.source, self.forward_backward)
+            fresh = () if self.optimizer.state else self.parameters.values()
+            run_longest(self.source, self.forward_backward, self.config, fresh)
             reset_peak_memory(self.device)
         with (
             contextlib.closing(metrics),

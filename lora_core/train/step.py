@@ -4,6 +4,7 @@ The loss of each batch is its sum divided by the graded tokens of the *whole ste
 of the batches add up to the gradient of the mean over all of them, however the rows were cut.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_core.device import DtypePolicy
 from lora_core.losses import IGNORE, count_graded, token_mean
@@ -18,8 +20,9 @@ from lora_core.train.batches import Batch, to_device, tokens_in
 
 Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor]"]
 """(model, batch, normalizer) -> the batch's sum / normalizer; optionally with each row's sum (B,)
-beside it, which is only reported, by source. The normalizer is the sum of `loss.count(batch)` over
-the step's batches; a loss without `count` is taken to count graded tokens."""
+beside it, or each token's loss (B, T), which is only reported, by source. The normalizer is the sum
+of `loss.count(batch)` over the step's batches; a loss without `count` is taken to count graded
+tokens."""
 
 
 class NonFiniteError(ValueError):
@@ -46,6 +49,8 @@ class CausalLoss:
         other the logits are taken whole.
         """
         inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+        if "document_ids" in inputs:
+            inputs = _packed(model, inputs)
         grading: dict[str, Any] = {
             "normalizer": normalizer,
             "label_smoothing": self.label_smoothing,
@@ -54,10 +59,10 @@ class CausalLoss:
             labels = batch["labels"].clone()
             labels[:, 0] = IGNORE  # nothing predicts it, unless a soft prompt stands before it
             out = model(**inputs, **grading, labels=labels, keep_logits=False)
-            return out.loss, out.token_losses.sum(dim=1)
+            return out.loss, _by_row(out.token_losses, batch)
         logits = model(**inputs).logits  # (B, T, V)
         loss, by_token = token_mean(logits, batch["labels"], **grading)
-        return loss, by_token.sum(dim=1)
+        return loss, _by_row(by_token, batch)
 
     def count(self, batch: Batch) -> float:
         """The batch's graded tokens, counted after the shift."""
@@ -68,6 +73,23 @@ class CausalLoss:
                 "input_ids and labels, or a loss with a method count(batch)"
             )
         return count_graded(batch["labels"])
+
+
+def _packed(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs that a model takes of a packed batch; ValueError if it would mix documents."""
+    module = getattr(model, "module", model)
+    names = inspect.signature(module.forward).parameters
+    if "document_ids" not in names:
+        raise ValueError(
+            "packed rows need a model that keeps documents apart by document_ids; "
+            f"{type(module).__name__}.forward has no such argument: leave packing out"
+        )
+    return {k: v for k, v in inputs.items() if k != "document_bounds" or k in names}
+
+
+def _by_row(losses: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Each row's sum (B,), or of packed rows the tokens' losses (B, T) as they are."""
+    return losses if "document_ids" in batch else losses.sum(dim=1)
 
 
 def train_step(
@@ -188,14 +210,31 @@ class SourceMeans:
         self.sums: dict[str, list[float]] = {}
 
     def add(self, batch: Batch, rows: Tensor | None) -> None:
-        """Take the sums (B,) of a batch's rows; a batch that names no sources is passed over."""
+        """Take the sums (B,) of a batch's rows; a batch that names no sources is passed over.
+
+        Of packed rows it takes tokens' losses (B, T), and the sources are the documents'.
+        """
         if rows is None or not isinstance(batch, Mapping) or "source" not in batch:
             return
-        graded = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()
+        sums = self._sums(batch, rows)
+        counts = self._sums(batch, F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1)))
         for source, value, n in zip(batch["source"], rows.tolist(), graded, strict=True):
             pair = self.sums.setdefault(str(source), [0.0, 0])
             pair[0] += value
             pair[1] += n
+
+    @staticmethod
+    def _sums(batch: Mapping[str, Any], numbers: Tensor) -> list[float]:
+        """Numbers (B,), or (B, T) summed by row or by document; padding has the id -1."""
+        if numbers.dim() == 1:
+            return numbers.tolist()
+        ids = batch.get("document_ids")
+        if ids is None:
+            return numbers.sum(dim=1).tolist()
+        # on the CPU, where the order of the sums is fixed
+        sums = torch.zeros(len(batch["source"]) + 1, dtype=torch.float64)
+        sums.index_add_(0, ids.cpu().flatten() + 1, numbers.cpu().double().flatten())
+        return sums[1:].tolist()
 
     def means(self, prefix: str = "loss/") -> dict[str, float]:
         """`<prefix><source>` -> mean, for sources with a graded token."""
