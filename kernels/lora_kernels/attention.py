@@ -28,7 +28,6 @@ Ref: Dao 2023, arXiv:2307.08691, for the kernel; Krell et al. 2021, arXiv:2107.0
 that keeps documents apart.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -87,7 +86,9 @@ def documents(ids: Tensor, bounds: Tensor | None, dtype: torch.dtype) -> "Docume
         dtype: of the queries to come.
 
     Returns:
-        The dense mask (B, 1, T, T) on a CPU and under `LORA_KERNELS=reference`, else Documents.
+        The dense mask (B, 1, T, T) on a CPU and under `LORA_KERNELS=reference`, else Documents. (A
+        whole model in one graph has the dense mask too where flex attention would run, whose blocks
+        are counted outside of graphs.)
 
     Raises:
         ValueError: ids of other dimensions, or bounds that cannot be the ids'.
@@ -100,9 +101,11 @@ def documents(ids: Tensor, bounds: Tensor | None, dtype: torch.dtype) -> "Docume
         )
     if not _fused(ids):
         return document_mask(ids)
-    if dtype in HALF and _varlen() is not None:
+    if dtype in HALF and varlen() is not None:
         return Documents(ids, _bounds(ids) if bounds is None else bounds)
-    return Documents(ids, None, _blocks(ids))
+    if flex() is not None and not torch.compiler.is_compiling():
+        return Documents(ids, None, _blocks(ids))
+    return document_mask(ids)
 
 
 def document_attention(
@@ -183,27 +186,37 @@ def _fused(ids: Tensor) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(ids.device) >= OLDEST_GPU
 
 
-@functools.cache
-def _varlen() -> Callable[..., Any] | None:
-    """PyTorch's operator, or None where this version has none with a causal window."""
+# PyTorch's operators, once `documents` has looked for them: the modules they are in take a second
+# to import, and torch.compile cannot trace the search
+_found: dict[str, Any] = {}
+
+
+def varlen() -> tuple[Callable[..., Any], bool] | None:
+    """PyTorch's operator, and whether it takes fewer key/value heads than queries have.
+
+    Returns:
+        None where this version of PyTorch has none, or none with a causal window.
+    """
+    if "varlen" not in _found and not torch.compiler.is_compiling():
+        _found["varlen"] = _find_varlen()
+    return _found.get("varlen")
+
+
+def _find_varlen() -> tuple[Callable[..., Any], bool] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
-
-
-@functools.cache
-def _takes_groups(operator: Callable[..., Any]) -> bool:
-    """Whether key/value heads may be fewer: PyTorch's argument came after the operator."""
-    return "enable_gqa" in inspect.signature(operator).parameters
+    names = inspect.signature(varlen_attn).parameters
+    return (varlen_attn, "enable_gqa" in names) if "window_size" in names else None
 
 
 def _by_length(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
-    operator = _varlen()
-    assert operator is not None  # `documents` asked
+    found = varlen()
+    assert found is not None  # `documents` asked
+    operator, takes_groups = found
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
-    if _takes_groups(operator):
+    if takes_groups:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     else:
         k, v = _spread(q, k, v)
@@ -214,6 +227,15 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
 
 
 # --- blocks ---
+
+
+def flex() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """Flex attention for a graph, and compiled: it is a kernel only then. None: not looked for."""
+    if "flex" not in _found and not torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _found["flex"] = flex_attention, torch.compile(flex_attention, dynamic=False)
+    return _found.get("flex")
 
 
 def _blocks(ids: Tensor) -> Any:
@@ -229,15 +251,10 @@ def _blocks(ids: Tensor) -> Any:
     return create_block_mask(seen, len(ids), None, tokens, tokens, device=str(ids.device))
 
 
-@functools.cache
-def _flex() -> Callable[..., Any]:
-    """Flex attention, which is a kernel only once it is compiled."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _by_block(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
-    operator = _flex()
+    found = flex()
+    assert found is not None  # `documents` asked
+    in_graph, compiled = found
+    operator = in_graph if torch.compiler.is_compiling() else compiled
     out: Tensor = operator(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
     return out

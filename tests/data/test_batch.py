@@ -1,6 +1,7 @@
 """Padding by length, splits without leaks, duplicates and overlap."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,3 +75,14 @@ def test_duplicates_and_overlap(tok: Tokenizer) -> None:
     ]
     train, held_out = SFTDataset(chats[:1], tok), SFTDataset(chats, tok)
     assert find_overlap(train, held_out) == {"rows": [0], "prompts": [0, 1]}
+
+
+def test_a_batch_can_be_longer_than_its_longest_row() -> None:
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
+    plain, longer = collate(rows, 7), collate(rows, 7, length=4)
+    assert longer["input_ids"].tolist() == [[1, 2, 7, 7], [3, 7, 7, 7]]
+    for name, value in {"labels": -100, "attention_mask": 0}.items():
+        assert torch.equal(longer[name][:, :2], plain[name])
+        assert (longer[name][:, 2:] == value).all()
+    with pytest.raises(ValueError, match="row 0 has 2 tokens for a batch of length 1"):
+        collate(rows, length=1)
