@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lora_kernels.dropout import drop_reference
 from lora_kernels.gpu import lora4
-from lora_kernels.gpu.lora4 import add, outer, shrink, variants
+from lora_kernels.gpu.lora4 import Dropout, add, expand, outer, shrink, variants
 
 HALVES = [torch.bfloat16, torch.float16]
 Judge = Callable[..., None]
@@ -129,6 +130,27 @@ def test_outer(
     assert torch.equal(other.transpose(1, 2), ours)
 
 
+@given(**shapes)
+def test_dropout_is_that_of_the_definition(
+    m: int, d: int, adapters: int, r: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Each kernel with dropout gives the bits it gives without, of an x with zeros in it."""
+    torch.manual_seed(seed)
+    x, mats, rows, s = make(m, d, adapters, r, dtype)
+    h, ups, key = torch.randn(m, r), mats.transpose(1, 2), torch.tensor([seed << 20])
+    drops, dropped = Dropout(key, 20000), drop_reference(x, key, 20000 / 65536)
+    assert (dropped == 0).any() or x.numel() < 20
+    assert torch.equal(shrink(x, mats, rows, s, drops), shrink(dropped, mats, rows, s))
+    both = (outer(h, t, rows, adapters, s, d) for t, d in ((x, drops), (dropped, None)))
+    assert torch.equal(*both)
+    keep = drop_reference(torch.ones_like(x), key, 20000 / 65536) != 0
+    alone = expand(h, ups, dtype, rows, s)
+    assert torch.equal(alone, add(torch.zeros_like(x), h, ups, rows, s))
+    assert torch.equal(expand(h, ups, dtype, rows, s, drops), torch.where(keep, alone, 0))
+    whole = add(x, h, ups, rows, s)
+    assert torch.equal(add(x, h, ups, rows, s, drops), torch.where(keep, whole, x))
+
+
 def test_columns_may_lie_apart() -> None:
     x, mats, rows, s = make(20, 70, 3, 5, torch.float16)
     u, apart = torch.randn(20, 5), x.t().contiguous().t()
@@ -220,7 +242,7 @@ def test_large_values_of_float16_do_not_overflow() -> None:
 
 def test_every_form_has_a_name_of_its_own() -> None:
     names = [variant.name for variant in variants()]
-    assert len(set(names)) == len(names) == 6 * 2 * 2 * 2
+    assert len(set(names)) == len(names) == 12 * 2 * 2 * 2
 
 
 @pytest.mark.parametrize("variant", variants()[::7], ids=lambda variant: variant.name)
@@ -249,9 +271,11 @@ def test_what_is_gated_is_what_is_launched(
         across = mats.transpose(1, 2).contiguous()  # (L, D, r)
         h, factor = torch.randn(20, r), s if scaled else None
         for one in (mats, across.transpose(1, 2)):
-            shrink(x, one, rows, factor)
-            add(x, h, one.transpose(1, 2), rows, factor)
-        outer(h, x, rows, len(mats), factor)
+            for drops in (None, Dropout(torch.tensor([3]), 20000)):
+                shrink(x, one, rows, factor, drops)
+                add(x, h, one.transpose(1, 2), rows, factor, drops)
+                expand(h, one.transpose(1, 2), kind, rows, factor, drops)
+                outer(h, x, rows, len(mats), factor, drops)
         outer(h, x, rows, len(mats), factor, transposed=True)
 
     def fits(launch: dict[str, object]) -> bool:
@@ -261,7 +285,8 @@ def test_what_is_gated_is_what_is_launched(
             for n, value in variant.constants.items()
         )
         pointers = (n for n in names if n.endswith("_ptr") and n not in variant.constants)
-        types = {torch.float32: "*fp32", torch.int32: "*i32", kind: variant_type(kind)}
+        types = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+        types[kind] = variant_type(kind)
         return (
             same
             and launch["num_warps"] == variant.warps

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -85,7 +85,20 @@ def step(run: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor, *rest: An
     dtype=st.sampled_from(FLOATS),
     dq=st.booleans(),
     strided=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 2**31),
+)
+@example(  # where x Aᵀ of the fused product was too coarse for dB
+    m=1,
+    n=1,
+    k=64,
+    r=1,
+    adapters=5,
+    dtype=torch.float16,
+    dq=False,
+    strided=False,
+    dropout=0.0,
+    seed=1_069_547_520,
 )
 def test_as_accurate_as_pytorch(
     as_accurate_as: Callable[..., None],
@@ -98,6 +111,7 @@ def test_as_accurate_as_pytorch(
     dtype: torch.dtype,
     dq: bool,
     strided: bool,
+    dropout: float,
     seed: int,
 ) -> None:
     """Output, dx, dbias, dA, dB; against the definition in float64 by ordinary autograd."""
@@ -108,12 +122,13 @@ def test_as_accurate_as_pytorch(
     x = (torch.randn(m, k, 2)[..., 0] if strided else torch.randn(m, k)).to(dtype)
     bias, dy = torch.randn(n), torch.randn(m, n).to(dtype)
     inputs = [x, bias, down, up]
+    drops = (dropout, torch.tensor([seed]) if dropout else None)
 
     def ours(x: Tensor, bias: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return lora_linear4(x, weight, bias, down, up, s, rows)
+        return lora_linear4(x, weight, bias, down, up, s, rows, *drops)
 
     def theirs(x: Tensor, bias: Tensor, down: Tensor, up: Tensor, w: Weight4 = weight) -> Tensor:
-        return lora_linear4_reference(x, w, bias, down, up, s.to(up.dtype), rows)
+        return lora_linear4_reference(x, w, bias, down, up, s.to(up.dtype), rows, *drops)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_KERNELS", name)
@@ -262,26 +277,32 @@ def test_parameters_keep_their_dtype(backend: str) -> None:
 
 
 @pytest.mark.parametrize("adapters", [1, 3])
-def test_operators_meet_torch_s_own_checks(backend: str, adapters: int) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_operators_meet_torch_s_own_checks(backend: str, adapters: int, dropout: float) -> None:
     weight, (down, up, s) = make_weight(), make_lora(24, 128, 3, adapters)
     down, up = down.requires_grad_(), up.requires_grad_()
     x, bias = torch.randn(5, 128, requires_grad=True), torch.randn(24, requires_grad=True)
     rows = torch.randint(-1, adapters, (5,), dtype=torch.int32) if adapters > 1 else None
-    torch.library.opcheck(OP, (x, *flat(weight), bias, rows, down, up, s))
-    dy, h = torch.randn(5, 24, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    lora = (rows, down, up, s, torch.tensor([5]) if dropout else None, dropout)
+    torch.library.opcheck(OP, (x, *flat(weight), bias, *lora))
+    dy = torch.randn(5, 24, requires_grad=True)
     for wants in ((True, True), (True, False), (False, True)):
-        arguments = (dy, x, h, *flat(weight), rows, down, up, s, *wants)
+        arguments = (dy, x, *flat(weight), *lora, *wants)
         torch.library.opcheck(OP_BACKWARD, arguments)
 
 
 @pytest.mark.parametrize("adapters", [1, 3])
-def test_first_and_second_derivatives_in_float64(backend: str, adapters: int) -> None:
+@pytest.mark.parametrize("seed", [None, 5])
+def test_first_and_second_derivatives_in_float64(
+    backend: str, adapters: int, seed: int | None
+) -> None:
     weight, (down, up, s) = make_weight(5, 64), make_lora(5, 64, 2, adapters)
     rows = torch.tensor([0, -1, adapters - 1]) if adapters > 1 else None
     inputs = [t.double().requires_grad_() for t in (torch.randn(3, 64), torch.randn(5), down, up)]
+    drops = (0.0, None) if seed is None else (0.3, torch.tensor([seed]))
 
     def run(x: Tensor, bias: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return lora_linear4(x, weight, bias, down, up, s.double(), rows)
+        return lora_linear4(x, weight, bias, down, up, s.double(), rows, *drops)
 
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)

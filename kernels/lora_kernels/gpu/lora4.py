@@ -21,11 +21,11 @@ between many adapters: a tile is then computed once for each of them, from the c
 
 `outer` sums over rows, in SPLIT pieces that another launch adds in their order: no atomics.
 
-Precision. Tensor cores take 16 bits, but h, A and B are float32, and rounding them is most of what
-a 16-bit LoRA gets wrong. Here a number a enters as hi + lo with hi = bfloat16(a) and
-lo = bfloat16(a - hi), and a product as hi hi + hi lo + lo hi, exact to about 2^-16; a bfloat16 x is
-its own hi. It costs two or three small products in kernels that wait for memory, works on every
-target, has float32's range where float16's would overflow, and casts no copy of A and B.
+Dropout. Each kernel that reads x, and the one that writes dx, draws the mask of its tile again
+(dropout.py): `shrink` and `outer` take zeros for what is dropped, `add` leaves it as it was.
+Nothing is stored, and x is not copied. The mask is the batch's, whichever adapters its rows name.
+
+Precision. h, A and B are float32 and are multiplied as pairs of bfloat16 (split.py).
 
 `add` keeps a -0 of y under an update of zero, as finish4 does.
 """
@@ -37,10 +37,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.gpu.decode import INTERPRETED, narrow
+from lora_kernels.gpu.decode import narrow
+from lora_kernels.gpu.dropout import kept
+from lora_kernels.gpu.split import split_dot
 from lora_kernels.gpu.variant import Variant
 
-__all__ = ["add", "outer", "shrink", "variants"]
+__all__ = ["Dropout", "add", "expand", "outer", "shrink", "variants"]
 
 
 class _Tile(NamedTuple):
@@ -51,41 +53,23 @@ class _Tile(NamedTuple):
     stages: int
 
 
+class Dropout(NamedTuple):
+    """What is dropped: elements whose number of 65536 is below the threshold.
+
+    Attributes:
+        seed: int64 (1,), where x is.
+        threshold: 0 to 65535.
+    """
+
+    seed: Tensor
+    threshold: int
+
+
 # for up to 16 ranks, and for more, 32 at a time; wider matrices would not fit the registers
 SHRINK = (_Tile(16, 64, 16, 4, 3), _Tile(16, 64, 32, 2, 3))
 ADD = (_Tile(64, 64, 16, 4, 1), _Tile(64, 64, 32, 4, 1))
 OUTER = (_Tile(32, 64, 16, 4, 3), _Tile(32, 64, 32, 4, 3))
 SPLIT = 1024  # rows that one program of `outer` sums
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """acc + a b of 16-bit or float32 operands, each split into two bfloat16."""
-    a_hi, a_lo = _split(a)
-    b_hi, b_lo = _split(b)
-    if a.dtype != tl.bfloat16:
-        acc = _dot16(a_lo, b_hi, acc)
-    if b.dtype != tl.bfloat16:
-        acc = _dot16(a_hi, b_lo, acc)
-    return _dot16(a_hi, b_hi, acc)
-
-
-@triton.jit
-def _split(a):
-    if a.dtype == tl.bfloat16:
-        return a, a
-    else:
-        wide = a.to(tl.float32)
-        hi = narrow(wide, tl.bfloat16)
-        return hi, narrow(wide - hi.to(tl.float32), tl.bfloat16)
-
-
-@triton.jit
-def _dot16(a, b, acc):
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -112,17 +96,19 @@ def _times(value, scaling_ptr, adapter):
         return value * tl.load(scaling_ptr + adapter)
 
 
-@triton.jit(do_not_specialize=["m", "adapters"])
+@triton.jit(do_not_specialize=["m", "adapters", "threshold"])
 def _shrink_kernel(
     x_ptr,  # (M, D)
     mats_ptr,  # (L, r, D) float32, by strides
     scaling_ptr,  # (L,) float32 or None
     rows_ptr,  # (M,) int32 or None
+    seed_ptr,  # (1,) int64 or None
     h_ptr,  # (M, r) float32
     m,
     d,
     r,
     adapters,
+    threshold,
     x_stride,
     l_stride,
     r_stride,
@@ -136,7 +122,21 @@ def _shrink_kernel(
     own = _own(rows_ptr, i, m, adapters)
     h = tl.zeros((ROWS, RANKS), tl.float32)
     if rows_ptr is None:
-        h = _shrink_tile(x_ptr, mats_ptr, i, j, m, d, r, x_stride, r_stride, d_stride, COLUMNS)
+        h = _shrink_tile(
+            x_ptr,
+            mats_ptr,
+            seed_ptr,
+            threshold,
+            i,
+            j,
+            m,
+            d,
+            r,
+            x_stride,
+            r_stride,
+            d_stride,
+            COLUMNS,
+        )
         h = _times(h, scaling_ptr, 0)
     else:
         lowest, highest = _bounds(own, adapters)
@@ -145,7 +145,19 @@ def _shrink_kernel(
             if tl.max(chosen.to(tl.int32), 0) > 0:
                 mat_ptr = mats_ptr + tl.cast(adapter, tl.int64) * l_stride
                 part = _shrink_tile(
-                    x_ptr, mat_ptr, i, j, m, d, r, x_stride, r_stride, d_stride, COLUMNS
+                    x_ptr,
+                    mat_ptr,
+                    seed_ptr,
+                    threshold,
+                    i,
+                    j,
+                    m,
+                    d,
+                    r,
+                    x_stride,
+                    r_stride,
+                    d_stride,
+                    COLUMNS,
                 )
                 h = tl.where(chosen[:, None], _times(part, scaling_ptr, adapter), h)
     at = h_ptr + i.to(tl.int64)[:, None] * r + j[None, :]
@@ -154,7 +166,19 @@ def _shrink_kernel(
 
 @triton.jit
 def _shrink_tile(
-    x_ptr, mat_ptr, i, j, m, d, r, x_stride, r_stride, d_stride, COLUMNS: tl.constexpr
+    x_ptr,
+    mat_ptr,
+    seed_ptr,
+    threshold,
+    i,
+    j,
+    m,
+    d,
+    r,
+    x_stride,
+    r_stride,
+    d_stride,
+    COLUMNS: tl.constexpr,
 ):
     """x M^T of one adapter for rows i and ranks j, along all of D."""
     h = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
@@ -165,25 +189,29 @@ def _shrink_tile(
     for start in range(0, d, COLUMNS):
         inside = k < d - start
         x = tl.load(x_at, mask=(i < m)[:, None] & inside[None, :], other=0.0)
+        if seed_ptr is not None:
+            x = tl.where(kept(seed_ptr, i, start, threshold, COLUMNS), x, 0.0)
         mat = tl.load(mat_at, mask=(j < r)[None, :] & inside[:, None], other=0.0)
-        h = _dot(x, mat, h)
+        h = split_dot(x, mat, h)
         x_at += COLUMNS
         mat_at += step
     return h
 
 
-@triton.jit(do_not_specialize=["m", "adapters"])
+@triton.jit(do_not_specialize=["m", "adapters", "threshold"])
 def _add_kernel(
-    y_ptr,  # (M, D)
+    y_ptr,  # (M, D), or None for 0
     h_ptr,  # (M, r) float32
     mats_ptr,  # (L, D, r) float32, by strides
     scaling_ptr,  # (L,) float32 or None
     rows_ptr,  # (M,) int32 or None
+    seed_ptr,  # (1,) int64 or None
     out_ptr,  # (M, D), may be y
     m,
     d,
     r,
     adapters,
+    threshold,
     l_stride,
     d_stride,
     r_stride,
@@ -193,7 +221,8 @@ def _add_kernel(
 ):
     tiles = tl.cdiv(d, COLUMNS)
     i = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-    j = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)  # (COLUMNS,)
+    first = tl.program_id(0) % tiles * COLUMNS
+    j = first + tl.arange(0, COLUMNS)  # (COLUMNS,)
     own = _own(rows_ptr, i, m, adapters)
     mats_ptr += j.to(tl.int64)[None, :] * d_stride
     update = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -210,9 +239,12 @@ def _add_kernel(
                 update = tl.where(chosen[:, None], _times(part, scaling_ptr, adapter), update)
     at = i.to(tl.int64)[:, None] * d + j[None, :]
     inside = (i < m)[:, None] & (j < d)[None, :]
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    y = y - (0.0 - update)
-    tl.store(out_ptr + at, narrow(y, out_ptr.dtype.element_ty), mask=inside)
+    if seed_ptr is not None:
+        update = tl.where(kept(seed_ptr, i, first, threshold, COLUMNS), update, 0.0)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        update = y - (0.0 - update)
+    tl.store(out_ptr + at, narrow(update, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -225,22 +257,24 @@ def _add_tile(h_ptr, mat_at, i, j, m, d, r, r_stride, RANKS: tl.constexpr):
         h = tl.load(h_at, mask=(i < m)[:, None] & (k < r)[None, :], other=0.0)
         some = (k < r)[:, None] & (j < d)[None, :]
         mat = tl.load(mat_at + k.to(tl.int64)[:, None] * r_stride, mask=some, other=0.0)
-        update = _dot(h, mat, update)
+        update = split_dot(h, mat, update)
     return update
 
 
-@triton.jit(do_not_specialize=["m", "adapters", "splits"])
+@triton.jit(do_not_specialize=["m", "adapters", "splits", "threshold"])
 def _outer_kernel(
     u_ptr,  # (M, r) float32
     v_ptr,  # (M, D)
     scaling_ptr,  # (L,) float32 or None
     rows_ptr,  # (M,) int32 or None
+    seed_ptr,  # (1,) int64 or None
     out_ptr,  # (splits, L, r, D) float32, the last two by strides
     m,
     d,
     r,
     adapters,
     splits,
+    threshold,
     v_stride,
     r_stride,
     d_stride,
@@ -250,7 +284,8 @@ def _outer_kernel(
     RANKS: tl.constexpr,
 ):
     tiles = tl.cdiv(d, COLUMNS)
-    j = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)  # (COLUMNS,)
+    column = tl.program_id(0) % tiles * COLUMNS
+    j = column + tl.arange(0, COLUMNS)  # (COLUMNS,)
     k = tl.program_id(0) // tiles * RANKS + tl.arange(0, RANKS)  # (RANKS,)
     split, adapter = tl.program_id(1) // adapters, tl.program_id(1) % adapters
     total = tl.zeros((RANKS, COLUMNS), tl.float32)
@@ -258,11 +293,13 @@ def _outer_kernel(
     for start in range(first, tl.minimum(first + SPLIT, m), ROWS):
         i = start + tl.arange(0, ROWS)  # (ROWS,)
         if rows_ptr is None:
-            total = _outer_tile(total, u_ptr, v_ptr, i, i < m, j, k, d, r, v_stride)
+            v = _rows_of(v_ptr, seed_ptr, threshold, i, i < m, column, d, v_stride, COLUMNS)
+            total = split_dot(_ranks_of(u_ptr, i, i < m, k, r), v, total)
         else:
             chosen = _own(rows_ptr, i, m, adapters) == adapter
             if tl.max(chosen.to(tl.int32), 0) > 0:
-                total = _outer_tile(total, u_ptr, v_ptr, i, chosen, j, k, d, r, v_stride)
+                v = _rows_of(v_ptr, seed_ptr, threshold, i, chosen, column, d, v_stride, COLUMNS)
+                total = split_dot(_ranks_of(u_ptr, i, chosen, k, r), v, total)
     total = _times(total, scaling_ptr, adapter)
     at = out_ptr + tl.program_id(1).to(tl.int64) * r * d
     at += k.to(tl.int64)[:, None] * r_stride + j.to(tl.int64)[None, :] * d_stride
@@ -270,25 +307,38 @@ def _outer_kernel(
 
 
 @triton.jit
-def _outer_tile(total, u_ptr, v_ptr, i, chosen, j, k, d, r, v_stride):
-    """total + the sum of u_i^T v_i over the chosen rows."""
+def _ranks_of(u_ptr, i, chosen, k, r):
+    """u^T of the chosen rows, (RANKS, ROWS)."""
     u_at = u_ptr + i.to(tl.int64)[None, :] * r + k[:, None]
-    u = tl.load(u_at, mask=chosen[None, :] & (k < r)[:, None], other=0.0)  # (RANKS, ROWS)
+    return tl.load(u_at, mask=chosen[None, :] & (k < r)[:, None], other=0.0)
+
+
+@triton.jit
+def _rows_of(v_ptr, seed_ptr, threshold, i, chosen, first, d, v_stride, COLUMNS: tl.constexpr):
+    """v of the chosen rows after dropout, (ROWS, COLUMNS)."""
+    j = first + tl.arange(0, COLUMNS)  # (COLUMNS,)
     v_at = v_ptr + i.to(tl.int64)[:, None] * v_stride + j[None, :]
-    v = tl.load(v_at, mask=chosen[:, None] & (j < d)[None, :], other=0.0)  # (ROWS, COLUMNS)
-    return _dot(u, v, total)
+    v = tl.load(v_at, mask=chosen[:, None] & (j < d)[None, :], other=0.0)
+    if seed_ptr is not None:
+        v = tl.where(kept(seed_ptr, i, first, threshold, COLUMNS), v, 0.0)
+    return v
 
 
 def shrink(
-    x: Tensor, mats: Tensor, rows: Tensor | None = None, scaling: Tensor | None = None
+    x: Tensor,
+    mats: Tensor,
+    rows: Tensor | None = None,
+    scaling: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """Each row by its adapter's matrix: `h_i = s x_i M^T`.
+    """Each row by its adapter's matrix: `h_i = s D(x_i) M^T`.
 
     Args:
         x: (M, D), 16-bit.
         mats: (L, r, D) float32, any strides.
         rows: int32 (M,), -1 for none, or None: all rows by the first matrix.
         scaling: (L,) float32, or None for 1.
+        dropout: what of x is taken as 0, or None.
 
     Returns:
         (M, r) float32, 0 where a row has no adapter.
@@ -298,10 +348,10 @@ def shrink(
     h = torch.empty((m, r), dtype=torch.float32, device=x.device)
     if m == 0:
         return h
-    tile = _fit(SHRINK, r)
+    tile, (seed, threshold) = _fit(SHRINK, r), _parts(dropout)
     grid = (triton.cdiv(m, tile.rows), triton.cdiv(r, tile.ranks))
-    tensors = (x, mats, scaling, rows, h)
-    sizes = (m, d, r, adapters, x.stride(0), *mats.stride())
+    tensors = (x, mats, scaling, rows, seed, h)
+    sizes = (m, d, r, adapters, threshold, x.stride(0), *mats.stride())
     _shrink_kernel[grid](*tensors, *sizes, **_options(tile))
     return h
 
@@ -312,9 +362,10 @@ def add(
     mats: Tensor,
     rows: Tensor | None = None,
     scaling: Tensor | None = None,
+    dropout: Dropout | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """Add each row's update: `y_i + s h_i M^T`, rounded once.
+    """Add each row's update: `y_i + D(s h_i M^T)`, rounded once.
 
     Args:
         y: (M, D), 16-bit, contiguous.
@@ -322,19 +373,58 @@ def add(
         mats: (L, D, r) float32, any strides.
         rows: as in `shrink`.
         scaling: as in `shrink`.
+        dropout: which elements get no update, or None.
         in_place: write into y, which must be the caller's own and saved by nobody.
 
     Returns:
         (M, D) in the dtype of y; y itself if in place.
     """
-    (m, d), (adapters, _, r) = y.shape, mats.shape
     out = y if in_place else torch.empty_like(y)
-    if y.numel() == 0:
+    return _add(y, out, h, mats, rows, scaling, dropout)
+
+
+def expand(
+    h: Tensor,
+    mats: Tensor,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+    scaling: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """Each row's update alone: `D(s h_i M^T)`, rounded once.
+
+    Args:
+        h: as in `add`, and likewise what follows.
+        mats: (L, D, r) float32.
+        dtype: of the result, 16-bit.
+        rows: as in `shrink`.
+        scaling: as in `shrink`.
+        dropout: which elements are 0, or None.
+
+    Returns:
+        (M, D) in `dtype`, 0 where a row has no adapter.
+    """
+    out = torch.empty((len(h), mats.shape[1]), dtype=dtype, device=h.device)
+    return _add(None, out, h, mats, rows, scaling, dropout)
+
+
+def _add(
+    y: Tensor | None,
+    out: Tensor,
+    h: Tensor,
+    mats: Tensor,
+    rows: Tensor | None,
+    scaling: Tensor | None,
+    dropout: Dropout | None,
+) -> Tensor:
+    (m, d), (adapters, _, r) = out.shape, mats.shape
+    if out.numel() == 0:
         return out
-    tile = _fit(ADD, r)
+    tile, (seed, threshold) = _fit(ADD, r), _parts(dropout)
     grid = (triton.cdiv(m, tile.rows) * triton.cdiv(d, tile.columns),)
-    tensors = (y, h, mats, scaling, rows, out)
-    _add_kernel[grid](*tensors, m, d, r, adapters, *mats.stride(), **_options(tile))
+    tensors = (y, h, mats, scaling, rows, seed, out)
+    sizes = (m, d, r, adapters, threshold, *mats.stride())
+    _add_kernel[grid](*tensors, *sizes, **_options(tile))
     return out
 
 
@@ -344,9 +434,10 @@ def outer(
     rows: Tensor | None,
     adapters: int,
     scaling: Tensor | None = None,
+    dropout: Dropout | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """The gradient of each adapter's matrix: `G_l = s_l sum of u_i^T v_i over its rows`.
+    """The gradient of each adapter's matrix: `G_l = s_l sum of u_i^T D(v_i) over its rows`.
 
     Args:
         u: (M, r) float32, contiguous.
@@ -354,6 +445,7 @@ def outer(
         rows: as in `shrink`.
         adapters: L, 1 if `rows` is None.
         scaling: as in `shrink`.
+        dropout: what of v is taken as 0, or None.
         transposed: lay the result out as (L, D, r).
 
     Returns:
@@ -366,9 +458,11 @@ def outer(
     out = torch.empty((splits, adapters, *shape), dtype=torch.float32, device=u.device)
     if out.numel() == 0:
         return out[0]
+    seed, threshold = _parts(dropout)
     grid = (triton.cdiv(d, tile.columns) * triton.cdiv(r, tile.ranks), splits * adapters)
-    sizes = (m, d, r, adapters, splits, v.stride(0), *strides)
-    _outer_kernel[grid](u, v, scaling, rows, out, *sizes, SPLIT=SPLIT, **_options(tile))
+    sizes = (m, d, r, adapters, splits, threshold, v.stride(0), *strides)
+    tensors = (u, v, scaling, rows, seed, out)
+    _outer_kernel[grid](*tensors, *sizes, SPLIT=SPLIT, **_options(tile))
     return out[0] if splits == 1 else out.sum(0)
 
 
@@ -376,42 +470,60 @@ def _fit(tiles: tuple[_Tile, _Tile], r: int) -> _Tile:
     return tiles[0] if r <= tiles[0].ranks else tiles[1]
 
 
+def _parts(dropout: Dropout | None) -> tuple[Tensor | None, int]:
+    return (None, 0) if dropout is None else dropout
+
+
 def _options(tile: _Tile) -> dict[str, int]:
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "RANKS": tile.ranks}
     return {**constants, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
+# what is launched: operator, whether it is scaled, the axis along which the matrix is stored, and
+# whether it drops; `shrink` by A and `add` by B are forward, by the other one backward
+_LAUNCHED = (
+    ("shrink", False, "d", False),
+    ("shrink", False, "d", True),
+    ("shrink", True, "r", False),
+    ("add", True, "r", False),
+    ("add", False, "d", False),
+    ("add", False, "d", True),
+    ("expand", True, "r", False),
+    ("expand", False, "d", False),
+    ("expand", False, "d", True),
+    ("outer", False, "d", False),
+    ("outer", False, "d", True),
+    ("outer", True, "r", False),
+)
+
+
 def variants() -> list[Variant]:
-    """Every form that is launched: kernel, dtype, ranks a tile, one adapter or many, scaled.
+    """Every form that is launched: what `_LAUNCHED` has, dtype, ranks a tile, one adapter or many.
 
     Triton makes a stride of 1 a constant, so the axis along which a matrix is stored is a form too.
-    Of what training launches, `shrink` by A and `add` by B are forward, by the other one backward.
     """
     return [
-        _variant(operator, dtype, rank, rows, scaled, axis)
-        for operator, scaled, axis in (
-            ("shrink", False, "d"),
-            ("shrink", True, "r"),
-            ("add", True, "r"),
-            ("add", False, "d"),
-            ("outer", False, "d"),
-            ("outer", True, "r"),
-        )
+        _variant(*launched, dtype, rank, rows)
+        for launched in _LAUNCHED
         for dtype in ("bf16", "fp16")
         for rank in (16, 32)
         for rows in (False, True)
     ]
 
 
-def _variant(operator: str, dtype: str, rank: int, rows: bool, scaled: bool, axis: str) -> Variant:
+def _variant(
+    operator: str, scaled: bool, axis: str, drops: bool, dtype: str, rank: int, rows: bool
+) -> Variant:
     kernel, tiles = {
         "shrink": (_shrink_kernel, SHRINK),
         "add": (_add_kernel, ADD),
+        "expand": (_add_kernel, ADD),
         "outer": (_outer_kernel, OUTER),
     }[operator]
     tile = _fit(tiles, rank)
-    types = {"rows_ptr": "*i32"} | dict.fromkeys(("x_ptr", "y_ptr", "v_ptr"), f"*{dtype}")
-    types["out_ptr"] = f"*{dtype}" if operator == "add" else "*fp32"
+    types = {"rows_ptr": "*i32", "seed_ptr": "*i64"}
+    types |= dict.fromkeys(("x_ptr", "y_ptr", "v_ptr"), f"*{dtype}")
+    types["out_ptr"] = f"*{dtype}" if operator in ("add", "expand") else "*fp32"
     signature = {
         name: types.get(name, "*fp32") if name.endswith("_ptr") else "i32"
         for name in kernel.arg_names
@@ -420,15 +532,22 @@ def _variant(operator: str, dtype: str, rank: int, rows: bool, scaled: bool, axi
     constants[f"{axis}_stride"] = 1
     if operator == "outer":
         constants["SPLIT"] = SPLIT
-    absent = [name for name, here in (("rows_ptr", rows), ("scaling_ptr", scaled)) if not here]
+    present = {
+        "rows_ptr": rows,
+        "scaling_ptr": scaled,
+        "seed_ptr": drops,
+        "y_ptr": operator == "add",
+    }
+    absent = [name for name, here in present.items() if name in signature and not here]
     constants |= dict.fromkeys(absent)
     signature |= dict.fromkeys(constants, "constexpr")
+    what = f"{operator} {'dropped ' if drops else ''}along {axis}"
     return Variant(
-        f"lora4/{operator} along {axis}/{dtype}/r {rank}/{'rows' if rows else 'one'}",
+        f"lora4/{what}/{dtype}/r {rank}/{'rows' if rows else 'one'}",
         kernel,
         signature,
         constants,
         warps=tile.warps,
         stages=tile.stages,
-        odd=frozenset(("m", "adapters", "splits")) & frozenset(signature),
+        odd=frozenset(("m", "adapters", "splits", "threshold", "seed_ptr")) & frozenset(signature),
     )
