@@ -286,6 +286,16 @@ class NF4Linear(nn.Module):
         self._arranged = arrange(self.weight4._replace(arranged=None)) if on else None
         return self._arranged is not None
 
+    def shardable(self) -> None:
+        """Hold the scales as frozen parameters, so that what splits parameters splits them too.
+
+        The names in `state_dict()` stay. `scale_offset` stays a buffer: one number cannot be split.
+        """
+        for name in ("scales", "scale_absmax"):
+            held = self._buffers.pop(name, None)
+            if held is not None:
+                self.register_parameter(name, nn.Parameter(held, requires_grad=False))
+
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
         return (

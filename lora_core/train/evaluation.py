@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from lora_core.device import DtypePolicy
 from lora_core.train.batches import BatchSource, ReadyBatches, to_device
 from lora_core.train.config import TrainConfig
+from lora_core.train.ranks import Ranks
 from lora_core.train.report import Record
 from lora_core.train.snapshot import restore_weights
+from lora_core.train.sources import batched
 from lora_core.train.state import Checkpoints, Loaded, Progress
 from lora_core.train.step import Loss, NonFiniteError, SourceMeans, counter, split_rows
 
@@ -63,12 +65,13 @@ class Evaluation:
         return progress.step >= progress.total or progress.step % every == 0
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, policy: DtypePolicy) -> Record:
+    def measure(self, model: nn.Module, policy: DtypePolicy, ranks: Ranks) -> Record:
         """Mean loss over all graded tokens: sum of sums / sum of counts.
 
         Args:
             model: evaluated in eval mode, left in training mode.
             policy: where and in which dtype to compute.
+            ranks: the processes that share the batches.
 
         Returns:
             eval_loss, and `eval_loss/<source>` where the batches name their rows' sources.
@@ -77,17 +80,25 @@ class Evaluation:
             NonFiniteError: a batch's loss is NaN or infinite.
         """
         assert self.source is not None  # it is due only where there is one
-        total, graded, by_source = 0.0, 0.0, SourceMeans()
+        graded, own, by_source, failure = 0.0, 0.0, SourceMeans(), None
         model.eval()
-        for batch in self.source.epoch(0):
-            moved = to_device(batch, policy.device)
-            with policy.autocast():
-                value, rows = split_rows(self.loss(model, moved, 1))
-            number = value.item()
-            if not math.isfinite(number):
-                raise NonFiniteError(f"the evaluation loss is {number}", [batch])
-            total, graded = total + number, graded + counter(self.loss)(batch)
-            by_source.add(batch, rows)
+        for group in batched(self.source.epoch(0), ranks.world):
+            graded += sum(map(counter(self.loss), group))
+            by_source.expect(group)
+            for batch, counts in ranks.own(group):
+                moved = to_device(batch, policy.device)
+                with policy.autocast():
+                    value, rows = split_rows(self.loss(model, moved, 1))
+                number = value.item()
+                if not math.isfinite(number):
+                    failure = failure or NonFiniteError(f"the evaluation loss is {number}", [batch])
+                if counts:
+                    own += number
+                    by_source.add(batch, rows)
+            if failure is not None and ranks.world == 1:
+                break
+        ranks.agree(failure)
+        total = by_source.over(ranks, own)
         model.train()
         return {"eval_loss": total / graded} | by_source.means("eval_loss/")
 

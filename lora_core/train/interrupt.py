@@ -2,22 +2,37 @@
 
 import signal
 import threading
+import time
 from typing import Any
 
 from lora_core.train.report import say
 
+# torchrun passes a signal on to processes that the terminal has sent it to already
+ECHO = 2.0  # seconds in which a second one is the same
+
 
 class Interrupts:
-    """Within the block Ctrl-C and SIGTERM end the run after the step; a second one, at once."""
+    """Within the block Ctrl-C and SIGTERM end the run after the step; a second one, at once.
 
-    def __init__(self) -> None:
+    Args:
+        speaks: whether to tell the user.
+        echoes: whether one signal may come twice.
+    """
+
+    def __init__(self, speaks: bool = True, echoes: bool = False) -> None:
         self.asked = False
+        self.speaks = speaks
+        self.patience = ECHO if echoes else 0.0
+        self.since = 0.0
 
     def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked and now - self.since >= self.patience:
             raise KeyboardInterrupt
-        self.asked = True
-        say("interrupted: finishing this step and saving; once more stops at once")
+        if not self.asked:
+            self.asked, self.since = True, now
+            if self.speaks:
+                say("interrupted: finishing this step and saving; once more stops at once")
 
     def __enter__(self) -> "Interrupts":
         self.previous: dict[int, Any] = {}

@@ -16,8 +16,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from torch import nn
 from lora_core.adapters import parameter_counts
 from lora_core.device import DtypePolicy, dtype_policy, peak_memory, reset_peak_memory
 from lora_core.evaluate import modes_kept
-from lora_core.files import folder_lock
 from lora_core.train.batches import (
     Batch,
     BatchSource,
@@ -38,10 +36,11 @@ from lora_core.train.batches import (
 from lora_core.train.compile import compiled_layers
 from lora_core.train.config import TrainConfig
 from lora_core.train.evaluation import Evaluation
+from lora_core.train.folder import RunFolder
 from lora_core.train.interrupt import Interrupts
 from lora_core.train.optim import make_optimizer, trained_parameters
 from lora_core.train.probe import advice, probe_due, run_longest
-from lora_core.train.ranks import Ranks
+from lora_core.train.ranks import Ranks, joined_ranks
 from lora_core.train.recompute import recomputed_layers
 from lora_core.train.report import (
     Bar,
@@ -50,12 +49,11 @@ from lora_core.train.report import (
     TrainResult,
     plot_loss,
     say,
-    write_batches,
-    write_run,
 )
 from lora_core.train.schedule import Schedule, schedule_of
+from lora_core.train.shard import sharded_model
 from lora_core.train.snapshot import seed_everything
-from lora_core.train.state import Checkpoints, Progress
+from lora_core.train.state import Progress
 from lora_core.train.step import (
     CausalLoss,
     Loss,
@@ -71,7 +69,7 @@ _FREE = {"out", "resume", "progress", "epochs", "steps", "save_every", "keep"}
 _FREE |= {"patience", "keep_best"}
 
 
-def train(
+def train(  # noqa: PLR0913  # a run's parts, each with a default
     model: nn.Module,
     dataset: Iterable[Any],
     config: TrainConfig | None = None,
@@ -83,8 +81,11 @@ def train(
     schedule: Schedule | None = None,
     collate: Callable[[Sequence[Any]], Batch] | None = None,
     facts: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
 ) -> TrainResult:
     """Train the parameters of `model` that require a gradient.
+
+    Under `torchrun` all processes call this with the same arguments and share the work (ranks.py).
 
     Args:
         model: any module; with the default loss one that returns `.logits` (B, T, V). It stays on
@@ -102,6 +103,8 @@ def train(
         collate: rows -> batch; with it rows may be anything.
         facts: JSON-ready facts for run.json, such as hashes of data and model. A resumed run has to
             bring the same.
+        device: with `shard`, where to compute if not where the model is; it is moved there in
+            parts.
 
     Returns:
         The history and its sums. With an evaluation and `keep_best` the model holds the weights of
@@ -109,7 +112,7 @@ def train(
 
     Raises:
         ValueError: nothing to train, no gradient, a NaN (its batch is in `out`), a folder in use, a
-            checkpoint of another run.
+            checkpoint of another run, or another process of the run that failed (RankError).
         TypeError: trained parameters narrower than float32.
     """
     config = config or TrainConfig()
@@ -127,38 +130,42 @@ def train(
     held_out = None
     if eval_dataset is not None:
         held_out = make_batches(eval_dataset, config.batch_size, None, collate)
-    run = Run(
-        model=model,
-        config=config,
-        source=source,
-        total=total_steps(config, source),
-        loss=loss or CausalLoss(config.label_smoothing),
-        evaluation=Evaluation(held_out, loss or CausalLoss(), config),
-        schedule=schedule or schedule_of(config),
-        schedule_name="" if schedule else f" {config.schedule}",
-        optimizer_factory=optimizer or (lambda named: make_optimizer(model, named, config)),
-        facts=json.loads(json.dumps(dict(facts or {}))),
-    )
-    lock = contextlib.nullcontext() if config.out is None else folder_lock(config.out)
+    parts = {
+        "source": source,
+        "loss": loss or CausalLoss(config.label_smoothing),
+        "evaluation": Evaluation(held_out, loss or CausalLoss(), config),
+        "schedule": schedule or schedule_of(config),
+        "schedule_name": "" if schedule else f" {config.schedule}",
+        "optimizer_factory": optimizer or (lambda named: make_optimizer(model, named, config)),
+        "facts": json.loads(json.dumps(dict(facts or {}))),
+    }
     recompute = (config.activation_checkpointing, config.offload_activations)
-    with (
-        lock,
-        modes_kept(model),
-        compiled_layers(model, config.compile),
-        recomputed_layers(model, *recompute),
-    ):
-        return run.go(on_step or (lambda record: None))
+    with joined_ranks() as ranks:
+        trained = trained_parameters(model)
+        ranks.same_start(trained.values())
+        here = next(iter(trained.values())).device if device is None else torch.device(device)
+        folder = RunFolder(config, ranks)
+        with (
+            folder.held(),
+            modes_kept(model),
+            sharded_model(model, ranks, here, config.shard),
+            compiled_layers(model, config.compile),
+            recomputed_layers(model, *recompute),
+        ):
+            total = total_steps(config, source, ranks.world)
+            run = Run(model, config, total=total, ranks=ranks, folder=folder, **parts)
+            return run.go(on_step or (lambda record: None))
 
 
-def total_steps(config: TrainConfig, source: BatchSource) -> int:
-    """Optimizer steps of a run.
+def total_steps(config: TrainConfig, source: BatchSource, world: int = 1) -> int:
+    """Optimizer steps of a run on `world` processes.
 
     Raises:
         ValueError: neither `config.steps` nor the number of batches is known.
     """
     if config.steps is not None:
         return config.steps
-    per_epoch = steps_per_epoch(source, config.accumulate)
+    per_epoch = steps_per_epoch(source, config.accumulate * world)
     if per_epoch is None:
         raise ValueError("steps must be given where the data set does not say its length")
     return config.epochs * per_epoch
@@ -170,15 +177,16 @@ class Run:
 
     model: nn.Module
     config: TrainConfig
-    source: BatchSource
     total: int
+    ranks: Ranks
+    folder: RunFolder
+    source: BatchSource
     loss: Loss
     evaluation: Evaluation
     schedule: Schedule
     schedule_name: str
     optimizer_factory: OptimizerFactory
     facts: dict[str, Any]
-    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         self.parameters = trained_parameters(self.model)
@@ -191,16 +199,14 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.policy.scales_loss)
         self.progress = Progress(total=self.total)
         self.checked = False
-        out = self.config.out
-        self.out = None if out is None else Path(out)
-        self.checkpoints = (
-            None if self.out is None else Checkpoints(self.out / "checkpoints", self.config.keep)
-        )
+        # batches of a step: each process computes every world-th of them
+        self.share = self.config.accumulate * self.ranks.world
 
     def go(self, on_step: Callable[[Record], object]) -> TrainResult:
         """Resume or begin, loop, put the best weights back."""
         self.evaluation.check()
-        seed_everything(self.config.seed)
+        # dropout differs by process; the order of the data is a function of the seed alone
+        seed_everything(self.config.seed + 7919 * self.ranks.rank)
         resumed = self.resume() if self.config.resume else None
         interrupted, speed = False, 0.0
         if not self.finished():
@@ -208,14 +214,14 @@ class Run:
             try:
                 interrupted, speed = self.loop(on_step)
             except NonFiniteError as error:
-                raise self.explain(error) from None
+                raise self.folder.explain(error, self.progress) from None
             except torch.OutOfMemoryError as error:
                 first = str(error).strip().splitlines()[0]
                 step = self.progress.step + 1
                 raise ValueError(f"step {step}: {first}; {advice(self.config)}") from None
             self.plot()
         if self.finished() and self.config.keep_best:
-            self.evaluation.put_back_best(self.progress, self.parameters, self.checkpoints)
+            self.evaluation.put_back_best(self.progress, self.parameters, self.folder.checkpoints)
         progress = self.progress
         return TrainResult(
             history=progress.history,
@@ -236,18 +242,16 @@ class Run:
 
     def begin(self) -> None:
         """Write run.json and say what is about to happen."""
-        if self.out is not None and self.checkpoints is not None:
-            self.checkpoints.refuse_unfinished(self.progress.step)
-            self.checkpoints.drop_after(self.progress.step)
-            write_run(self.out, self.config.to_dict(), self.facts)
+        self.folder.begin(self.progress.step, self.facts)
         trained, every = parameter_counts(self.model)
-        say(
+        among = f" on {self.ranks.world} processes" if self.ranks.world > 1 else ""
+        self.ranks.say(
             f"training {trained:,} of {every:,} parameters ({trained / every:.2%}) for "
             f"{self.total - self.progress.step} steps, lr {self.peak_lr:g}"
-            f"{self.schedule_name}; {self.policy}"
+            f"{self.schedule_name}; {self.policy}{among}"
         )
         if (note := self.source.note()) is not None:
-            say(note)
+            self.ranks.say(note)
         # a gradient left by whatever the caller did before would be added to the first step's
         self.optimizer.zero_grad(set_to_none=True)
         reset_peak_memory(self.device)
@@ -258,9 +262,9 @@ class Run:
         Returns:
             Whether it was interrupted, and the tokens per second.
         """
-        progress = self.progress
-        metrics = Metrics(self.out and self.out / "metrics.jsonl", progress.history)
-        groups = step_groups(self.source, self.config.accumulate, progress.epoch, progress.group)
+        progress, ranks = self.progress, self.ranks
+        metrics = Metrics(self.folder.file("metrics.jsonl"), progress.history)
+        groups = step_groups(self.source, self.share, progress.epoch, progress.group)
         seconds, fed = 0.0, 0
         self.model.train()
         if probe_due(self.config, self.device):
@@ -269,10 +273,11 @@ class Run:
             reset_peak_memory(self.device)
         with (
             contextlib.closing(metrics),
-            Interrupts() as interrupts,
-            Bar(self.total, progress.step, self.config.progress) as bar,
+            Interrupts(ranks.first, ranks.world > 1) as interrupts,
+            Bar(self.total, progress.step, self.config.progress and ranks.first) as bar,
         ):
-            while not self.finished() and not interrupts.asked:
+            asked = ranks.any(interrupts.asked)
+            while not self.finished() and not asked:
                 start = time.perf_counter()
                 progress.epoch, progress.group, batches = next(groups)
                 record: Record = {"step": progress.step + 1, "epoch": progress.epoch + 1}
@@ -290,10 +295,11 @@ class Run:
                     on_step(record)
                 except KeyboardInterrupt:
                     interrupts.asked = True
-                if better or self.save_due(record) or interrupts.asked or self.finished():
+                asked = ranks.any(interrupts.asked)
+                if better or self.save_due(record) or asked or self.finished():
                     self.save()
         # interrupted before the first step, no time has been spent
-        return interrupts.asked and not self.finished(), fed / seconds if seconds else 0.0
+        return asked and not self.finished(), fed / seconds if seconds else 0.0
 
     def forward_backward(self, batch: Batch) -> None:
         """Run one batch without a step; its gradients are dropped."""
@@ -317,6 +323,7 @@ class Run:
             loss=self.loss,
             clip=self.config.clip,
             check=not self.checked,
+            ranks=self.ranks,
         )
         self.checked = True
         if not record["graded"]:
@@ -325,7 +332,7 @@ class Run:
 
     def epoch_ends(self) -> bool:
         """Whether the step just done was the last one of its epoch, or of the run."""
-        per_epoch = steps_per_epoch(self.source, self.config.accumulate)
+        per_epoch = steps_per_epoch(self.source, self.share)
         return self.progress.group == per_epoch or self.progress.step >= self.total
 
     def save_due(self, record: Record) -> bool:
@@ -337,20 +344,21 @@ class Run:
         """Evaluate after the step if it is time; says whether it is the best so far."""
         if not self.evaluation.due(self.progress, self.epoch_ends()):
             return False
-        record.update(self.evaluation.measure(self.model, self.policy))
+        record.update(self.evaluation.measure(self.model, self.policy, self.ranks))
         return self.evaluation.note(record["eval_loss"], self.progress, self.parameters)
 
     def identity(self) -> dict[str, Any]:
         """What a continuing run has to share with the one that wrote the checkpoint."""
         config = {k: v for k, v in self.config.to_dict().items() if k not in _FREE}
-        return {"config": config, "facts": self.facts, "data": {"batches": self.source.per_epoch()}}
+        data = {"batches": self.source.per_epoch(), "processes": self.ranks.world}
+        return {"config": config, "facts": self.facts, "data": data}
 
     def save(self) -> None:
         """Write a checkpoint, if the run has a folder."""
-        if self.checkpoints is not None:
-            self.checkpoints.save(
-                self.progress, self.parameters, self.optimizer, self.scaler, self.identity()
-            )
+        checkpoints = self.folder.checkpoints
+        if checkpoints is not None:
+            held = (self.progress, self.parameters, self.optimizer, self.scaler)
+            checkpoints.save(*held, self.identity(), self.ranks)
 
     def resume(self) -> int | None:
         """Continue the newest good checkpoint.
@@ -361,37 +369,22 @@ class Run:
         Raises:
             ValueError: it is another run's.
         """
-        assert self.checkpoints is not None  # the configuration checks it
-        loaded = self.checkpoints.newest_good()
+        loaded = self.folder.newest()
         if loaded is None:
-            say(f"nothing to resume in {self.out}: starting afresh")
+            self.ranks.say(f"nothing to resume in {self.config.out}: starting afresh")
             return None
         loaded.check_identity(self.identity())
-        loaded.restore(self.parameters, self.optimizer, self.scaler)
+        loaded.restore(self.parameters, self.optimizer, self.scaler, self.ranks)
         stopped = self.evaluation.out_of_patience(loaded.progress)  # by this run's patience
         self.progress = dataclasses.replace(
             loaded.progress, total=self.total, stopped_early=stopped
         )
-        say(f"resumed after step {self.progress.step} of {self.total}")
+        self.ranks.say(f"resumed after step {self.progress.step} of {self.total}")
         return self.progress.step
 
     def plot(self) -> None:
         """Draw the history beside the metrics, or say why not."""
-        if self.out is None:
-            return
-        why = plot_loss(self.progress.history, self.out / "loss.png")
+        path = self.folder.file("loss.png")
+        why = None if path is None else plot_loss(self.progress.history, path)
         if why is not None:
             say(why)
-
-    def explain(self, error: NonFiniteError) -> NonFiniteError:
-        """The error with the step in it, its batches written to the run's folder."""
-        step = len(self.progress.history) + 1
-        rows = [r for b in error.batches if isinstance(b, Mapping) for r in b.get("row", [])]
-        text = f"{error} at step {step}"
-        if rows:
-            text += f", rows {rows[:8]}{' …' if len(rows) > 8 else ''} of the data"
-        if self.out is not None:
-            folder = self.out / f"bad-step-{step:08d}"
-            write_batches(folder, error.batches, text)
-            text += f"; the batch is in {folder}"
-        return NonFiniteError(f"{text}; lower lr, or look at the data", error.batches)

@@ -3,15 +3,62 @@
 The loop asks this file whatever concerns more than its own process: which batches are its own, what
 a number sums to over all of them, whether it is the one that writes. With one process every answer
 is the trivial one, so the loop has no branch for it.
+
+An optimizer step takes `accumulate x world` batches in the order one process would read them, and
+rank r computes every world-th from the r-th on: the global batch is batch_size x accumulate x world
+rows, and one process with accumulate x world makes the same steps. Every process reads all batches
+of a step (ids, not activations), so each knows the graded tokens of the whole step and nothing has
+to be counted over the network. Losses are divided by that count, so gradients are *summed* over the
+ranks; a mean of ranks' means would weigh tokens of a short batch more.
+
+Gradients of replicated weights are summed after the last backward pass, in buckets of fixed layout.
+torch's DistributedDataParallel sums them during it, which hides some of the time: 80 MB of an 8B
+model's adapter take a millisecond between GPUs, a step takes seconds. For that it lays its buckets
+out anew after the first step, by the order in which gradients came, and where a bucket ends decides
+in which order three or more ranks are added: a resumed run would not be bit-equal. It also needs to
+search the graph for parameters that a step does not reach, and puts a wrapper between the loss and
+the model. Weights that one process cannot hold are split instead (shard.py).
+
+A process that fails says why in torchrun's key-value store; the others find its words when their
+next exchange breaks, or find who does not answer, and end with one line.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
+
+from lora_core.train.report import say
 
 T = TypeVar("T")
+
+BUCKET = 1 << 23  # elements summed in one exchange: 32 MB of float32
+_ANSWER = timedelta(seconds=3)  # how long a living process may take to say so
+_WORD = "lora_core/failed"
+# how gloo's errors, which are plain RuntimeErrors, can be told
+_BROKEN = re.compile(
+    r"gloo[/\\]|connection (closed|reset|refused)|broken pipe|timed out waiting", re.I
+)
+
+
+class RankError(ValueError):
+    """The run cannot go on because of another of its processes.
+
+    `speaks` says whether this process is the one to tell the user: of several that notice, one is
+    enough, and none where the process that failed has said it itself.
+    """
+
+    def __init__(self, message: str, speaks: bool = False) -> None:
+        super().__init__(message)
+        self.speaks = speaks
 
 
 @dataclass(frozen=True)
@@ -22,19 +69,278 @@ class Ranks:
     """number of this process"""
     world: int = 1
     """number of processes"""
+    store: Any = None
+    """torch.distributed.Store that all reach, for last words; None with one process"""
 
     @property
     def first(self) -> bool:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """One line to the user, from the first process alone."""
+        if self.first:
+            say(text)
+
+    def own(self, batches: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """The part of a step's batches that this process computes.
+
+        Args:
+            batches: of the whole step, the same on every process; at least one.
+
+        Yields:
+            (batch, whether it counts). All processes get as many: where none is left for this one,
+            it computes the first batch for nothing, as an exchange that not all join never ends.
+        """
+        for start in range(0, len(batches), self.world):
+            mine = start + self.rank
+            yield (batches[mine], True) if mine < len(batches) else (batches[0], False)
+
     def sum(self, *numbers: float) -> tuple[float, ...]:
-        """Each number summed over all processes."""
-        return numbers
+        """Each number summed over all processes, in float64."""
+        if self.world == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64)
+        distributed.all_reduce(total)
+        return tuple(total.tolist())
 
-    def own(self, batches: Sequence[T]) -> Sequence[T]:
-        """The part of a step's batches that this process computes."""
-        return batches
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        return self.sum(float(flag))[0] > 0
 
+    def agree(self, error: Exception | None) -> None:
+        """Stop all processes if one has to.
+
+        Raises:
+            Exception: the error, where there is one.
+            RankError: another process has one; the text is that of the lowest rank's.
+        """
+        if self.any(error is not None):
+            said: list[str | None] = [None] * self.world
+            if self.world > 1:
+                distributed.all_gather_object(said, None if error is None else str(error))
+            if error is not None:
+                raise error
+            rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
+            raise RankError(f"rank {rank}: {text}")
+
+    def gather(self, item: T) -> list[T]:
+        """Every process's item in the order of ranks, on the first; [] on the others."""
+        if self.world == 1:
+            return [item]
+        found: list[Any] | None = [None] * self.world if self.first else None
+        distributed.gather_object(item, found)
+        return found or []
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Let the first process do something, and all know what came of it.
+
+        Args:
+            action: what only one may do, such as writing; returns something small.
+
+        Returns:
+            What it returned, on every process.
+
+        Raises:
+            Exception: what it raised, on the first process.
+            RankError: the same in words, on the others.
+        """
+        if self.world == 1:
+            return action()
+        error: Exception | None = None
+        box: list[Any] = [None, None]
+        if self.first:
+            try:
+                box[0] = action()
+            except Exception as raised:  # noqa: BLE001  # raised again below
+                error, box[1] = raised, str(raised)
+        distributed.broadcast_object_list(box)
+        if error is not None:
+            raise error
+        if box[1] is not None:
+            raise RankError(f"rank 0: {box[1]}")
+        result: T = box[0]
+        return result
+
+    @torch.no_grad()
+    def same_start(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every process the first one's values, so that all train the same model."""
+        if self.world > 1:
+            for parameter in parameters:
+                distributed.broadcast(parameter.detach(), 0)
+
+    @torch.no_grad()
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients over all processes, each of which has those of its own batches."""
+        """Sum the gradients over all processes, each of which has those of its own batches.
+
+        Args:
+            parameters: all that are trained and whole on each process, in the same order. One that
+                no process's batches reached keeps None, as with one process.
+        """
+        if self.world == 1:
+            return
+        all_of_them = list(parameters)
+        reached = torch.tensor([float(p.grad is not None) for p in all_of_them])
+        distributed.all_reduce(reached)
+        moved = [p for p, n in zip(all_of_them, reached.tolist(), strict=True) if n]
+        for bucket in _buckets(moved):
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            distributed.all_reduce(flat)
+            pieces = torch.split(flat, [p.numel() for p in bucket])
+            for parameter, part, piece in zip(bucket, parts, pieces, strict=True):
+                part.copy_(piece.view_as(part))
+                parameter.grad = part
+
+    def leave_word(self, error: BaseException) -> None:
+        """Say why this process ends, for those that will miss it."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        # a store that went with the first process takes no words, and the others find out by that
+        with contextlib.suppress(RuntimeError):
+            self.store.set(_WORD, f"rank {self.rank}: {text}")
+            self.store.set(f"{_WORD}/{self.rank}", text)
+
+    def told_by_first(self, error: BaseException) -> bool:
+        """Whether the first process ends for the same reason, and says so."""
+        if self.first:
+            return False
+        text = " ".join(str(error).split()) or type(error).__name__
+        try:
+            self.store.wait([f"{_WORD}/0"], _ANSWER)
+            return bool(self.store.get(f"{_WORD}/0").decode() == text)
+        except RuntimeError:
+            return False
+
+    def missing(self, error: BaseException) -> RankError:
+        """What a broken exchange means: whose last words there are, or who does not answer.
+
+        Args:
+            error: what the exchange raised.
+
+        Returns:
+            The error to raise in its place.
+        """
+        try:
+            if self.store.check([_WORD]):
+                return RankError(self.store.get(_WORD).decode())
+            self.store.set(f"lora_core/alive/{self.rank}", "")
+            gone = [rank for rank in range(self.world) if not self._answers(rank)]
+        except RuntimeError:
+            gone = [0]  # the store was its
+        alive = [rank for rank in range(self.world) if rank not in gone]
+        who = f"rank {', '.join(map(str, gone))} is gone" if gone else "a process is gone"
+        reason = str(error).strip().splitlines()[0][:200]
+        return RankError(f"{who} ({reason})", speaks=self.rank == min(alive, default=self.rank))
+
+    def _answers(self, rank: int) -> bool:
+        try:
+            self.store.wait([f"lora_core/alive/{rank}"], _ANSWER)
+        except distributed.DistStoreError:  # in time it did not
+            return False
+        return True
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters of one dtype, of `BUCKET` elements or a single larger one each."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        full = size + parameter.numel() > BUCKET
+        if bucket and (full or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel()
+    if bucket:
+        yield bucket
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets its variables, started this process with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The device of this process: of several GPUs the one with its number on this machine.
+
+    Args:
+        device: what the user asked for. An index is kept.
+
+    Raises:
+        ValueError: more processes than GPUs.
+    """
+    if not launched() or device.type != "cuda" or device.index is not None:
+        return device
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"process {number} of this machine has no GPU: there are {count}; start "
+            f"--nproc-per-node {count}, or use --device cpu"
+        )
+    return torch.device("cuda", number)
+
+
+_joined: list[Ranks] = []  # of this process, while it is in a run
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """Join the run's other processes, if torchrun started any; within a joined run, its ranks.
+
+    Exchanges go over gloo for tensors on the CPU and over NCCL for those on a GPU. A process group
+    that exists already is used and left.
+
+    Yields:
+        The ranks. Processes other than the first keep their warnings to themselves.
+
+    Raises:
+        RankError: another process failed or is gone.
+    """
+    made = not distributed.is_available() or not distributed.is_initialized()
+    if _joined or (made and not launched()):
+        yield _joined[-1] if _joined else Ranks()
+        return
+    ranks = _join() if made else _present()
+    _joined.append(ranks)
+    try:
+        with warnings.catch_warnings():
+            if not ranks.first:
+                warnings.simplefilter("ignore")
+            yield ranks
+        if made:
+            distributed.barrier()  # the first process holds the store until all are through
+            distributed.destroy_process_group()
+    except RankError:
+        raise
+    except Exception as error:
+        if is_broken(error):
+            raise ranks.missing(error) from None
+        ranks.leave_word(error)
+        if ranks.told_by_first(error):
+            raise RankError(str(error)) from None
+        raise
+    finally:
+        _joined.pop()
+
+
+def _join() -> Ranks:
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device(torch.device("cuda")))
+    # what init_process_group would do, so as to have the store
+    store, rank, world = next(rendezvous("env://"))
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return Ranks(rank, world, store)
+
+
+def _present() -> Ranks:
+    """Those of a process group that the caller made."""
+    store = distributed.distributed_c10d._get_default_store()
+    return Ranks(distributed.get_rank(), distributed.get_world_size(), store)
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether an error says that an exchange with another process broke."""
+    kinds = (distributed.DistBackendError, distributed.DistNetworkError, distributed.DistStoreError)
+    plain = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or (plain and _BROKEN.search(str(error)) is not None)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.train.parts import like
+
 
 def _numpy() -> Any:
     import numpy
@@ -45,6 +47,11 @@ def restore_optimizer(
     for key, value in [*tensors.items(), *rest["plain"].items()]:
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, entries in state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameters[number].shape:
+                entries[name] = like(parameters[number], value)
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 
 
@@ -113,4 +120,4 @@ def restore_weights(
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(like(parameter, weights[name]))

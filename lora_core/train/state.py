@@ -4,7 +4,7 @@
 
     weights.safetensors     the trained parameters by name
     optimizer.safetensors   the optimizer's tensors as `<parameter number>.<name>`
-    rng.safetensors         torch's generators, CPU and CUDA
+    rng.safetensors         torch's generators, CPU and CUDA; `rank1/…`: those of further processes
     state.json              position, best evaluation, optimizer's groups, Python's and NumPy's
                             generators, loss scale, configuration
     history.jsonl           one record a step so far
@@ -13,8 +13,12 @@
 The folder is written aside and renamed, then named in `checkpoints/latest`. Reading checks every
 file against the manifest; a folder that fails is passed over with a warning that says why, and the
 one before it is used. The frozen base is not saved: it is the model the caller gave.
+
+Of several processes the first one writes; what they hold in parts is gathered, so the files are
+those of one process but for the generators. All read.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -28,6 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.files import LATEST, atomic_folder, latest, publish, sha256_file
+from lora_core.train.parts import wholes
+from lora_core.train.ranks import Ranks
 from lora_core.train.snapshot import (
     generators,
     optimizer_tensors,
@@ -37,7 +43,7 @@ from lora_core.train.snapshot import (
     write_tensors,
 )
 
-FORMAT = 1
+FORMAT = 2  # 2: generators of every process
 _FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
@@ -72,6 +78,11 @@ class Progress:
         return self.step >= self.total or self.stopped_early
 
 
+def _of_rank(rank: int, name: str) -> str:
+    """The name under which a process's generator is saved; the first one's has its own."""
+    return f"rank{rank}/{name}" if rank else name
+
+
 def _name(step: int) -> str:
     """A name that sorts as the steps do."""
     return f"step-{step:08d}"
@@ -97,6 +108,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         identity: Mapping[str, Any],
+        ranks: Ranks | None = None,
     ) -> Path:
         """Write and publish a checkpoint, then drop those no longer kept.
 
@@ -106,26 +118,49 @@ class Checkpoints:
             optimizer: with its state.
             scaler: of the loss.
             identity: configuration and facts that a continuing run has to share.
+            ranks: the run's processes, which all call this; by default there is this one.
 
         Returns:
             The checkpoint's folder.
+
+        Raises:
+            OSError: it could not be written; the one before it still counts.
         """
+        ranks = ranks or Ranks()
         path = self.path(progress.step)
-        tensors, rest = optimizer_tensors(optimizer)
-        rng_tensors, rng = generators()
-        fields = {k: v for k, v in vars(progress).items() if k != "history"}
+        states, rest = optimizer_tensors(optimizer)
+        rng = ranks.gather(generators())
+        tensors = {
+            "weights.safetensors": wholes(parameters, keep=ranks.first),
+            "optimizer.safetensors": wholes(states, keep=ranks.first),
+            "rng.safetensors": {
+                _of_rank(rank, name): state
+                for rank, (found, _) in enumerate(rng)
+                for name, state in found.items()
+            },
+        }
         state = {
             "format": FORMAT,
-            "progress": fields,
+            "progress": {k: v for k, v in vars(progress).items() if k != "history"},
             "optimizer": rest,
-            "rng": rng,
+            "rng": [plain for _, plain in rng],
             "scaler": scaler.state_dict(),
             "identity": identity,
         }
+        ranks.on_first(lambda: self._write(path, tensors, state, progress))
+        return path
+
+    def _write(
+        self,
+        path: Path,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        """Write and publish the files of a checkpoint, and drop old ones."""
         with atomic_folder(path) as aside:
-            write_tensors(aside / "weights.safetensors", parameters)
-            write_tensors(aside / "optimizer.safetensors", tensors)
-            write_tensors(aside / "rng.safetensors", rng_tensors)
+            for name, content in tensors.items():
+                write_tensors(aside / name, content)
             (aside / "state.json").write_text(json.dumps(state))
             lines = "".join(json.dumps(record) + "\n" for record in progress.history)
             (aside / "history.jsonl").write_text(lines)
@@ -136,7 +171,6 @@ class Checkpoints:
             (aside / "manifest.json").write_text(json.dumps(sizes, indent=1))
         publish(self.folder, path.name)
         self._prune(progress)
-        return path
 
     def _steps(self) -> list[Path]:
         """The checkpoints' folders, newest first."""
@@ -169,6 +203,12 @@ class Checkpoints:
                 shutil.rmtree(path)
         if step == 0:
             (self.folder / LATEST).unlink(missing_ok=True)
+
+    def published(self) -> Path | None:
+        """The checkpoint that was published last, unread; None where there is none."""
+        with contextlib.suppress(ValueError, OSError):
+            return latest(self.folder)
+        return None
 
     def newest_good(self) -> "Loaded | None":
         """The newest checkpoint that is whole, None without any; damaged ones are named."""
@@ -252,7 +292,7 @@ class Loaded:
         """
         saved = self.state["identity"]
         pairs = [
-            (f"{part} {key}", saved[part].get(key), value)
+            (f"{part} {key}", saved.get(part, {}).get(key), value)
             for part, values in identity.items()
             for key, value in values.items()
         ]
@@ -268,13 +308,17 @@ class Loaded:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Put weights, optimizer, loss scale and generators back.
+        """Put weights, optimizer, loss scale and generators back, on every process.
 
         Raises:
             ValueError: the model's trained parameters are not those of the checkpoint.
         """
+        rank = (ranks or Ranks()).rank
         restore_weights(parameters, self.weights, self.path)
         restore_optimizer(optimizer, self.optimizer, self.state["optimizer"])
         scaler.load_state_dict(self.state["scaler"])
-        restore_generators(self.rng, self.state["rng"])
+        prefix = _of_rank(rank, "")
+        own = {k.removeprefix(prefix): v for k, v in self.rng.items() if k.startswith(prefix)}
+        restore_generators(own, self.state["rng"][rank])

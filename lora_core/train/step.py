@@ -1,7 +1,8 @@
 """One optimizer step: forward and backward over a few batches, one update.
 
 The loss of each batch is its sum divided by the graded tokens of the *whole step*, so the gradients
-of the batches add up to the gradient of the mean over all of them, however the rows were cut.
+of the batches add up to the gradient of the mean over all of them, however the rows were cut, and
+on however many processes they were computed (ranks.py).
 """
 
 import inspect
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from lora_core.device import DtypePolicy
 from lora_core.losses import IGNORE, count_graded, token_mean
 from lora_core.train.batches import Batch, to_device, tokens_in
+from lora_core.train.parts import whole
+from lora_core.train.ranks import Ranks
 
 Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor]"]
 """(model, batch, normalizer) -> the batch's sum / normalizer; optionally with each row's sum (B,)
@@ -103,13 +106,14 @@ def train_step(
     loss: Loss,
     clip: float | None = 1.0,
     check: bool = True,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Update the weights once.
 
     Args:
         model: any module the loss can call.
         parameters: the trained ones, by name.
-        batches: the step's batches, on any device.
+        batches: the step's batches, on any device; all of them on every process.
         optimizer: holds `parameters`; its learning rate is set already.
         scaler: of the loss, enabled for float16 alone.
         policy: where and in which dtype to compute.
@@ -117,6 +121,7 @@ def train_step(
         clip: largest norm of the gradient, or None.
         check: refuse a trained parameter without a gradient. The loop checks its first step: later
             an expert may get no token, or an adapter no row.
+        ranks: the processes that share the batches; by default there is this one.
 
     Returns:
         loss (mean over graded tokens), grad_norm (before clipping), graded, tokens, and
@@ -126,18 +131,28 @@ def train_step(
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights did not move.
         ValueError: a trained parameter got no gradient.
     """
+    ranks = ranks or Ranks()
     graded = sum(map(counter(loss), batches))
-    total, by_source = 0.0, SourceMeans()
-    for batch in batches:
+    own, by_source, failure = 0.0, SourceMeans(), None
+    by_source.expect(batches)
+    for batch, counts in ranks.own(batches):
         moved = to_device(batch, policy.device)
         with policy.autocast():
             value, rows = split_rows(loss(model, moved, graded))
+        if not counts:
+            value, rows = value * 0, None
         number = value.item()
         if not math.isfinite(number):
-            raise NonFiniteError(f"the loss is {number}", [batch])
+            # others wait for this one's gradients: it goes on, and all stop together
+            failure = failure or NonFiniteError(f"the loss is {number}", [batch])
+            if ranks.world == 1:
+                break
         torch.autograd.backward(scaler.scale(value))
-        total += number
+        own += number
         by_source.add(batch, rows)
+    ranks.agree(failure)
+    total = by_source.over(ranks, own)
+    ranks.reduce_gradients(parameters.values())
     if check:
         check_gradients(parameters)
     scaler.unscale_(optimizer)
@@ -180,8 +195,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float | None) -> fl
     """
     moved = [p for p in parameters if p.grad is not None]
     if clip is None:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None]))
-    return float(torch.nn.utils.clip_grad_norm_(moved, clip))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(moved, clip)
+    return float(whole(norm))
 
 
 def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -218,7 +235,7 @@ class SourceMeans:
             return
         sums = self._sums(batch, rows)
         counts = self._sums(batch, F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1)))
-        for source, value, n in zip(batch["source"], rows.tolist(), graded, strict=True):
+        for source, value, n in zip(batch["source"], sums, counts, strict=True):
             pair = self.sums.setdefault(str(source), [0.0, 0])
             pair[0] += value
             pair[1] += n
@@ -235,6 +252,22 @@ class SourceMeans:
         sums = torch.zeros(len(batch["source"]) + 1, dtype=torch.float64)
         sums.index_add_(0, ids.cpu().flatten() + 1, numbers.cpu().double().flatten())
         return sums[1:].tolist()
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Learn the names of sources, those of other processes' batches too."""
+        for batch in batches:
+            for source in batch.get("source", ()) if isinstance(batch, Mapping) else ():
+                self.sums.setdefault(str(source), [0.0, 0])
+
+    def over(self, ranks: Ranks, total: float) -> float:
+        """Sum over all processes, which expect the same sources; `total` is summed on the way."""
+        if ranks.world == 1:
+            return total
+        pairs = [self.sums[source] for source in sorted(self.sums)]
+        total, *summed = ranks.sum(total, *(number for pair in pairs for number in pair))
+        for number, pair in enumerate(pairs):
+            pair[:] = summed[2 * number : 2 * number + 2]
+        return total
 
     def means(self, prefix: str = "loss/") -> dict[str, float]:
         """`<prefix><source>` -> mean, for sources with a graded token."""
