@@ -2,6 +2,7 @@
 
     python -m benchmarks.training                     # 1B width, 4 layers: 128, 512, 2048 tokens
     python -m benchmarks.training --tokens 512 --methods qlora --repeats 5
+    python -m benchmarks.training --ladder            # the savings one after another
     python -m benchmarks.training --gpu               # Llama-3-8B's shape, 2 x 2048, on a GPU
     python -m benchmarks.training --smoke             # a tiny model: does it run
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine, record, results_file, version
+from benchmarks.training.ladder import climb
 from benchmarks.training.problem import Settings, adapter_folder, write_model
 
 AGREE = 0.01  # share of the first loss by which the two stacks may differ at any step
@@ -147,6 +149,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw")
     parser.add_argument("--checkpointing", action="store_true", help="in both stacks")
     parser.add_argument("--compile", action="store_true", help="ours only")
+    parser.add_argument("--ladder", action="store_true", help="the savings one after another")
     parser.add_argument("--gpu", action="store_true", help="Llama-3-8B's shape on a GPU")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, nothing recorded")
     parser.add_argument("--folder", type=Path, help="keep the models here between runs")
@@ -168,7 +171,9 @@ def main() -> None:
             for m in dict.fromkeys(s.method for s in runs)
         }
         rows = []
-        for settings in runs:
+        if args.ladder:
+            rows = [facts | row for row in climb(run, folder, adapter, runs[0].shape)]
+        for settings in [] if args.ladder else runs:
             found = compare(folder, adapter, settings, 1 if args.smoke else args.repeats)
             rows.append(facts | line(settings, found) | {"apart": agreed[settings.method]})
             show(rows[-1])

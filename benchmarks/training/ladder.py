@@ -1,46 +1,66 @@
-"""The savings one at a time: what each is worth, by undoing it.
+"""The savings one after another, from the plain loop to the full set.
 
-A rung's name is what is undone: the library's operator gives way to the plain PyTorch that it
-stands for, as autograd would have had it. All undone at once is the plain loop.
+    python -m benchmarks.training --ladder
+
+Rows of 64 to 512 tokens, eight a step. Each rung is a process of its own and has all of the rungs
+above it; the first is the other stack, the second this library with its savings undone (plain.py).
+Tokens a second count real tokens, not padding.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-__all__ = ["RUNGS", "without"]
+from benchmarks.training.plain import SAVINGS
+from benchmarks.training.problem import Settings
+
+Run = Callable[[str, Path, Path, Settings], dict[str, Any]]
 
 
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+def rungs(shape: str) -> list[tuple[str, str, Settings]]:
+    """Name, stack and settings of each rung."""
+    now = Settings(
+        shape=shape, method="lora", batch=8, sequence=512, mixed=True, without=tuple(SAVINGS)
+    )
+    found = [("transformers + PEFT", "theirs", now), ("plain loop", "ours", now)]
+
+    def add(name: str, **changes: Any) -> None:
+        nonlocal now
+        now = replace(now, **changes)
+        found.append((name, "ours", now))
+
+    for saving in SAVINGS:
+        add(f"+ {saving}", without=tuple(s for s in now.without if s != saving))
+    add("+ packing (rows of 2048)", packing=2048)
+    add("+ activation checkpointing", checkpointing=True)
+    add("+ 8-bit AdamW", optimizer="adamw8bit")
+    add("+ 4-bit base (QLoRA)", method="qlora")
+    add("+ torch.compile", compile=True)
+    return found
 
 
-def _whole_logits() -> contextlib.AbstractContextManager[None]:
-    """Logits of every position, in float32, and their softmax kept for backward."""
-    from lora_core.models import CausalLM
-
-    return _replaced(CausalLM, "grades", False)
-
-
-RUNGS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
-    "linear_cross_entropy": _whole_logits,
-}
-
-
-@contextlib.contextmanager
-def without(names: Sequence[str]) -> Iterator[None]:
-    """Within the block the named savings are undone.
-
-    Args:
-        names: of RUNGS.
-    """
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(RUNGS[name]())
-        yield
+def climb(run: Run, folder: Path, adapter: Path, shape: str) -> list[dict[str, Any]]:
+    """Measure each rung and print it; lines for the results."""
+    rows = []
+    print(f"{'':32} {'tokens/s':>9} {'peak GB':>8} {'above the loaded model':>23}")
+    for name, stack, settings in rungs(shape):
+        result = run(stack, folder, adapter, settings)
+        speed = sum(result["tokens"]) / sum(result["seconds"])
+        fastest = max(t / s for t, s in zip(result["tokens"], result["seconds"], strict=True))
+        peak, above = result["peak"], result["peak"] - result["loaded"]
+        print(f"{name:32} {speed:9.1f} {peak / 1e9:8.2f} {above / 1e9:23.2f}", flush=True)
+        rows.append(
+            {
+                "benchmark": "training-ladder",
+                "rung": name,
+                "shape": shape,
+                "tokens_per_second": speed,
+                "fastest": fastest,
+                "seconds": statistics.median(result["seconds"]),
+                "peak": peak,
+                "loaded": result["loaded"],
+            }
+        )
+    return rows

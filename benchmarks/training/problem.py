@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_core import LoRAConfig, add_adapter, load_model, save_adapter
 from lora_core.checkpoint import save_model
 from lora_core.models import CausalLM, ModelConfig
+from lora_core.train.batches import make_batches
 
 __all__ = ["SHAPES", "Settings", "adapter_folder", "batches", "write_model"]
 
@@ -98,12 +98,16 @@ class Settings:
     """constant learning rate"""
     repeat: bool = False
     """the same batch at each step, which is then learnt by heart: for the check of the losses"""
+    mixed: bool = False
+    """rows of 1/8 to all of `sequence` tokens, padded, instead of all as long"""
+    packing: int | None = None
+    """tokens of the rows that mixed rows are packed into, one such row a step (this library)"""
     without: tuple[str, ...] = ()
-    """savings of this library that are undone (ladder.py)"""
+    """savings of this library that are undone (plain.py)"""
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens a step, where rows are equally long."""
         return self.batch * self.sequence
 
     def to_json(self) -> str:
@@ -141,14 +145,23 @@ def adapter_folder(settings: Settings, folder: Path) -> Path:
     return path
 
 
-def batches(settings: Settings) -> list[dict[str, Tensor]]:
-    """The steps' batches: input_ids, labels and attention_mask, (B, T) int64 each."""
-    generator = torch.Generator().manual_seed(2)
-    size = (settings.batch, settings.sequence)
-    found = []
-    for _ in range(1 if settings.repeat else settings.steps):
-        ids = torch.randint(SHAPES[settings.shape]["vocab_size"], size, generator=generator)
-        labels = ids.clone()
-        labels[:, : round(settings.sequence * (1 - settings.graded))] = -100
-        found.append({"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
-    return found * settings.steps if settings.repeat else found
+def batches(settings: Settings) -> list[dict[str, Any]]:
+    """The steps' batches: input_ids, labels and attention_mask, or a packed batch's tensors."""
+    count = settings.batch * (1 if settings.repeat else settings.steps)
+    rows = [_row(settings, number) for number in range(count)]
+    packing = settings.packing
+    source = make_batches(rows, 1 if packing else settings.batch, None, packing=packing)
+    found = list(source.epoch(0))
+    return (found * -(-settings.steps // len(found)))[: settings.steps]
+
+
+def _row(settings: Settings, number: int) -> dict[str, list[int]]:
+    """One sample: random ids, of which the last ones are graded."""
+    generator = torch.Generator().manual_seed(number)
+    length = settings.sequence
+    if settings.mixed:
+        length = int(torch.randint(length // 8, length + 1, (), generator=generator))
+    words = SHAPES[settings.shape]["vocab_size"]
+    ids = torch.randint(words, (length,), generator=generator).tolist()
+    masked = round(length * (1 - settings.graded))
+    return {"input_ids": ids, "labels": [-100] * masked + ids[masked:]}

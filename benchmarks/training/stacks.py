@@ -18,14 +18,14 @@ from torch import Tensor
 
 from benchmarks.training.problem import Settings
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 Step = Callable[[Batch], float]
 Opened = tuple[Step, contextlib.AbstractContextManager[object]]
 
 
 def ours(settings: Settings, folder: Path, adapter: Path) -> Opened:
     """This library: `train_step` on a loaded folder."""
-    from benchmarks.training.ladder import without
+    from benchmarks.training.plain import without
     from lora_core import load_adapter, load_model
     from lora_core.device import dtype_policy
     from lora_core.train import CausalLoss, TrainConfig, train_step, trained_parameters
@@ -81,7 +81,7 @@ def theirs(settings: Settings, folder: Path, adapter: Path) -> Opened:
     optimizer = _their_optimizer(settings, parameters)
 
     def step(batch: Batch) -> float:
-        batch = {name: t.to(settings.device) for name, t in batch.items()}
+        batch = {name: t.to(settings.device) for name, t in batch.items() if isinstance(t, Tensor)}
         with torch.autocast(settings.device, torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()

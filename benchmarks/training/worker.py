@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.training.problem import Settings, adapter_folder, batches, write_model
 from benchmarks.training.stacks import STACKS
+from lora_core.train.batches import tokens_in
 
 
 def resident(field: str) -> int:
@@ -64,9 +65,11 @@ def run(stack: str, folder: Path, adapter: Path, settings: Settings) -> dict[str
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     else:
         peak, reserved = resident("VmHWM") - before, 0
+    timed = slice(settings.untimed, None)
     return {
         "losses": losses,
-        "seconds": seconds[settings.untimed :],
+        "seconds": seconds[timed],
+        "tokens": [tokens_in(batch) for batch in steps[timed]],
         "peak": peak,
         "reserved": reserved,
         "loaded": loaded,
