@@ -10,6 +10,7 @@ from lora_kernels.blockwise4 import (
     quantize4,
 )
 from lora_kernels.dispatch import backend_for, describe
+from lora_kernels.linear_cross_entropy import linear_cross_entropy
 from lora_kernels.lora_linear import lora_linear4
 from lora_kernels.matmul4 import matmul4
 from lora_kernels.operands import Weight4
@@ -27,6 +28,7 @@ __all__ = [
     "encode_scales",
     "expand4",
     "expand4_slice",
+    "linear_cross_entropy",
     "lora_linear4",
     "matmul4",
     "quantize4",

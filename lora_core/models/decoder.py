@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_core.losses.cross_entropy import linear_token_cross_entropy, token_mean
+from lora_core.losses import linear_token_cross_entropy, token_mean
 from lora_core.models.attention import Attention, attention_rule, cast_once, default_positions
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lora_core.losses import (
     count_graded,
-    cross_entropy,
     linear_cross_entropy,
     masked_cross_entropy,
     shift_labels,
     token_cross_entropy,
 )
+from lora_kernels import head_chunks
 
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(2, 40))  # B, T, V
@@ -156,7 +156,8 @@ def test_chunks_give_the_same_number_and_gradients(
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     whole = masked_cross_entropy(logits, labels, normalizer=9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_entropy, "_CHUNK_ELEMENTS", rows * vocabulary)
+        patch.setattr(head_chunks, "CHUNK_BYTES", rows * vocabulary * 8)
+        patch.setattr(head_chunks, "MIN_ROWS", 1)
         head = linear if module else linear.weight
         chunked = linear_cross_entropy(
             hidden, head, labels, normalizer=9, softcap=softcap, scale=scale
@@ -182,7 +183,8 @@ def test_chunks_are_summed_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_chunks_never_hold_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(head_chunks, "CHUNK_BYTES", 300 * 4)
+    monkeypatch.setattr(head_chunks, "MIN_ROWS", 1)
     labels = torch.randint(0, 100, (2, 50))
     hidden = torch.randn(2, 50, 2, requires_grad=True)
     largest = 0
