@@ -102,9 +102,9 @@ def _rows_kernel(
         weight = tl.exp(most - base)  # 0 for a lane that has seen nothing
         whole = tl.sum(total * weight, 0)
         whole = tl.where(top == float("-inf"), float("nan"), whole)
-        z = tl.load(at + target, mask=inside, other=0.0).to(tl.float32)
-        y, _ = _judged(z, scale, cap, CAPPED)
-        loss = (top - y) * (1.0 - smoothing) + tl.log(whole)
+        z_target = tl.load(at + target, mask=inside, other=0.0).to(tl.float32)
+        y_target, _ = _judged(z_target, scale, cap, CAPPED)
+        loss = (top - y_target) * (1.0 - smoothing) + tl.log(whole)
         if smoothing > 0:  # else a logit of -inf would make 0 times infinity
             loss += (top - tl.sum(logits, 0) / columns) * smoothing
         tl.store(losses_ptr + row, tl.where(inside, loss, float("nan")))
