@@ -9,33 +9,23 @@ of what went in, so `--config run.json` repeats the run.
 import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from lora_core.adapters import (
-    BottleneckConfig,
-    LoRAConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    add_adapter,
-    grow_vocabulary,
-)
+from lora_core.adapters import LoRAConfig, PromptTuningConfig, add_adapter, grow_vocabulary
 from lora_core.checkpoint import adapter_state_dict, load_model, save_adapter, save_model
 from lora_core.checkpoint.peft import read_adapter
-from lora_core.checkpoint.safetensors_folder import read_json_object
-from lora_core.cli.flags import add_dataclass_flags, given
+from lora_core.cli.finetune_flags import FinetuneConfig, add_arguments, settings
 from lora_core.cli.opening import (
     ADAPTER_FILE,
     TEMPLATE_FILE,
     AdapterConfig,
     device_named,
-    read_run,
     resident_dtype,
 )
 from lora_core.data import (
@@ -50,60 +40,14 @@ from lora_core.data import (
 )
 from lora_core.files import atomic_write, sha256_file
 from lora_core.models import CausalLM
-from lora_core.train import DEFAULT_LR, TrainConfig, TrainResult, train
+from lora_core.train import TrainConfig, TrainResult, train
+from lora_core.train.ranks import RankError, Ranks, joined_ranks, local_device
+from lora_core.train.report import say
+
+__all__ = ["EXAMPLE", "HELP", "Finetuned", "add_arguments", "finetune", "run"]
 
 HELP = "train an adapter (or a whole model) on JSONL conversations"
 EXAMPLE = "lora-core finetune --model DIR --data chats.jsonl --out runs/mine --method qlora --r 16"
-
-METHODS = ("lora", "qlora", "full", "bottleneck", "prompt", "prefix")
-KINDS: dict[str, Callable[..., AdapterConfig] | None] = {
-    "full": None,
-    "bottleneck": BottleneckConfig,
-    "prompt": PromptTuningConfig,
-    "prefix": PrefixTuningConfig,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """What is trained, on what: the edge between the command line and the library."""
-
-    model: str
-    """Hugging Face folder of the base model."""
-    data: tuple[str, ...]
-    """JSONL files, each optionally with :weight."""
-    out: str
-    """Folder that gets the adapter (or the model), metrics, plot and run.json."""
-    method: Literal["lora", "qlora", "full", "bottleneck", "prompt", "prefix"] = "lora"
-    """What is trained: LoRA, LoRA on a 4-bit base, every weight, bottlenecks, or soft prompts."""
-    quantize: Literal["nf4", "fp4", "int4"] = "nf4"
-    """4-bit code of the base, for qlora."""
-    eval_data: str | None = None
-    """JSONL file to evaluate on; none: eval_fraction of the data."""
-    eval_fraction: float = 0.05
-    """Share of the rows that is set aside for evaluation; 0: no evaluation."""
-    template: str | None = None
-    """Chat template: a built-in name, a file, or Jinja text; none: the tokenizer's own."""
-    columns: str | None = None
-    """Names of the data's fields: prompt=question,completion=answer."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which turns are graded: the assistant's, its last one, or everything."""
-    max_length: int = 2048
-    """Longest row, in tokens."""
-    control_text: Literal["drop", "keep"] = "drop"
-    """A message that spells a control token: drop its row, counted, or keep it as that token."""
-    add_tokens: str | None = None
-    """Tokens to add to the vocabulary, separated by commas; their rows are trained and saved."""
-    device: str | None = None
-    """cpu, cuda, cuda:1 …; none: the accelerator, else the CPU."""
-
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("no data: give --data FILE.jsonl (more than one is mixed by weight)")
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must be in [0, 1); got {self.eval_fraction}")
 
 
 @dataclass
@@ -125,7 +69,7 @@ def records_bar(records: Iterable[Record]) -> Iterable[Record]:
 
 
 def read_data(
-    config: FinetuneConfig, tok: Tokenizer, seed: int
+    config: FinetuneConfig, tok: Tokenizer, seed: int, show: bool = True
 ) -> tuple[Sequence[Any], Sequence[Any] | None, list[str]]:
     """Rows to train on, rows to evaluate on, and the lines that say what was read."""
 
@@ -139,7 +83,7 @@ def read_data(
             train_on=config.train_on,
             seed=seed,
             control_text=config.control_text,
-            progress=records_bar,
+            progress=records_bar if show else None,
         )
 
     rows = read(parse_sources(config.data))
@@ -210,6 +154,13 @@ def finetune(
         ValueError: bad settings, bad data, or an adapter that does not read back as it was saved.
         FileNotFoundError: a folder or file is missing.
     """
+    with joined_ranks() as ranks:
+        return _finetune(config, adapter, training, ranks)
+
+
+def _finetune(
+    config: FinetuneConfig, adapter: AdapterConfig | None, training: TrainConfig, ranks: Ranks
+) -> Finetuned:
     out = Path(config.out)
     if not training.resume and (out / "run.json").exists():
         raise ValueError(f"{out} holds a run: --resume continues it, or choose another --out")
@@ -217,30 +168,35 @@ def finetune(
     if config.template is not None:
         tok.chat_template = load_template(config.template)
     new_ids = tok.add_tokens(config.add_tokens.split(",")) if config.add_tokens else []
-    rows, held_out, lines = read_data(config, tok, training.seed)
+    rows, held_out, lines = read_data(config, tok, training.seed, ranks.first)
     for line in lines:
-        _say(line)
-    device = device_named(config.device)
+        ranks.say(line)
+    device = local_device(device_named(config.device))
     code = config.quantize if config.method == "qlora" else None
     # a whole model is trained in float32: small steps would round away in 16 bits
     dtype = torch.float32 if config.method == "full" else resident_dtype(device)
     torch.manual_seed(training.seed)  # the adapter's start
-    model = load_model(config.model, quantize=code, dtype=dtype, device=device)
+    # what is to be split need not fit into one device
+    home = torch.device("cpu") if training.shard else device
+    model = load_model(config.model, quantize=code, dtype=dtype, device=home)
     if new_ids:
         grow_vocabulary(model, tok.vocab_size)
     report = attach(model, config.method, _with_tokens(adapter, tok), new_ids)
-    _say(report)
-    _say(f"learning rate {training.lr:g} ({config.method})")
+    ranks.say(report)
+    ranks.say(f"learning rate {training.lr:g} ({config.method})")
     facts = {
         "finetune": dataclasses.asdict(config),
         "adapter": None if adapter is None else adapter_settings(adapter),
         "base": {"model": str(Path(config.model).resolve()), "quantize": code},
         "sha256": provenance(config, tok),
     }
-    result = train(model, rows, training, eval_dataset=held_out, facts=facts)
-    finished_before = result.resumed_from == result.steps and is_complete(out)
-    if not finished_before:
-        leave(out, model, tok, config, bool(new_ids))
+    result = train(model, rows, training, eval_dataset=held_out, facts=facts, device=device)
+
+    def keep() -> None:
+        if not (result.resumed_from == result.steps and is_complete(out)):
+            leave(out, model, tok, config, bool(new_ids))
+
+    ranks.on_first(keep)
     return Finetuned(model, tok, result, report)
 
 
@@ -285,118 +241,22 @@ def verify_saved(model: nn.Module, directory: Path) -> None:
     for key in sorted(held.keys() | saved.keys()):
         if key not in saved or key not in held or not torch.equal(held[key].cpu(), saved[key]):
             raise ValueError(f"{directory}: {key} reads back differently: the disk may be failing")
-    _say(f"saved and read back: {len(saved)} tensors in {directory}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-# --- the command line ---
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags: one for each field of the four dataclasses."""
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="FILE[:WEIGHT]",
-        dest="FinetuneConfig.data",
-        default=argparse.SUPPRESS,
-        help="JSONL files, mixed by weight",
-    )
-    add_dataclass_flags(parser, FinetuneConfig, skip=("data",), title="model and data")
-    add_dataclass_flags(parser, LoRAConfig, skip=_UNFLAGGED, title="LoRA (lora, qlora)")
-    parser.add_argument(
-        "--modules-to-save",
-        metavar="NAME,NAME",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        dest="LoRAConfig.modules_to_save",
-        default=argparse.SUPPRESS,
-        help="modules to train whole beside the LoRA, by name or suffix",
-    )
-    add_dataclass_flags(
-        parser, BottleneckConfig, skip=("targets", "exclude", "dropout"), title="bottleneck"
-    )
-    words = {"init": "prompt-init", "text": "prompt-text", "vocabulary": "prompt-vocabulary"}
-    add_dataclass_flags(parser, PromptTuningConfig, rename=words, title="soft prompts (prompt)")
-    words = {name: f"prefix-{name}" for name in ("projection", "hidden", "init", "std")}
-    title = "soft prompts (prefix; its length is --num-virtual-tokens)"
-    add_dataclass_flags(
-        parser, PrefixTuningConfig, skip=("num_virtual_tokens",), rename=words, title=title
-    )
-    rates = ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_LR.items())
-    add_dataclass_flags(
-        parser, TrainConfig, skip=("out",), title="training", defaults={"lr": f"by method: {rates}"}
-    )
-    parser.add_argument("--config", metavar="run.json", help="repeat a run; flags override it")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-
-
-_UNFLAGGED = ("trainable_token_indices", "rank_pattern", "alpha_pattern")
-
-
-def _list(value: Any) -> Any:
-    """`q_proj,v_proj` to a list; "all-linear" and regular expressions stay strings."""
-    if isinstance(value, str) and "," in value and not set(value) & set("()[]|*+?^$\\"):
-        return [part.strip() for part in value.split(",")]
-    return value
-
-
-def settings(args: argparse.Namespace) -> tuple[FinetuneConfig, AdapterConfig | None, TrainConfig]:
-    """The three configurations, from `--config` and the flags over it."""
-    run = _read_config(args.config)
-    wanted = {**run.get("finetune", {}), **given(args, FinetuneConfig)}
-    for key in ("model", "out"):
-        if not wanted.get(key):
-            raise ValueError(f"--{key} is missing")
-    config = FinetuneConfig(**{**wanted, "data": tuple(wanted.get("data", ()))})
-    kind = KINDS.get(config.method, LoRAConfig)
-    adapter: AdapterConfig | None = None
-    if kind is not None:
-        same = run.get("finetune", {}).get("method") in (None, config.method)
-        fields = {**((run.get("adapter") or {}) if same else {}), **_given(args, kind)}
-        adapter = kind(**{k: v if k == "text" else _list(v) for k, v in fields.items()})
-    if config.method == "qlora" and getattr(adapter, "init", None) == "loftq":
-        raise ValueError(
-            "--init loftq quantizes the 16-bit base itself, and --method qlora has it quantized "
-            "already: use --method lora, which trains on the 4-bit base that LoftQ makes"
-        )
-    training = {"lr": DEFAULT_LR[config.method], **run.get("train", {}), **given(args, TrainConfig)}
-    # whether to go on is this call's question, not the recorded run's
-    training["resume"] = given(args, TrainConfig).get("resume", False)
-    return config, adapter, TrainConfig(**{**training, "out": config.out})
-
-
-def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
-    """An adapter's flags; the two kinds of soft prompt share --num-virtual-tokens."""
-    flags = given(args, kind)
-    if kind is PrefixTuningConfig:
-        shared = given(args, PromptTuningConfig)
-        flags |= {k: v for k, v in shared.items() if k == "num_virtual_tokens"}
-    return flags
-
-
-def _read_config(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"--config {path}: no such file")
-    run = read_run(file.parent) if file.name == "run.json" else read_json_object(file)
-    recorded = run.get("sha256", {}).get("data", {})
-    for name, digest in recorded.items():
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"{path} names the data file {name}, which is not there")
-        if sha256_file(name) != digest:
-            _say(f"note: {name} has changed since that run")
-    return run
+    say(f"saved and read back: {len(saved)} tensors in {directory}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, and say where the result lies."""
     config, adapter, training = settings(args)
-    done = finetune(config, adapter, training)
+    try:
+        with joined_ranks() as ranks:
+            done = finetune(config, adapter, training)
+    except RankError as error:
+        if error.speaks:
+            raise
+        return 1  # another process says why
+    code = 130 if done.result.interrupted else 0
+    if not ranks.first:
+        return code
     last = done.result.history[-1] if done.result.history else {}
     facts = {
         "out": config.out,
@@ -417,4 +277,4 @@ def run(args: argparse.Namespace) -> int:
             print(f"  try:   lora-core generate --adapter {config.out} --prompt '…'")
         if config.method in ("lora", "qlora"):
             print(f"  merge: lora-core merge --adapter {config.out} --out {config.out}-merged")
-    return 130 if done.result.interrupted else 0
+    return code

@@ -21,7 +21,8 @@ from torch import nn
 
 from lora_core.adapters import LoRAConfig
 from lora_core.checkpoint import base_model_path, load_model
-from lora_core.cli.finetune import FinetuneConfig, finetune
+from lora_core.cli.finetune import finetune
+from lora_core.cli.finetune_flags import FinetuneConfig
 from lora_core.cli.merge import merged_folder, probe_logits
 from lora_core.cli.opening import open_model
 from lora_core.data import SFTDataset, Tokenizer, load_tokenizer

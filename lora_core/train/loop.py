@@ -144,7 +144,7 @@ def train(  # noqa: PLR0913  # a run's parts, each with a default
         trained = trained_parameters(model)
         ranks.same_start(trained.values())
         here = next(iter(trained.values())).device if device is None else torch.device(device)
-        folder = RunFolder(config, ranks)
+        folder, counts = RunFolder(config, ranks), parameter_counts(model)
         with (
             folder.held(),
             modes_kept(model),
@@ -153,7 +153,7 @@ def train(  # noqa: PLR0913  # a run's parts, each with a default
             recomputed_layers(model, *recompute),
         ):
             total = total_steps(config, source, ranks.world)
-            run = Run(model, config, total=total, ranks=ranks, folder=folder, **parts)
+            run = Run(model, config, total, ranks, folder, counts, **parts)
             return run.go(on_step or (lambda record: None))
 
 
@@ -180,6 +180,7 @@ class Run:
     total: int
     ranks: Ranks
     folder: RunFolder
+    counts: tuple[int, int]
     source: BatchSource
     loss: Loss
     evaluation: Evaluation
@@ -243,7 +244,7 @@ class Run:
     def begin(self) -> None:
         """Write run.json and say what is about to happen."""
         self.folder.begin(self.progress.step, self.facts)
-        trained, every = parameter_counts(self.model)
+        trained, every = self.counts
         among = f" on {self.ranks.world} processes" if self.ranks.world > 1 else ""
         self.ranks.say(
             f"training {trained:,} of {every:,} parameters ({trained / every:.2%}) for "

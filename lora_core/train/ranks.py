@@ -36,6 +36,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 
+from lora_core.train.parts import is_part
 from lora_core.train.report import say
 
 T = TypeVar("T")
@@ -174,12 +175,14 @@ class Ranks:
         """Sum the gradients over all processes, each of which has those of its own batches.
 
         Args:
-            parameters: all that are trained and whole on each process, in the same order. One that
-                no process's batches reached keeps None, as with one process.
+            parameters: all that are trained, in the same order. One that no process's batches
+                reached keeps None, as with one process; those held in parts are summed already.
         """
         if self.world == 1:
             return
-        all_of_them = list(parameters)
+        all_of_them = [p for p in parameters if not is_part(p)]
+        if not all_of_them:
+            return
         reached = torch.tensor([float(p.grad is not None) for p in all_of_them])
         distributed.all_reduce(reached)
         moved = [p for p, n in zip(all_of_them, reached.tolist(), strict=True) if n]

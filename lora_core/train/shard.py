@@ -69,7 +69,11 @@ def sharded_model(
             "--nproc-per-node N -m lora_core …, or leave shard out"
         )
     if on and not can_shard():
-        ranks.say(f"torch {torch.__version__} cannot split 4-bit weights, 2.12 can: replicating")
+        ranks.say(
+            f"torch {torch.__version__} cannot split 4-bit weights, 2.12 can: each process holds "
+            "the whole model"
+        )
+        model.to(device)
     if not on or not can_shard():
         yield
         return
@@ -103,6 +107,7 @@ def _split(
         fully_shard(part, mesh=mesh)
         assert isinstance(part, FSDPModule)  # the module itself, under another class
         part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # which is then a plain sum, in gloo too
         # a batch may not reach an expert that another process's does
         part.set_reduce_scatter_unused_params(True, recurse=False)
         for name, _ in part.named_parameters(prefix=prefix):

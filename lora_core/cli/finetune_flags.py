@@ -1,0 +1,171 @@
+"""The settings of `lora-core finetune`: a flag for each field of the dataclasses, over `--config`.
+
+A flag that was given wins over the recorded run, and that over the field's default.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_core.adapters import (
+    BottleneckConfig,
+    LoRAConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
+from lora_core.checkpoint.safetensors_folder import read_json_object
+from lora_core.cli.flags import add_dataclass_flags, given
+from lora_core.cli.opening import AdapterConfig, read_run
+from lora_core.files import sha256_file
+from lora_core.train import DEFAULT_LR, TrainConfig
+from lora_core.train.report import say
+
+METHODS = ("lora", "qlora", "full", "bottleneck", "prompt", "prefix")
+KINDS: dict[str, Callable[..., AdapterConfig] | None] = {
+    "full": None,
+    "bottleneck": BottleneckConfig,
+    "prompt": PromptTuningConfig,
+    "prefix": PrefixTuningConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What is trained, on what: the edge between the command line and the library."""
+
+    model: str
+    """Hugging Face folder of the base model."""
+    data: tuple[str, ...]
+    """JSONL files, each optionally with :weight."""
+    out: str
+    """Folder that gets the adapter (or the model), metrics, plot and run.json."""
+    method: Literal["lora", "qlora", "full", "bottleneck", "prompt", "prefix"] = "lora"
+    """What is trained: LoRA, LoRA on a 4-bit base, every weight, bottlenecks, or soft prompts."""
+    quantize: Literal["nf4", "fp4", "int4"] = "nf4"
+    """4-bit code of the base, for qlora."""
+    eval_data: str | None = None
+    """JSONL file to evaluate on; none: eval_fraction of the data."""
+    eval_fraction: float = 0.05
+    """Share of the rows that is set aside for evaluation; 0: no evaluation."""
+    template: str | None = None
+    """Chat template: a built-in name, a file, or Jinja text; none: the tokenizer's own."""
+    columns: str | None = None
+    """Names of the data's fields: prompt=question,completion=answer."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which turns are graded: the assistant's, its last one, or everything."""
+    max_length: int = 2048
+    """Longest row, in tokens."""
+    control_text: Literal["drop", "keep"] = "drop"
+    """A message that spells a control token: drop its row, counted, or keep it as that token."""
+    add_tokens: str | None = None
+    """Tokens to add to the vocabulary, separated by commas; their rows are trained and saved."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 …; none: the accelerator, else the CPU."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("no data: give --data FILE.jsonl (more than one is mixed by weight)")
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must be in [0, 1); got {self.eval_fraction}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags: one for each field of the four dataclasses."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE[:WEIGHT]",
+        dest="FinetuneConfig.data",
+        default=argparse.SUPPRESS,
+        help="JSONL files, mixed by weight",
+    )
+    add_dataclass_flags(parser, FinetuneConfig, skip=("data",), title="model and data")
+    add_dataclass_flags(parser, LoRAConfig, skip=_UNFLAGGED, title="LoRA (lora, qlora)")
+    parser.add_argument(
+        "--modules-to-save",
+        metavar="NAME,NAME",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        dest="LoRAConfig.modules_to_save",
+        default=argparse.SUPPRESS,
+        help="modules to train whole beside the LoRA, by name or suffix",
+    )
+    add_dataclass_flags(
+        parser, BottleneckConfig, skip=("targets", "exclude", "dropout"), title="bottleneck"
+    )
+    words = {"init": "prompt-init", "text": "prompt-text", "vocabulary": "prompt-vocabulary"}
+    add_dataclass_flags(parser, PromptTuningConfig, rename=words, title="soft prompts (prompt)")
+    words = {name: f"prefix-{name}" for name in ("projection", "hidden", "init", "std")}
+    title = "soft prompts (prefix; its length is --num-virtual-tokens)"
+    add_dataclass_flags(
+        parser, PrefixTuningConfig, skip=("num_virtual_tokens",), rename=words, title=title
+    )
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_LR.items())
+    add_dataclass_flags(
+        parser, TrainConfig, skip=("out",), title="training", defaults={"lr": f"by method: {rates}"}
+    )
+    parser.add_argument("--config", metavar="run.json", help="repeat a run; flags override it")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+_UNFLAGGED = ("trainable_token_indices", "rank_pattern", "alpha_pattern")
+
+
+def _list(value: Any) -> Any:
+    """`q_proj,v_proj` to a list; "all-linear" and regular expressions stay strings."""
+    if isinstance(value, str) and "," in value and not set(value) & set("()[]|*+?^$\\"):
+        return [part.strip() for part in value.split(",")]
+    return value
+
+
+def settings(args: argparse.Namespace) -> tuple[FinetuneConfig, AdapterConfig | None, TrainConfig]:
+    """The three configurations, from `--config` and the flags over it."""
+    run = _read_config(args.config)
+    wanted = {**run.get("finetune", {}), **given(args, FinetuneConfig)}
+    for key in ("model", "out"):
+        if not wanted.get(key):
+            raise ValueError(f"--{key} is missing")
+    config = FinetuneConfig(**{**wanted, "data": tuple(wanted.get("data", ()))})
+    kind = KINDS.get(config.method, LoRAConfig)
+    adapter: AdapterConfig | None = None
+    if kind is not None:
+        same = run.get("finetune", {}).get("method") in (None, config.method)
+        fields = {**((run.get("adapter") or {}) if same else {}), **_given(args, kind)}
+        adapter = kind(**{k: v if k == "text" else _list(v) for k, v in fields.items()})
+    if config.method == "qlora" and getattr(adapter, "init", None) == "loftq":
+        raise ValueError(
+            "--init loftq quantizes the 16-bit base itself, and --method qlora has it quantized "
+            "already: use --method lora, which trains on the 4-bit base that LoftQ makes"
+        )
+    training = {"lr": DEFAULT_LR[config.method], **run.get("train", {}), **given(args, TrainConfig)}
+    # whether to go on is this call's question, not the recorded run's
+    training["resume"] = given(args, TrainConfig).get("resume", False)
+    return config, adapter, TrainConfig(**{**training, "out": config.out})
+
+
+def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """An adapter's flags; the two kinds of soft prompt share --num-virtual-tokens."""
+    flags = given(args, kind)
+    if kind is PrefixTuningConfig:
+        shared = given(args, PromptTuningConfig)
+        flags |= {k: v for k, v in shared.items() if k == "num_virtual_tokens"}
+    return flags
+
+
+def _read_config(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    run = read_run(file.parent) if file.name == "run.json" else read_json_object(file)
+    recorded = run.get("sha256", {}).get("data", {})
+    for name, digest in recorded.items():
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{path} names the data file {name}, which is not there")
+        if sha256_file(name) != digest:
+            say(f"note: {name} has changed since that run")
+    return run
