@@ -12,8 +12,12 @@ from lora_kernels.blockwise4 import (
 from lora_kernels.dispatch import backend_for, describe
 from lora_kernels.linear_cross_entropy import linear_cross_entropy
 from lora_kernels.lora_linear import lora_linear4
+from lora_kernels.lora_update import lora_update
 from lora_kernels.matmul4 import matmul4
 from lora_kernels.operands import Weight4
+from lora_kernels.rms_norm import rms_norm
+from lora_kernels.rotary import rotary
+from lora_kernels.swiglu import swiglu
 
 __all__ = [
     "Documents",
@@ -30,6 +34,10 @@ __all__ = [
     "expand4_slice",
     "linear_cross_entropy",
     "lora_linear4",
+    "lora_update",
     "matmul4",
     "quantize4",
+    "rms_norm",
+    "rotary",
+    "swiglu",
 ]

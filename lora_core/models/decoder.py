@@ -25,7 +25,7 @@ from lora_core.models.attention import Attention, attention_rule, cast_once, def
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
 from lora_core.models.rope import Rotary
-from lora_kernels import Documents
+from lora_kernels import Documents, rms_norm, swiglu
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -33,6 +33,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+# what `swiglu` calls those that it has
+_FUSED = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass
@@ -52,6 +54,8 @@ class ModelOutput:
 class RMSNorm(nn.Module):
     """w · x / sqrt(mean(x²) + eps), in float32, rounded to x's dtype before the product with w.
 
+    Kept for backward are x and w, which exist anyway.
+
     Ref: Zhang and Sennrich, arXiv:1910.07467, equation 4.
     """
 
@@ -62,13 +66,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., C) along C."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):
     """Gated feed-forward layer: down(act(gate(x)) * up(x)).
+
+    For SiLU and GELU's tanh form what is kept of the product is gate(x) and up(x) alone.
 
     Ref: Shazeer, arXiv:2002.05202, equation 6.
     """
@@ -80,11 +84,14 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self.act = _ACTIVATIONS[config.hidden_act]
+        self.fused = _FUSED.get(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, C) to (B, T, C)."""
         x = cast_once(x)
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, inner)
+        gated = self.act(gate) * up if self.fused is None else swiglu(gate, up, self.fused)
+        return self.down_proj(gated)
 
 
 class DecoderLayer(nn.Module):

@@ -4,7 +4,7 @@ Channel i of a head is paired with channel i + D/2 and the pair is turned by the
 ``position * inv_freq[i]``. Frequencies, angles, cosines and sines are float32 whatever the model's
 dtype, and the rotation itself is done in float32 and rounded once. transformers rounds cosine and
 sine to the model's dtype first; in float32 the two are the same numbers, in bfloat16 this one is
-closer to the exact rotation, for one temporary of q's size.
+closer to the exact rotation.
 
 The frequencies are no buffer: they are a handful of numbers that follow from the configuration, so
 they are never saved, never cast by ``model.to(torch.bfloat16)`` and never left empty by
@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from lora_kernels import rotary
 
 RopeParameters = Mapping[str, float | str]
 
@@ -90,7 +92,14 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D); returns x's shape and dtype."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+    """Turn the channel pairs (i, i + R/2) of x by the angles, in float32, rounded once.
+
+    Args:
+        x: (B, H, T, D), by any strides.
+        cos: (B or 1, 1, T, R) float32, R at most D: further channels stay as they are.
+        sin: likewise.
+
+    Returns:
+        (B, H, T, D) in the dtype and layout of x; kept for backward are cos and sin alone.
+    """
+    return rotary(x, cos, sin)

@@ -75,10 +75,10 @@ def triple(transformers: ModuleType, changes: dict[str, Any]) -> tuple[CausalLM,
     return models[0], models[1], models[2]
 
 
-def within(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+def within(ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = 2) -> None:
     eps = torch.finfo(ours.dtype).eps
     error = (ours.double() - truth).abs().max()
-    allowed = 2 * (theirs.double() - truth).abs().max() + 2 * eps * truth.abs().max()
+    allowed = factor * (theirs.double() - truth).abs().max() + 2 * eps * truth.abs().max()
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
@@ -95,9 +95,20 @@ def graded(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.flatten(0, 1) if mask is None else logits[mask.bool()]
 
 
+# the definition rounds where transformers does. C is as accurate on the average, but its roundings
+# are others: among hundreds of largest errors some are two or three times as large
+@pytest.mark.parametrize(("backend", "factor"), [("reference", 2), ("auto", 4)])
 @pytest.mark.parametrize("pad", ["none", "all-ones", "left", "right"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_loss_and_gradients(transformers: ModuleType, variant: str, pad: str) -> None:
+def test_logits_loss_and_gradients(
+    transformers: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    pad: str,
+    backend: str,
+    factor: float,
+) -> None:
+    monkeypatch.setenv("LORA_KERNELS", backend)
     ours, *theirs = triple(transformers, VARIANTS[variant])
     ids = torch.randint(97, (3, 21))
     mask = padding(pad, *ids.shape)
@@ -113,12 +124,12 @@ def test_logits_loss_and_gradients(transformers: ModuleType, variant: str, pad: 
     peers = [m(ids, mask, position_ids=positions, labels=labels) for m in theirs]
     for peer in peers:
         peer.loss.backward()
-    within(graded(out.logits, mask), *(graded(peer.logits, mask) for peer in peers))
-    within(out.loss, *(peer.loss for peer in peers))
+    within(graded(out.logits, mask), *(graded(peer.logits, mask) for peer in peers), factor)
+    within(out.loss, *(peer.loss for peer in peers), factor)
     gradients = [dict(m.named_parameters()) for m in (ours, *theirs)]
     assert list(gradients[0]) == list(gradients[1])
     for name in gradients[0]:
-        within(*(g[name].grad for g in gradients))
+        within(*(g[name].grad for g in gradients), factor)
 
 
 @pytest.mark.parametrize("pad", ["none", "left"])
