@@ -53,19 +53,25 @@ class PackedBatches:
         self.capacity = capacity
         self.few_lengths = few_lengths
         self.lengths = lengths_of(rows)
-        self.count = len(pack(self.lengths, capacity))
+        self._packed: tuple[int, list[list[int]]] | None = None
+        self.count = len(self.packed(0))
 
     def per_epoch(self) -> int:
         """Batches in an epoch: as many packed rows in each, however the samples are shuffled."""
         return -(-self.count // self.batch_size)
 
-    def plan(self, epoch: int) -> list[list[list[int]]]:
+    def packed(self, epoch: int) -> list[list[int]]:
+        """The samples' numbers in each packed row of an epoch; the last epoch asked for is kept."""
+        if self._packed is None or self._packed[0] != epoch:
+            generator = generator_of(self.seed, epoch)
+            order = shuffled(range(len(self.rows)), generator)
+            rows = pack([self.lengths[i] for i in order], self.capacity)
+            self._packed = epoch, shuffled([[order[i] for i in row] for row in rows], generator)
+        return self._packed[1]
+
+    def plan(self, epoch: int) -> Iterator[list[list[int]]]:
         """For each batch of an epoch, for each of its packed rows, the samples' numbers."""
-        generator = generator_of(self.seed, epoch)
-        order = shuffled(range(len(self.rows)), generator)
-        packed = pack([self.lengths[i] for i in order], self.capacity)
-        rows = shuffled([[order[i] for i in row] for row in packed], generator)
-        return list(batched(rows, self.batch_size))
+        return batched(self.packed(epoch), self.batch_size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from the `start`-th on."""
@@ -96,7 +102,6 @@ class PackedBatches:
 
     def largest(self) -> tuple[Batch, str]:
         """The fullest rows in one batch: how full rows are is the same in every epoch."""
-        rows = [row for chosen in self.plan(0) for row in chosen]
-        chosen = heapq.nlargest(self.batch_size, rows, self._used)
+        chosen = heapq.nlargest(self.batch_size, self.packed(0), self._used)
         size = f"{self.width(chosen)} tokens x {len(chosen)} packed rows"
         return self.batch(chosen), f"row {chosen[0][0]} and others: {size}"

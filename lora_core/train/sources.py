@@ -20,7 +20,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from lora_core.data import Rows
 from lora_core.data import collate as default_collate
 from lora_core.data.packing import Efficiency
 
@@ -83,10 +82,18 @@ def few_length(tokens: int) -> int:
     return three_quarters if max(tokens, SHORTEST) <= three_quarters else octave
 
 
-def lengths_of(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Tokens of each row; the library's own rows know them without being unpacked."""
-    known = rows.lengths if isinstance(rows, Rows) else None
-    return [len(row["input_ids"]) for row in rows] if known is None else known
+def lengths_of(rows: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    """Tokens of each row: `rows.lengths` where there is such a sequence, as SFTDataset's.
+
+    Else all rows are read once, with a bar where that takes time.
+    """
+    known = getattr(rows, "lengths", None)
+    if isinstance(known, Sequence) and len(known) == len(rows):
+        return known
+    from tqdm import tqdm
+
+    bar = tqdm(rows, desc="lengths", unit=" rows", delay=2, leave=False)
+    return [len(row["input_ids"]) for row in bar]
 
 
 def named(batch: Batch, numbers: list[int], rows: Sequence[Any]) -> Batch:
@@ -128,7 +135,7 @@ class RowBatches:
         self.few_lengths = few_lengths
 
     @functools.cached_property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each row."""
         return lengths_of(self.rows)
 

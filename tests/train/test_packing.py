@@ -146,11 +146,25 @@ def test_a_folders_rows_tell_their_lengths(tokenizer_folder: Path, tmp_path: Pat
     path = tmp_path / "text.jsonl"
     path.write_text("".join(f'{{"text": "{"word " * n}"}}\n' for n in range(1, 9)))
     rows = SFTDataset.from_jsonl(path, load_tokenizer(tokenizer_folder))
+    assert make_batches(rows, 2, 0).lengths == rows.lengths == [len(r["input_ids"]) for r in rows]
     ours = make_batches(rows, 2, 0, packing=64)
     plain = make_batches([dict(row) for row in rows], 2, 0, packing=64)
     for one, two in zip(ours.epoch(1), plain.epoch(1), strict=True):
         assert one["row"] == two["row"]
         assert torch.equal(one["input_ids"], two["input_ids"])
+
+
+def test_a_sequence_may_know_its_lengths_without_being_read() -> None:
+    class Slow(list[dict[str, list[int]]]):
+        def __iter__(self) -> Any:
+            raise AssertionError("read")
+
+    rows = Slow(rows_of([3, 2, 4]))
+    rows.lengths = [3, 2, 4]
+    assert make_batches(rows, 2, 0, packing=5).per_epoch() == 1
+    rows.lengths = [3, 2]  # of something else
+    with pytest.raises(AssertionError, match="read"):
+        make_batches(rows, 2, 0, packing=5)
 
 
 @pytest.mark.parametrize(
