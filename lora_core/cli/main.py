@@ -25,6 +25,7 @@ VERBS = {
     "export": "write a copy of a LoRA adapter that vLLM, llama.cpp and SGLang scale right",
     "quantize": "write a model with its linear layers in 4 bits, in bitsandbytes' format",
     "inspect": "samples token by token with their labels and grades; an adapter's update by layer",
+    "plan": "memory before a run: each part and the peak, by method; what fits a budget",
     "info": "versions, backends and what this machine can run",
 }
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +30,10 @@ from lora_kernels import linear_cross_entropy as fused
 __all__ = ["linear_cross_entropy", "linear_token_cross_entropy"]
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a head that is called: 64 MiB in float32
+
+
+# fake ones stand for plain ones: lora_core.plan counts with them what a step would allocate
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 class _Parts(NamedTuple):
@@ -115,7 +120,11 @@ def linear_token_cross_entropy(
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
     rows, targets = hidden.flatten(0, 1), shift_labels(labels).flatten()  # (B·T, H), (B·T,)
-    grading: dict[str, Any] = {"softcap": softcap, "scale": scale, "label_smoothing": label_smoothing}
+    grading: dict[str, Any] = {
+        "softcap": softcap,
+        "scale": scale,
+        "label_smoothing": label_smoothing,
+    }
     parts = _parts(head)
     if parts is None:
         project = (lambda x: F.linear(x, head)) if isinstance(head, Tensor) else head
@@ -147,7 +156,7 @@ def _parts(head: Tensor | nn.Module) -> _Parts | None:
             return None
         parts = _Parts(*found)
     # a tensor of another class (sharded, quantized) has products of its own
-    plain = all(type(t) in (Tensor, nn.Parameter) for t in parts if isinstance(t, Tensor))
+    plain = all(type(t) in _PLAIN for t in parts if isinstance(t, Tensor))
     return parts if plain else None
 
 

@@ -21,7 +21,8 @@ FLOORS = {
     "lora_core.evaluate": 4,
     "lora_core.testing": 4,
     "lora_core.train": 5,
-    "lora_core.cli": 6,
+    "lora_core.plan": 6,
+    "lora_core.cli": 7,
 }
 
 

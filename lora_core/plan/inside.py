@@ -1,0 +1,177 @@
+"""What operators hold inside themselves, which a run on fake tensors does not show.
+
+A product with a 4-bit weight expands it a panel (CPU) or a slice (GPU) at a time; the loss holds a
+chunk of logits; a low-rank update is written out in PyTorch on a CPU. The rules follow those
+operators' code and use their constants; a test compares each with what its operator allocates.
+
+PyTorch's own operators are taken to need nothing beside their results: what its matrix libraries
+hold is theirs, not the allocator's, but for cuBLAS's workspace.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import expansions, head_chunks
+from lora_kernels.cpu.matmul4 import FEW_ROWS, PANEL_BYTES, PANEL_COLUMNS
+from lora_kernels.dispatch import backend_for
+from lora_kernels.matmul4 import BACKENDS
+from lora_kernels.operands import TENSORS, WIDTH
+
+__all__ = ["CUBLAS_WORKSPACE", "GPU_SLICE", "Inside"]
+
+GPU_SLICE = 1 << 25
+"""SLICE_BYTES of lora_kernels.gpu.routes4, which cannot be imported without Triton."""
+CUBLAS_WORKSPACE = 1 << 25
+"""What PyTorch allocates for cuBLAS on an H100 or later; before that it is 8 MiB."""
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Bytes inside an operator, by its name."""
+
+    compute: torch.dtype
+    """dtype of the matrix products"""
+    device: str = "cpu"
+    """"cpu" or "cuda": where the run would be"""
+
+    def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Bytes that an operator holds beside its arguments and results."""
+        rule = _RULES.get(name)
+        return 0 if rule is None else rule(self, args)
+
+    @property
+    def backend(self) -> str:
+        """Which implementation of the operators would run."""
+        return "triton" if self.device == "cuda" else backend_for(torch.empty(0), BACKENDS)
+
+    def expanded(self, rows: int, weight: tuple[int, int, int], dtype: torch.dtype) -> int:
+        """The expanded part of a weight (N, K, block) in `x Wᵀ`, x having so many rows."""
+        n, k, _ = weight
+        if self.backend == "native" and rows <= FEW_ROWS.get(dtype, -1):
+            return 0
+        return self._part(n, k * dtype.itemsize, 1)
+
+    def expanded_dx(self, weight: tuple[int, int, int], dtype: torch.dtype) -> int:
+        """The same in `dy W`, which is cut along columns."""
+        n, k, block = weight
+        return self._part(k, n * dtype.itemsize, block)
+
+    def _part(self, length: int, across: int, unit: int) -> int:
+        """`length` lines of `across` bytes, or as many as a panel or a slice holds."""
+        if self.backend == "reference":
+            return length * across
+        most = GPU_SLICE if self.backend == "triton" else PANEL_BYTES
+        least = PANEL_COLUMNS if self.backend == "native" and unit > 1 else 1
+        lines = max(max(most // max(across, 1), least) // unit, 1) * unit
+        return min(lines, length) * across
+
+    def shelf(self, weights: list[tuple[int, int]]) -> int:
+        """Dense weights that a layer's recomputation keeps for its backward pass.
+
+        Args:
+            weights: (N, K) of the layer's 4-bit weights, in the order in which they are used.
+
+        Returns:
+            Bytes; the newest stay where not all fit (lora_kernels.expansions).
+        """
+        held = 0
+        if self.backend == "native":  # which never holds a weight whole
+            return 0
+        for n, k in reversed(weights):
+            size = n * k * self.compute.itemsize
+            if size <= expansions.LIMIT and held + size > expansions.LIMIT:
+                break
+            held += size if size <= expansions.LIMIT else 0
+        return held
+
+
+def _weight(args: tuple[Any, ...]) -> tuple[int, int, int]:
+    """N, K and the block of the weight, whose tensors begin at the start of `args`."""
+    n, k, block = args[TENSORS:WIDTH]
+    return n, k, block
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
+def _matmul4(inside: Inside, args: tuple[Any, ...]) -> int:
+    x: Tensor = args[0]
+    return inside.expanded(_rows(x), _weight(args[1:]), x.dtype)
+
+
+def _matmul4_dx(inside: Inside, args: tuple[Any, ...]) -> int:
+    return inside.expanded_dx(_weight(args[1:]), args[0].dtype)
+
+
+def _lora_linear4(inside: Inside, args: tuple[Any, ...]) -> int:
+    """A panel; later, on a CPU, the base's product, the update and its negative."""
+    x, weight = args[0], _weight(args[1:])
+    expanded = inside.expanded(_rows(x), weight, x.dtype)
+    if inside.backend == "triton":
+        return expanded
+    return max(expanded, 3 * _rows(x) * weight[0] * x.dtype.itemsize)
+
+
+def _lora_linear4_backward(inside: Inside, args: tuple[Any, ...]) -> int:
+    """A panel and, on a CPU, the base's dx beside the update's; nothing if dx is not wanted."""
+    (dy, x), weight, wants_dx = args[:2], _weight(args[2:]), args[-2]
+    if not wants_dx:
+        return 0
+    expanded = inside.expanded_dx(weight, dy.dtype)
+    return expanded + (0 if inside.backend == "triton" else x.nbytes)
+
+
+def _lora_update(inside: Inside, args: tuple[Any, ...]) -> int:
+    """On a CPU the update, its cast to y's dtype if that is another, and its negative."""
+    y, x = args[:2]
+    if inside.backend == "triton" or y is None:
+        return 0
+    cast = 0 if y.dtype == x.dtype else y.numel() * x.dtype.itemsize
+    return 2 * y.nbytes + cast
+
+
+def _cross_entropy(inside: Inside, args: tuple[Any, ...]) -> int:
+    """A chunk of logits, its rows of x and of dx, the places of the graded rows, W's cast."""
+    hidden, weight, dtype = args[0], args[2], args[7]
+    m, (classes, features) = len(hidden), weight.shape
+    most = max(head_chunks.CHUNK_BYTES // (classes * dtype.itemsize), head_chunks.MIN_ROWS)
+    rows = -(-m // max(-(-m // most), 1))
+    narrow, wide = dtype.itemsize, max(dtype.itemsize, 4)
+    cast = _cast(weight, dtype)
+    sums = wide if cast and weight.numel() * narrow > head_chunks.CAST_BYTES else 0
+    return rows * (classes * narrow + features * (2 * narrow + sums)) + 8 * m + cast
+
+
+def _cross_entropy_dweight(inside: Inside, args: tuple[Any, ...]) -> int:
+    """A slice of the sum, a block's product and logits, and the block's rows of x."""
+    hidden, weight, dtype = args[2], args[4], args[9]
+    narrow, wide = dtype.itemsize, max(dtype.itemsize, 4)
+    classes, features = weight.shape
+    block = min(head_chunks.BLOCK_ROWS, len(hidden))
+    each = features * (wide + narrow) + head_chunks.BLOCK_ROWS * narrow
+    words = min(max(1, head_chunks.CHUNK_BYTES // each), classes)
+    slice_ = words * (features * (wide + narrow) + block * narrow)
+    return slice_ + block * features * narrow + 8 * len(hidden) + _cast(weight, dtype)
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> int:
+    """The head's weight in the product's dtype, whole or as much as is cast at a time."""
+    if weight.dtype == dtype:
+        return 0
+    return min(weight.numel() * dtype.itemsize, head_chunks.CAST_BYTES)
+
+
+_RULES: dict[str, Callable[[Inside, tuple[Any, ...]], int]] = {
+    "lora_kernels::matmul4": _matmul4,
+    "lora_kernels::matmul4_dx": _matmul4_dx,
+    "lora_kernels::lora_linear4": _lora_linear4,
+    "lora_kernels::lora_linear4_backward": _lora_linear4_backward,
+    "lora_kernels::lora_update": _lora_update,
+    "lora_kernels::linear_cross_entropy": _cross_entropy,
+    "lora_kernels::linear_cross_entropy_dweight": _cross_entropy_dweight,
+}
