@@ -281,7 +281,7 @@ def _second(
     """Gradient of `<gx, dx> + <ga, dA> + <gb, dB>`, every step differentiable again."""
     dy, x, *rest = ctx.saved_tensors
     weight = unflat((*rest[:TENSORS], *ctx.sizes))
-    lora = LowRank(*rest[TENSORS:], ctx.dropout)
+    lora = LowRank._make((*rest[TENSORS:], ctx.dropout))
     gx = flatten(gx) if gx is not None and ctx.wants[0] else None
     ga, gb = (ga, gb) if ctx.wants[1] else (None, None)
     with torch.autocast(x.device.type, enabled=False):

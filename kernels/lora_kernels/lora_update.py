@@ -85,6 +85,9 @@ def lora_update(
         raise ValueError(f"y must be {(*x.shape[:-1], n)} for this x and up; got {tuple(y.shape)}")
     x = autocast(x)
     lora = part.low_rank(x, (n, k), down, up, scaling, rows, dropout, seed)
+    # torch.func goes through what PyTorch knows: operators with a gradient have no rule for vmap
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return lora_update_reference(y, x, lora)
     return torch.ops.lora_kernels.lora_update(y, x, *lora)
 
 
@@ -187,7 +190,7 @@ def _second(
     gx = flatten(gx) if gx is not None and ctx.wants[0] else None
     ga, gb = (ga, gb) if ctx.wants[1] else (None, None)
     with torch.autocast(x.device.type, enabled=False):
-        pair = LowRank(*lora, ctx.dropout)
+        pair = LowRank._make((*lora, ctx.dropout))
         d_dy, d_x, d_down, d_up = part.second(flatten(dy), flatten(x), pair, gx, ga, gb)
     given = (d_dy.view(dy.shape), d_x.view(x.shape), None, d_down, d_up)
     return (*given, *[None] * 5)

@@ -17,7 +17,7 @@ Ref: Hu et al. 2021, arXiv:2106.09685, section 4.1; convolutions and embeddings 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,11 @@ class Form:
         in_features: K, columns of the matrix.
         out_features: N, rows of the matrix.
         groups: g, blocks of rows that have their own A; A is (r, K), B (N, r / g).
+        is_product: whether the layer multiplies (…, K) by its matrix, so that its update is the
+            operator `lora_update`.
     """
+
+    is_product: ClassVar[bool] = True
 
     in_features: int
     out_features: int
@@ -132,6 +136,8 @@ class TransposedForm(Form):
 class EmbeddingForm(Form):
     """An embedding (V, D): the matrix is its transpose, and a token picks a column."""
 
+    is_product: ClassVar[bool] = False
+
     def matrix(self, weight: Tensor) -> Tensor:
         """Return (D, V) of a weight (V, D)."""
         return weight.t()
@@ -175,6 +181,8 @@ class ConvForm(Form):
     Attributes:
         kernel: its size in each dimension.
     """
+
+    is_product: ClassVar[bool] = False
 
     kernel: tuple[int, ...] = ()
 

@@ -9,6 +9,10 @@ A and B are float32 and are cast to the compute dtype at the multiply; s goes on
 first, so 16-bit runs round s·B once. PEFT multiplies the (tokens, N) product by s instead, which
 costs a pass over the largest tensor and one more rounding.
 
+Beside a linear layer the sum is one operator (lora_kernels.lora_update), which keeps for backward x
+and a seed: x is shared by all layers that have the same input, and what dropout takes away is drawn
+again from the seed. Other forms are written out in PyTorch and keep what autograd keeps.
+
 Ref: Hu et al. 2021 (arXiv 2106.09685), section 4.1; Kalajdzievski 2023 (arXiv 2312.03732), rsLoRA.
 """
 
@@ -23,6 +27,7 @@ from torch.nn import functional as F
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.forms import EmbeddingForm, Form
 from lora_core.adapters.layers import compute_dtype
+from lora_kernels.lora_update import lora_update
 
 __all__ = ["LoRA", "check_lora"]
 
@@ -201,7 +206,18 @@ class LoRA(Adapter):
         Returns:
             The output, in y's shape and dtype.
         """
-        return y - (0.0 - self.update(x, y, base).to(y.dtype))
+        kind = type(self)
+        own = kind.update is LoRA.update and kind.product is LoRA.product
+        if not own or not self.form.is_product:  # a kind that computes its update otherwise
+            return y - (0.0 - self.update(x, y, base).to(y.dtype))
+        y = lora_update(y, x, *self.factors(), self.scale(), dropout=self.rate)
+        change = self.bias_change()
+        return y if change is None else y - (0.0 - change.to(y.dtype))
+
+    @property
+    def rate(self) -> float:
+        """Probability of dropping an element now: 0 in evaluation."""
+        return self.dropout if self.training else 0.0
 
     def update(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Return what is added to the output, in the dtype of the computation.
@@ -219,8 +235,10 @@ class LoRA(Adapter):
 
     def product(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         """Return s·B A dropout(x), the update without biases; arguments as `update`'s."""
-        dtype = compute_dtype(x) if x.is_floating_point() else y.dtype
         down, up = self.factors()
+        if self.form.is_product:
+            return lora_update(None, x, down, up, self.scale(), dropout=self.rate)
+        dtype = compute_dtype(x) if x.is_floating_point() else y.dtype
         if x.is_floating_point():  # an embedding looks up float32 rows and casts those
             down = down.to(dtype)
         return self.form.apply(self.dropped(x, dtype), down, (up * self.scale()).to(dtype), base)
@@ -230,7 +248,7 @@ class LoRA(Adapter):
         if not x.is_floating_point():
             return x
         x = x.to(dtype)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return F.dropout(x, self.rate) if self.rate else x
 
     def bias_change(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """Return what the trained biases add to the base's, (N,) in `dtype`, or None."""

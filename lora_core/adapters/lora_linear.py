@@ -2,12 +2,13 @@
 
 A base that can take the update into its own product does: one with a method
 
-    linear_with_update(x, down, up, scaling) -> y       A, B and s (1,) as they are, float32
+    linear_with_update(x, down, up, scaling, dropout=p) -> y      A, B and s (1,) as float32
 
-as NF4Linear's, which multiplies, adds and rounds in one operator (lora_kernels.lora_linear). It is
-used for exactly one active pair without dropout (and, with stacked pairs and an index for each row
-of x, inside `adapter_rows`); several pairs, other kinds, a merged layer, and
-anything that has to see the base's output by itself take the sum that `Adapted` writes out.
+as NF4Linear's, which multiplies, adds and rounds in one operator (lora_kernels.lora_linear) and
+draws the seed of its dropout; outside training it is called without `dropout`. It is used for
+exactly one active pair (and, with stacked pairs and an index for each row of x, inside
+`adapter_rows`); several pairs, other kinds, a merged layer, and anything that has to see the base's
+output by itself take the sum that `Adapted` writes out.
 """
 
 from typing import Any, Self
@@ -114,7 +115,8 @@ class LoRALinear(Adapted):
         if pair is None or len(args) != 1 or kwargs:
             return super().forward(*args, **kwargs)
         base: Any = self.base
-        return base.linear_with_update(args[0], *pair.factors(), pair.scale())
+        options = {"dropout": pair.rate} if pair.rate else {}
+        return base.linear_with_update(args[0], *pair.factors(), pair.scale(), **options)
 
     def linear_parts(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor] | None:
         """Weight, bias, A, B and s, if the layer is x Wᵀ + b + s (x Aᵀ) Bᵀ of an nn.Linear.
@@ -125,7 +127,7 @@ class LoRALinear(Adapted):
             The five, differentiable, or None for a layer that has to be called.
         """
         pair = self._only_pair()
-        if pair is None or type(self.base) is not nn.Linear or _watched(self.base):
+        if pair is None or pair.rate or type(self.base) is not nn.Linear or _watched(self.base):
             return None
         return self.base.weight, self.base.bias, *pair.factors(), pair.scale()
 
@@ -146,7 +148,7 @@ class LoRALinear(Adapted):
             return None
         pair = self.adapters[self.active[0]]
         # exactly LoRA: another kind, even one derived from it, has a forward of its own
-        if type(pair) is not LoRA or not pair.is_pair or (pair.dropout and pair.training):
+        if type(pair) is not LoRA or not pair.is_pair:
             return None
         return None if _watched(pair) else pair
 

@@ -252,8 +252,9 @@ class NF4Linear(nn.Module):
         up: Tensor,
         scaling: float | Tensor,
         rows: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
-        """Multiply and add a low-rank update in one operator: `forward(x) + s (x Aᵀ) Bᵀ`.
+        """Multiply and add a low-rank update in one operator: `forward(x) + s (D(x) Aᵀ) Bᵀ`.
 
         Args:
             x: (..., K), floating-point.
@@ -261,11 +262,12 @@ class NF4Linear(nn.Module):
             up: B, (N, r) float32; (L, N, r) with rows.
             scaling: s, a number or (1,); (L,) with rows.
             rows: which of L pairs each row of x takes, as `lora_linear4` does, or None.
+            dropout: probability of dropping an element of the update's x; the seed is drawn here.
 
         Returns:
             (..., N) in the dtype of x (autocast's when active), differentiable in x, down and up.
         """
-        return lora_linear4(x, self.weight4, self.bias, down, up, scaling, rows)
+        return lora_linear4(x, self.weight4, self.bias, down, up, scaling, rows, dropout)
 
     def row_dtypes(self) -> tuple[torch.dtype, ...]:
         """Return the dtypes of x in which `linear_with_update` takes rows in one kernel."""
