@@ -23,6 +23,7 @@ A process that fails says why in torchrun's key-value store; the others find its
 next exchange breaks, or find who does not answer, and end with one line.
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -283,7 +284,8 @@ def local_device(device: torch.device) -> torch.device:
     return torch.device("cuda", number)
 
 
-_joined: list[Ranks] = []  # of this process, while it is in a run
+_made: list[Ranks] = []  # once joined, a process stays so until it ends
+_within: list[Ranks] = []  # while in a run
 
 
 @contextlib.contextmanager
@@ -299,23 +301,22 @@ def joined_ranks() -> Iterator[Ranks]:
     Raises:
         RankError: another process failed or is gone.
     """
-    made = not distributed.is_available() or not distributed.is_initialized()
-    if _joined or (made and not launched()):
-        yield _joined[-1] if _joined else Ranks()
+    ranks = _within[-1] if _within else _found()
+    if _within or ranks.world == 1:
+        yield ranks
         return
-    ranks = _join() if made else _present()
-    _joined.append(ranks)
+    _within.append(ranks)
     try:
         with warnings.catch_warnings():
             if not ranks.first:
                 warnings.simplefilter("ignore")
             yield ranks
-        if made:
-            distributed.barrier()  # the first process holds the store until all are through
-            distributed.destroy_process_group()
+        distributed.barrier()  # the first process holds the store until all are through
     except RankError:
+        atexit.unregister(_leave)  # there is nobody to leave in order with
         raise
     except Exception as error:
+        atexit.unregister(_leave)
         if is_broken(error):
             raise ranks.missing(error) from None
         ranks.leave_word(error)
@@ -323,23 +324,32 @@ def joined_ranks() -> Iterator[Ranks]:
             raise RankError(str(error)) from None
         raise
     finally:
-        _joined.pop()
+        _within.pop()
 
 
-def _join() -> Ranks:
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+def _found() -> Ranks:
+    """The process group there is, or the one torchrun's variables describe, or this process."""
+    if distributed.is_available() and distributed.is_initialized():
+        store = distributed.distributed_c10d._get_default_store()
+        present = Ranks(distributed.get_rank(), distributed.get_world_size(), store)
+        return _made[0] if _made else present
+    if not launched():
+        return Ranks()
+    backend = "gloo"
     if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_device(torch.device("cuda")))
     # what init_process_group would do, so as to have the store
     store, rank, world = next(rendezvous("env://"))
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return Ranks(rank, world, store)
+    atexit.register(_leave)
+    _made.append(Ranks(rank, world, store))
+    return _made[0]
 
 
-def _present() -> Ranks:
-    """Those of a process group that the caller made."""
-    store = distributed.distributed_c10d._get_default_store()
-    return Ranks(distributed.get_rank(), distributed.get_world_size(), store)
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def is_broken(error: BaseException) -> bool:
