@@ -8,6 +8,7 @@ float16 needs loss scaling, as its smallest normal number is 6e-5 against bfloat
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,84 @@ def host_copies(device: torch.device | str) -> HostCopies | None:
     """
     device = torch.device(device)
     return HostCopies(device) if device.type == "cuda" else None
+
+
+class Lanes:
+    """Copies to a device and back, each way on a stream of its own, beside what it computes.
+
+    Both ways of the bus are then in use at once. Where there are no such streams a copy is made at
+    once and there is nothing to wait for, so that callers need not tell the two apart.
+
+    Args:
+        device: where the computation is.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.beside = self.device.type == "cuda"
+        self.streams = [self._stream() for _ in range(2 if self.beside else 0)]
+
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch's
+
+    def host_zeros(self, *shape: int) -> torch.Tensor:
+        """Float32 zeros in the host's memory, pinned where that lets copies run beside."""
+        return torch.zeros(shape, dtype=torch.float32, device="cpu", pin_memory=self.beside)
+
+    def device_empty(self, *shape: int) -> torch.Tensor:
+        """Float32 memory on the device that both lanes may use; not before a first `mark`."""
+        made = torch.empty(shape, dtype=torch.float32, device=self.device)
+        for stream in self.streams:
+            made.record_stream(stream)
+        return made
+
+    def copy_in(
+        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[torch.cuda.Event | None]
+    ) -> torch.cuda.Event | None:
+        """Copy host memory to the device once all of `after` is done.
+
+        Returns:
+            What to wait for; None if it is done already.
+        """
+        return self._copy(0, to, source, after)
+
+    def copy_out(
+        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[torch.cuda.Event | None]
+    ) -> torch.cuda.Event | None:
+        """Copy from the device to host memory, likewise."""
+        return self._copy(1, to, source, after)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What says that the device has computed all that it was told so far."""
+        return torch.cuda.current_stream(self.device).record_event() if self.beside else None
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """Let what the device computes next, not the host, wait."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def finish(self, event: torch.cuda.Event | None) -> None:
+        """Let the host wait."""
+        if event is not None:
+            event.synchronize()
+
+    def _copy(
+        self,
+        lane: int,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[torch.cuda.Event | None],
+    ) -> torch.cuda.Event | None:
+        if not self.beside:
+            to.copy_(source)
+            return None
+        stream = self.streams[lane]
+        for event in after:
+            if event is not None:
+                stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            to.copy_(source, non_blocking=True)
+        return stream.record_event()
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels import adamw8, scales4
 from lora_kernels import blockwise4_reference as reference
-from lora_kernels import scales4
+from lora_kernels.cpu import adamw8 as cpu_adamw8
 from lora_kernels.cpu import blockwise4, library, matmul4, quantize4, toolchain
+from lora_kernels.cpu import cross_entropy as cpu_cross_entropy
+from lora_kernels.cross_entropy import Grading, columns_reference, rows_reference
 from lora_kernels.operands import Weight4
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -253,6 +256,50 @@ def dx_case(dtype: torch.dtype, m: int, shape: tuple[int, int], block: int, nest
     )
 
 
+def adamw8_case(n: int) -> Case:
+    made = {"p": torch.randn(n), "g": torch.randn(n)}
+    moments = adamw8.no_moments(made["p"])
+    moments.mean.random_(-127, 128), moments.root.random_(0, 256)
+    moments.mean_unit.uniform_(), moments.root_unit.uniform_()
+    tensors = {**made, **moments._asdict()}
+    factors = adamw8.Factors(0.9, 0.9, 0.1, 0.999, 0.001, 2.0, 1e-8, 1e-2)
+
+    def call(p: Tensor, g: Tensor, **state: Tensor) -> tuple[Tensor, ...]:
+        cpu_adamw8.step([p], [g], [adamw8.Moments8(**state)], factors, 5)
+        return (p, *state.values())
+
+    wanted = {name: t.clone() for name, t in tensors.items()}
+    p, g, *state = wanted.values()
+    adamw8.adamw8_reference([p], [g], [adamw8.Moments8(*state)], factors, 5)
+    return Case(f"a step on {n} elements", call, tensors, (p, *state))
+
+
+def grade_case(dtype: torch.dtype, n: int, columns: int, capped: bool, rows: bool) -> Case:
+    """Rows of logits, or some columns of wider ones."""
+    grading, first = Grading(5.0 if capped else None, 0.7, 0.1), 0 if rows else 3
+    targets = torch.randint(0, columns, (n,))
+    tensors = {"logits": torch.randn(n, columns).to(dtype), "targets": targets}
+
+    def call(logits: Tensor, targets: Tensor, **norms: Tensor) -> tuple[Tensor, ...]:
+        if rows:
+            return (*cpu_cross_entropy.grade_rows(logits, targets, grading, True), logits)
+        cpu_cross_entropy.grade_columns(logits, targets, norms["norms"], 3, columns + 9, grading)
+        return (logits,)
+
+    exact = tensors["logits"].double()
+    if rows:
+        found = rows_reference(exact, targets, grading, True)
+        wanted = (*(t.float() for t in found), exact.to(dtype))
+    else:
+        tensors["norms"] = torch.rand(n, 2) + 1
+        norms = tensors["norms"].double()
+        columns_reference(exact, targets, norms, first, columns + 9, grading)
+        wanted = (exact.to(dtype),)
+    bound = torch.tensor(columns * 2.0**-18 + 20 * torch.finfo(dtype).eps)
+    name = f"grade {n} x {columns} {dtype}, capped {capped}, rows {rows}"
+    return Case(name, call, tensors, wanted, bound)
+
+
 def dense(tensors: dict[str, Tensor], n: int, k: int, block: int) -> Tensor:
     """W as it is defined: products in float32; given in float64, to multiply by."""
     decoders = ("scale_absmax", "scale_offset", "scale_table")
@@ -282,6 +329,11 @@ def cases() -> Iterator[Case]:
             yield slice_case(dtype, (5, 192), 64, box, next(nested))
     for n in (0, 1, 2, 255, 256, 257, 1000, 20_003):
         yield encode_case(n)
+    yield from map(adamw8_case, (0, 1, 255, 256, 257, 1000, 40_003))
+    for dtype in (*HALVES, torch.float32):
+        for n, columns in ((0, 5), (1, 1), (2, 31), (3, 64), (2, 1025), (9, 3000)):
+            for capped, rows in ((False, True), (True, True), (False, False)):
+                yield grade_case(dtype, n, columns, capped, rows)
     matrices = [((1, 32), 32), ((3, 64), 64), ((2, 160), 32), ((5, 192), 64), ((4, 1056), 32)]
     matrices += [
         ((3, 4096), 4096),
@@ -309,7 +361,10 @@ def few_cases() -> list[Case]:
     return [
         quantize,
         encode_case(1000),
+        adamw8_case(1000),
         expand_case(half, 1001, 64, nested=True, stream=False),
+        grade_case(half, 3, 1001, capped=True, rows=True),
+        grade_case(torch.float32, 3, 1001, capped=False, rows=False),
         product_case(half, 5, (5, 192), 64, nested=True, bias=True),
     ]
 
