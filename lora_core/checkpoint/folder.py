@@ -215,17 +215,17 @@ def _fill(
         module = model.get_submodule(owner)
         quantized = quantize is not None and isinstance(module, nn.Linear) and owner != "lm_head"
         for parameter in parameters:
-            tensor = folder.tensor(f"{owner}.{parameter}")
-            if quantized and parameter == "weight":
-                tensor = tensor.to(device)  # quantized from the values on disk
-            else:
-                tensor = tensor.to(device, dtype, copy=True)
-            setattr(module, parameter, nn.Parameter(tensor))
+            tensor = folder.read(f"{owner}.{parameter}")
+            # what becomes 4-bit is quantized from the values on disk
+            kept = None if quantized and parameter == "weight" else dtype
+            setattr(module, parameter, nn.Parameter(tensor.to(device, kept)))
+            del tensor
         if quantized:
             assert isinstance(module, nn.Linear)
             flag = flags[owner] = torch.zeros(1, dtype=torch.int32, device=device)
             weight = quantize_4bit(module.weight, str(quantize), 64, True, flag=flag)
             model.set_submodule(owner, NF4Linear.from_tensor(weight, module.bias))
+            del module, weight  # before the next one is read
     bad = torch.cat(list(flags.values())).tolist() if flags else []
     for owner, is_bad in zip(flags, bad, strict=True):
         if is_bad:

@@ -7,8 +7,9 @@ index, without holes. A large model is several files and `model.safetensors.inde
 
 `SafetensorsFolder` reads every header and the index before any weight, so whatever is wrong with a
 folder is said at once, in one line that names file and tensor. Tensors are then views of the mapped
-file: memory that the kernel can drop, not the process's own. The safetensors library checks the
-same rules, but file by file and with messages that name the rule alone; it still does the reading.
+file, which the safetensors library makes: memory that the kernel can drop, not the process's own.
+Those that are kept are read into memory of their own instead. The library checks the same rules,
+but file by file and with messages that name the rule alone.
 
 `write_safetensors` takes tensors one at a time where the library's writer needs all of them in
 memory: a model of 4-bit layers is written dense without ever being dense.
@@ -57,6 +58,8 @@ class Entry:
     """The format's code, "BF16" for example."""
     shape: tuple[int, ...]
     """Sizes."""
+    offset: int
+    """Where its bytes begin in the file."""
 
 
 class SafetensorsFolder:
@@ -95,6 +98,27 @@ class SafetensorsFolder:
             handle = safe_open(self.directory / file, framework="pt", device="cpu")
             self._open[file] = self._stack.enter_context(handle)
         return self._open[file].get_tensor(name)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, in memory of its own.
+
+        Not a copy of `tensor`: a mapped page that was read counts as the process's beside the copy,
+        which for a model that is kept would be twice its size.
+
+        Raises:
+            ValueError: the file became shorter since its header was read.
+        """
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        left = tensor.reshape(-1).view(torch.uint8).numpy().data
+        with (self.directory / entry.file).open("rb", buffering=0) as stream:
+            stream.seek(entry.offset)
+            while left:
+                count = stream.readinto(left)
+                if not count:
+                    raise ValueError(f"{self.directory / entry.file} ends within tensor {name}")
+                left = left[count:]
+        return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.tensor(name)) for name in self.entries)
@@ -229,7 +253,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     entries, spans = {}, []
     for name, told in header.items():
-        entries[name], begin, end = _entry(path, name, told)
+        entries[name], begin, end = _entry(path, name, told, 8 + length)
         spans.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(spans):
@@ -244,8 +268,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, name: str, told: Any) -> tuple[Entry, int, int]:
-    """One tensor's entry, with where it begins and ends in the buffer."""
+def _entry(path: Path, name: str, told: Any, start: int) -> tuple[Entry, int, int]:
+    """One tensor's entry, with where it begins and ends in the buffer, which begins at `start`."""
     try:
         code, shape, (begin, end) = told["dtype"], tuple(told["shape"]), told["data_offsets"]
         sizes = (*shape, begin, end)
@@ -259,7 +283,7 @@ def _entry(path: Path, name: str, told: Any) -> tuple[Entry, int, int]:
             f"{path}: tensor {name} of shape {shape} and dtype {code} takes "
             f"{math.prod(shape) * DTYPES[code].itemsize} bytes, its header gives it {end - begin}"
         )
-    return Entry(path.name, code, shape), begin, end
+    return Entry(path.name, code, shape, start + begin), begin, end
 
 
 @dataclass(frozen=True)
