@@ -19,7 +19,8 @@ def test_read_is_the_mapped_tensor_in_other_memory(dtype: torch.dtype, tmp_path:
     with SafetensorsFolder(tmp_path) as folder:
         for name, tensor in tensors.items():
             own = folder.read(name)
-            assert own.dtype == dtype and torch.equal(own, tensor)
+            assert own.dtype == dtype
+            assert torch.equal(own, tensor)
             assert torch.equal(folder.tensor(name), tensor)
             own.zero_()
             assert torch.equal(folder.read(name), tensor)
@@ -48,5 +49,5 @@ def test_a_file_cut_after_its_header_was_read(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1000)}, path)
     with SafetensorsFolder(tmp_path) as folder:
         path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(ValueError, match="model.safetensors ends within tensor a"):
+        with pytest.raises(ValueError, match="ends within tensor a"):
             folder.read("a")
