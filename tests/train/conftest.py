@@ -1,6 +1,7 @@
 """Tiny models and rows for the training tests."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_core.adapters import (
+    BottleneckConfig,
+    LoRAConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    add_adapter,
+    set_adapters,
+)
+from lora_core.models import CausalLM, ModelConfig
+from lora_core.quant import quantize_model
 from lora_core.train import loop
 
 VOCABULARY = 17
@@ -75,3 +87,50 @@ def without_times() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave loss.png out: drawing it takes longer than the run it shows."""
     monkeypatch.setattr(loop, "plot_loss", lambda history, path: None)
+
+
+LINEARS = ["q_proj", "v_proj", "down_proj"]
+METHODS: dict[str, Any] = {
+    "full": [],
+    "lora": [LoRAConfig(r=2, dropout=0.1)],
+    "qlora": [LoRAConfig(r=2, dropout=0.1)],
+    "dora": [LoRAConfig(r=2, use_dora=True, targets=LINEARS)],
+    "tokens": [LoRAConfig(r=2, targets=["q_proj"], trainable_token_indices=[1, 3])],
+    "houlsby": [BottleneckConfig(reduction=4, placement="houlsby")],
+    "pfeiffer": [BottleneckConfig(reduction=4, placement="pfeiffer")],
+    "parallel": [BottleneckConfig(reduction=4, placement="parallel")],
+    "prompt": [PromptTuningConfig(num_virtual_tokens=3)],
+    "p-tuning": [PTuningConfig(num_virtual_tokens=3)],
+    "prefix": [PrefixTuningConfig(num_virtual_tokens=3)],
+    "flat prefix": [PrefixTuningConfig(num_virtual_tokens=3, projection=False)],
+    "several": [LoRAConfig(r=r, targets=LINEARS, dropout=0.1) for r in (2, 3)],
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train, and the decoder that it trains."""
+
+    name: str
+
+    def model(self, layers: int = 1, **options: Any) -> CausalLM:
+        """The same model each time, in training mode."""
+        torch.manual_seed(0)
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": layers}
+        model = CausalLM(ModelConfig(**sizes | options))
+        model.init_weights()
+        if self.name == "qlora":
+            quantize_model(model)
+        names = [f"a{number}" for number in range(len(METHODS[self.name]))]
+        for name, config in zip(names, METHODS[self.name], strict=True):
+            add_adapter(model, config, name=name)
+        if len(names) > 1:
+            set_adapters(model, names, trainable=names)
+        return model.train()
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    """Each way to train; `indirect=True` picks some by name."""
+    return Method(request.param)

@@ -135,3 +135,45 @@ def test_less_is_saved_for_backward(make_rows: Callable[..., Any]) -> None:
         return total
 
     assert saved(True) < saved(False) / 3
+
+
+@pytest.mark.parametrize("batch", ["plain", "padded", "packed"])
+def test_every_method_gives_the_same_bits(method: Any, batch: str) -> None:
+    """Losses and gradients, dropout and rows of several documents included."""
+    model = method.model(layers=2, attention_dropout=0.1)
+    ids = torch.randint(0, 17, (2, 8))
+    call = {"input_ids": ids, "labels": ids, "keep_logits": False}
+    if batch == "padded":
+        call["attention_mask"] = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    if batch == "packed":
+        if method.name in ("prompt", "p-tuning"):
+            pytest.skip("a prompt before packed rows is refused")
+        call["document_ids"] = torch.tensor([[0] * 3 + [1] * 5, [0] * 8])
+
+    def run(on: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        with recomputed_layers(model, on):
+            loss = model(**call).loss
+            loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    plain, recomputed = run(False), run(True)
+    assert len(plain) == len(recomputed) > 1
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "prefix"], indirect=True)
+def test_layers_run_twice_and_dropout_is_drawn_once(method: Any) -> None:
+    """That the switch does something, and that a fault in it would show."""
+    model, ids, calls = method.model(layers=3), torch.arange(12).view(2, 6), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    with recomputed_layers(model):
+        before = torch.get_rng_state()
+        loss = model(ids, labels=ids).loss
+        after = torch.get_rng_state()
+        loss.backward()
+    assert len(calls) == 6
+    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(before, after) == (method.name == "prefix")
