@@ -309,6 +309,13 @@ def dense(tensors: dict[str, Tensor], n: int, k: int, block: int) -> Tensor:
     return (values * scales.repeat_interleave(block)[: n * k]).double().view(n, k)
 
 
+def grade_cases() -> Iterator[Case]:
+    for dtype in (*HALVES, torch.float32):
+        for n, columns in ((0, 5), (1, 1), (2, 31), (3, 64), (2, 1025), (9, 3000)):
+            for capped, rows in ((False, True), (True, True), (False, False)):
+                yield grade_case(dtype, n, columns, capped, rows)
+
+
 def cases() -> Iterator[Case]:
     """Irregular sizes: nothing, one, partial blocks, odd ends, several pieces for threads."""
     nested, stream = cycle((False, True)), cycle((False, True, True, False))
@@ -330,10 +337,7 @@ def cases() -> Iterator[Case]:
     for n in (0, 1, 2, 255, 256, 257, 1000, 20_003):
         yield encode_case(n)
     yield from map(adamw8_case, (0, 1, 255, 256, 257, 1000, 40_003))
-    for dtype in (*HALVES, torch.float32):
-        for n, columns in ((0, 5), (1, 1), (2, 31), (3, 64), (2, 1025), (9, 3000)):
-            for capped, rows in ((False, True), (True, True), (False, False)):
-                yield grade_case(dtype, n, columns, capped, rows)
+    yield from grade_cases()
     matrices = [((1, 32), 32), ((3, 64), 64), ((2, 160), 32), ((5, 192), 64), ((4, 1056), 32)]
     matrices += [
         ((3, 4096), 4096),
