@@ -24,6 +24,7 @@ from lora_core.checkpoint import load_model
 from lora_core.data import collate, collate_packed
 from lora_core.models import CausalLM
 from lora_core.testing.bounds import exceeds, gamma
+from lora_core.train.compile import compiled_layers
 from lora_core.train.recompute import recomputed_layers
 from lora_kernels import Documents, attention
 
@@ -183,6 +184,21 @@ def test_what_only_a_rows_first_document_would_see_is_refused(
     _, batch = packed([[3, 2]])
     with pytest.raises(ValueError, match=r"\(packed rows\) do not go with a prompt"):
         model(**batch)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it
+def test_compiled_layers_take_packed_rows(make_model: Make, shake: Shake) -> None:
+    model = adapted(make_model(num_hidden_layers=1), "lora", shake)
+    for rows in ([[4, 3], [6]], [[2, 2, 5], [1, 3]]):
+        _, batch = packed(rows, 9)
+        wanted, loss = together(model, batch)
+        truth = gradients(model, loss)
+        with compiled_layers(model, backend="aot_eager"):
+            got, own = together(model, batch)
+            found = gradients(model, own)
+        close(got, wanted)
+        for name in truth:
+            close(found[name], truth[name])
 
 
 # --- the GPU's way, with a stand-in for its kernel ---
