@@ -9,6 +9,7 @@ see the old state or the new one, never half of either. The trade-off is one `fs
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,17 @@ def sync(path: Path) -> None:
 def _aside(path: Path) -> Path:
     """A hidden sibling of `path`, of this process alone, to write before the rename."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left half written in a folder, which the caller has locked.
+
+    Args:
+        folder: searched itself, not what is below it; it need not exist.
+    """
+    for path in Path(folder).glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def atomic_write(

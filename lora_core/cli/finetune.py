@@ -22,7 +22,6 @@ from lora_core.checkpoint import adapter_state_dict, load_model, save_adapter, s
 from lora_core.checkpoint.peft import read_adapter
 from lora_core.cli.finetune_flags import FinetuneConfig, add_arguments, settings
 from lora_core.cli.opening import (
-    ADAPTER_FILE,
     TEMPLATE_FILE,
     AdapterConfig,
     device_named,
@@ -46,6 +45,7 @@ from lora_core.train.report import say
 
 __all__ = ["EXAMPLE", "HELP", "Finetuned", "add_arguments", "finetune", "run"]
 
+SAVED_FILE = ".saved"
 HELP = "train an adapter (or a whole model) on JSONL conversations"
 EXAMPLE = "lora-core finetune --model DIR --data chats.jsonl --out runs/mine --method qlora --r 16"
 
@@ -193,8 +193,14 @@ def _finetune(
     result = train(model, rows, training, eval_dataset=held_out, facts=facts, device=device)
 
     def keep() -> None:
-        if not (result.resumed_from == result.steps and is_complete(out)):
+        mark = out / SAVED_FILE
+        if mark.is_file() and mark.read_text() == state_of(result):
+            return  # a finished run that was resumed
+        try:
             leave(out, model, tok, config, bool(new_ids))
+            atomic_write(mark, state_of(result))  # last: a kill before it has all saved again
+        except OSError as error:
+            raise OSError(f"{error}; training is done, and --resume saves the result") from error
 
     ranks.on_first(keep)
     return Finetuned(model, tok, result, report)
@@ -207,9 +213,9 @@ def _with_tokens(adapter: AdapterConfig | None, tok: Tokenizer) -> AdapterConfig
     return adapter
 
 
-def is_complete(out: Path) -> bool:
-    """Whether a run's folder already holds what the run was for."""
-    return any((out / name).exists() for name in (ADAPTER_FILE, "config.json"))
+def state_of(result: TrainResult) -> str:
+    """Which weights a run's result is, as its folder records what was saved."""
+    return f"step {result.steps}, best {result.best_step}\n"
 
 
 def adapter_settings(config: AdapterConfig) -> dict[str, Any]:

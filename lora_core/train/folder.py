@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_core.files import folder_lock
+from lora_core.files import folder_lock, sweep
 from lora_core.train.config import TrainConfig
 from lora_core.train.ranks import RankError, Ranks, is_broken
 from lora_core.train.report import write_batches, write_run
@@ -40,18 +40,32 @@ class RunFolder:
         Raises:
             RankError: another process of the run failed or is gone.
             ValueError: another run works in the folder.
-            OSError: it cannot be made or written.
+            OSError: it cannot be made or written; says what is left.
         """
         path = self.path
         with contextlib.ExitStack() as stack:
             if path is not None:
-                self.ranks.on_first(lambda: stack.enter_context(folder_lock(path)))
+                self.ranks.on_first(lambda: self._enter(path, stack))
             try:
                 yield
+            except OSError as error:
+                raise OSError(f"{error}{self.left()}") from error
             except RuntimeError as error:
                 if self.ranks.world == 1 or not is_broken(error):
                     raise
-                raise self.where_to_go_on(self.ranks.missing(error)) from None
+                gone = self.ranks.missing(error)
+                raise RankError(f"{gone}{self.left()}", gone.speaks) from None
+
+    @staticmethod
+    def _enter(path: Path, stack: contextlib.ExitStack) -> None:
+        try:
+            stack.enter_context(folder_lock(path))
+            for folder in (path, path / "checkpoints"):
+                sweep(folder)
+        except OSError as error:
+            raise OSError(
+                f"cannot write into {path}: {error.strerror}; choose another folder"
+            ) from None
 
     def file(self, name: str) -> Path | None:
         """A file of the folder, where this process is to write one."""
@@ -115,10 +129,9 @@ class RunFolder:
             text += f"; the batch is in {folder}"
         return NonFiniteError(f"{text}; lower lr, or look at the data", error.batches)
 
-    def where_to_go_on(self, error: RankError) -> RankError:
-        """The error of a lost process, and what can be continued."""
+    def left(self) -> str:
+        """What is left of a run that breaks off, in words to end a message with."""
         good = None if self.checkpoints is None else self.checkpoints.published()
         if good is None:
-            return RankError(f"{error}; there is no checkpoint to resume", error.speaks)
-        text = f"{error}; the last good checkpoint is {good}; resume with --resume"
-        return RankError(text, error.speaks)
+            return "; there is no checkpoint to resume"
+        return f"; the last good checkpoint is {good}; resume with --resume"

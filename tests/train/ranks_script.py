@@ -68,6 +68,7 @@ def run(case: dict[str, Any], out: Path | None) -> tuple[nn.Module, TrainResult,
             raise KeyboardInterrupt
 
     settings = {"steps": 20, "batch_size": 2, "lr": 1e-2, "progress": False, "out": out}
+    settings |= {"eval_every": 10}
     config = TrainConfig(**{**settings, **case["config"]})
     rows = make_rows()
     result = train(model, rows, config, rows[:5], hook)
