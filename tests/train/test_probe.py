@@ -1,6 +1,7 @@
 """The largest batch first: which it is, that nothing of it stays, what is said where it fails."""
 
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_core.adapters import LoRAConfig, add_adapter
-from lora_core.train import CausalLoss, TrainConfig, train
+from lora_core.train import CausalLoss, TrainConfig, probe, train
 from lora_core.train.batches import make_batches
 from lora_core.train.probe import advice, probe_due, run_longest, state_to_come
 
@@ -86,9 +87,9 @@ def test_a_run_with_a_probe_is_bit_equal(
 ) -> None:
     rows = make_rows(count=13)
     outcomes = []
-    for probe in (False, True):
+    for on in (False, True):
         model, loss = tiny(dropout=0.3), recorded()
-        result = train(model, rows, config(probe=probe, **how), loss=loss)
+        result = train(model, rows, config(probe=on, **how), loss=loss)
         outcomes.append((without_times(result.history), model.state_dict(), loss.seen))
     (plain, weights, shapes), (probed, others, more) = outcomes
     assert plain == probed
@@ -101,12 +102,12 @@ def test_lora_dropout_is_what_it_is_without_a_probe(
     small_decoder: Make, make_rows: Make, without_times: Make
 ) -> None:
     outcomes = []
-    for probe in (False, True):
+    for on in (False, True):
         torch.manual_seed(1)
         model = small_decoder()
         model.init_weights(0.3)
         add_adapter(model, LoRAConfig(r=4, dropout=0.3))
-        result = train(model, make_rows(), config(probe=probe, packing=16))
+        result = train(model, make_rows(), config(probe=on, packing=16))
         outcomes.append((without_times(result.history), model.state_dict()))
     (plain, weights), (probed, others) = outcomes
     assert plain == probed
@@ -202,6 +203,25 @@ def test_the_optimizers_memory_is_set_aside(tiny: Make) -> None:
         held = state_to_come(config(optimizer=optimizer), model.parameters())
         assert sum(t.nbytes for t in held) == pytest.approx(count * each, abs=len(held))
         assert {t.device for t in held} == {torch.device("cpu")}
+
+
+def test_it_is_held_while_the_batch_runs(make_rows: Make, monkeypatch: Any) -> None:
+    class Held(list[Any]):
+        pass
+
+    made: list[Any] = []
+    alive: list[bool] = []
+
+    def hold(config: TrainConfig, parameters: Any) -> Held:
+        held = Held(parameters)
+        made.append(weakref.ref(held))
+        return held
+
+    monkeypatch.setattr(probe, "state_to_come", hold)
+    source = make_batches(make_rows(), 2, 0)
+    run_longest(source, lambda batch: alive.append(made[0]() is not None), config(), [])
+    assert alive == [True]
+    assert made[0]() is None  # and no longer
 
 
 def test_a_probe_is_for_gpus_unless_asked_for() -> None:
