@@ -91,6 +91,13 @@ def test_the_order_depends_on_seed_and_epoch(how: dict[str, Any]) -> None:
     assert sorted(map(sorted, order(3, 0))) != sorted(map(sorted, order(3, 1)))
 
 
+def test_packed_rows_do_not_come_longest_first() -> None:
+    lengths = list(range(1, 61))
+    source = make_batches(rows_of(lengths), 1, 0, packing=60)
+    longest = [max(lengths[i] for i in batch["row"]) for batch in source.epoch(0)]
+    assert longest != sorted(longest, reverse=True)  # the order in which they are opened
+
+
 def test_batches_by_length_are_sorted_within_windows_of_a_random_order() -> None:
     lengths = [1 + (37 * i) % 200 for i in range(2 * WINDOW * 3 + 5)]
     source = make_batches(rows_of(lengths), 3, 0, by_length=True)
