@@ -158,7 +158,7 @@ def drop_reference(x: Tensor, seed: Tensor, p: float) -> Tensor:
     counter = (group, row & _LOW, row >> 32, torch.zeros_like(row))
     words = philox(counter, (seed & _LOW, seed >> 32 & _LOW))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    numbers = torch.stack(torch.broadcast_tensors(*halves), dim=2)  # (M, G, 8)
+    numbers = torch.stack(halves, dim=2)  # (M, G, 8)
     kept = numbers.reshape(m, math.prod(numbers.shape[1:]))[:, :k] >= threshold(p)
     return torch.where(kept, x, 0)
 

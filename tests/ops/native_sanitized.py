@@ -35,8 +35,16 @@ from lora_kernels import blockwise4_reference as reference
 from lora_kernels.cpu import adamw8 as cpu_adamw8
 from lora_kernels.cpu import blockwise4, library, matmul4, quantize4, toolchain
 from lora_kernels.cpu import cross_entropy as cpu_cross_entropy
+from lora_kernels.cpu import dropout as cpu_dropout
+from lora_kernels.cpu import rms_norm as cpu_rms_norm
+from lora_kernels.cpu import rotary as cpu_rotary
+from lora_kernels.cpu import swiglu as cpu_swiglu
 from lora_kernels.cross_entropy import Grading, columns_reference, rows_reference
+from lora_kernels.dropout import drop_reference
 from lora_kernels.operands import Weight4
+from lora_kernels.rms_norm import backward_reference, rms_norm_reference
+from lora_kernels.rotary import rotary_reference
+from lora_kernels.swiglu import gradients_reference, swiglu_reference
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (*HALVES, torch.float32, torch.float64)
@@ -316,6 +324,88 @@ def grade_cases() -> Iterator[Case]:
                 yield grade_case(dtype, n, columns, capped, rows)
 
 
+def norm_case(dtype: torch.dtype, m: int, h: int, gap: int, rounds: bool) -> Case:
+    out = dtype if rounds else torch.float32
+    x, weight = torch.randn(m, h + gap).to(dtype), torch.rand(h) + 0.5
+    dy = torch.randn(m, h).to(out)
+
+    def call(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        some = x[:, gap:]  # rows that lie apart
+        y = cpu_rms_norm.forward(some, weight, 1e-5, rounds, out)
+        dx, dw = cpu_rms_norm.backward(dy, some, weight, 1e-5, rounds, (True, True))
+        assert dx is not None
+        assert dw is not None
+        return y, dx, dw
+
+    exact = x[:, gap:].double(), weight.double()
+    dx, dw = backward_reference(dy.double(), *exact, 1e-5, False)
+    wanted = (rms_norm_reference(*exact, 1e-5).to(out), dx.to(dtype), dw.float())
+    bound = 4 * torch.finfo(dtype).eps * (20 + 5 * m) * torch.ones(())
+    tensors = {"x": x, "weight": weight, "dy": dy}
+    return Case(f"norm of {m} x {h} {dtype} to {out}", call, tensors, wanted, bound)
+
+
+def gate_case(dtype: torch.dtype, m: int, columns: int, activation: str) -> Case:
+    gate, up, dout = torch.randn(3, m, columns).to(dtype).unbind()
+
+    def call(gate: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+        out = cpu_swiglu.forward(gate, up, activation)
+        return (out, *cpu_swiglu.backward(dout, gate, up, activation))
+
+    exact = gate.double(), up.double()
+    plain = swiglu_reference(*exact, activation)
+    found = (plain, *gradients_reference(dout.double(), *exact, activation))
+    bound = 4 * torch.finfo(dtype).eps * 30 * torch.ones(())
+    tensors = {"gate": gate, "up": up, "dout": dout}
+    name = f"{activation} of {m} x {columns} {dtype}"
+    return Case(name, call, tensors, tuple(t.to(dtype) for t in found), bound)
+
+
+def turn_case(dtype: torch.dtype, sizes: tuple[int, ...], turned: int, inverse: bool) -> Case:
+    x, angles = torch.randn(sizes).to(dtype), torch.randn(1, 1, sizes[2], turned // 2)
+
+    def call(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        out = torch.empty(sizes, dtype=dtype)
+        angles = (t.expand(len(x), -1, -1, -1) for t in (cos, sin))
+        cpu_rotary.rotate(x, *angles, inverse, out)
+        return (out,)
+
+    tables = [torch.cat((t, t), -1) for t in (angles.cos(), angles.sin())]
+    wanted = rotary_reference(x, *tables, inverse)
+    tensors = {"x": x, "cos": angles.cos(), "sin": angles.sin()}
+    return Case(f"{turned} channels of {sizes} {dtype}", call, tensors, (wanted,))
+
+
+def drop_case(dtype: torch.dtype, m: int, k: int, gap: int) -> Case:
+    x, seed, limit = torch.randn(m, k + gap).to(dtype), torch.tensor([-77]), 20_000
+
+    def call(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        return (cpu_dropout.drop(x[:, gap:], seed, limit),)  # rows that lie apart
+
+    wanted = drop_reference(x[:, gap:], seed, limit / 65536)
+    return Case(f"drop of {m} x {k} {dtype}", call, {"x": x, "seed": seed}, (wanted,))
+
+
+def layer_cases() -> Iterator[Case]:
+    """What a decoder layer has beside its products."""
+    for dtype in (*HALVES, torch.float32):
+        for m, h in ((0, 5), (1, 1), (3, 31), (2, 64), (5, 257), (70, 1000)):
+            yield norm_case(dtype, m, h, gap=0, rounds=True)
+            yield norm_case(dtype, m, h, gap=3, rounds=False)
+            yield drop_case(dtype, m, h, gap=m)
+            for activation in ("silu", "gelu_tanh"):
+                yield gate_case(dtype, m, h, activation)
+        yield gate_case(dtype, 2, 20_003, "silu")
+        for sizes, turned in (
+            ((0, 1, 1, 4), 4),
+            ((1, 1, 1, 2), 2),
+            ((2, 3, 5, 40), 34),
+            ((1, 2, 3, 129), 128),
+            ((2, 5, 70, 64), 64),
+        ):
+            yield turn_case(dtype, sizes, turned, inverse=turned == 34)
+
+
 def cases() -> Iterator[Case]:
     """Irregular sizes: nothing, one, partial blocks, odd ends, several pieces for threads."""
     nested, stream = cycle((False, True)), cycle((False, True, True, False))
@@ -336,6 +426,7 @@ def cases() -> Iterator[Case]:
             yield slice_case(dtype, (5, 192), 64, box, next(nested))
     for n in (0, 1, 2, 255, 256, 257, 1000, 20_003):
         yield encode_case(n)
+    yield from layer_cases()
     yield from map(adamw8_case, (0, 1, 255, 256, 257, 1000, 40_003))
     yield from grade_cases()
     matrices = [((1, 32), 32), ((3, 64), 64), ((2, 160), 32), ((5, 192), 64), ((4, 1056), 32)]
@@ -366,6 +457,10 @@ def few_cases() -> list[Case]:
         quantize,
         encode_case(1000),
         adamw8_case(1000),
+        norm_case(half, 3, 101, gap=0, rounds=True),
+        drop_case(half, 3, 101, gap=0),
+        gate_case(half, 2, 101, "gelu_tanh"),
+        turn_case(half, (2, 3, 5, 40), 34, inverse=False),
         expand_case(half, 1001, 64, nested=True, stream=False),
         grade_case(half, 3, 1001, capped=True, rows=True),
         grade_case(torch.float32, 3, 1001, capped=False, rows=False),
