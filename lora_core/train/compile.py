@@ -62,6 +62,10 @@ def compiled_layers(
     if not on:
         yield
         return
+    # the compiler is loaded by whoever asks for it
+    from torch._dynamo import config, eval_frame
+    from torch.fx.experimental import _config as symbols
+
     layers = repeated_layers(model, "compile")
     if backend == "inductor":
         check_compiler(next(model.parameters()).device)
@@ -69,13 +73,13 @@ def compiled_layers(
     compiled = torch.compile(_call, fullgraph=True, dynamic=True, backend=backend)
     try:
         with (
-            torch._dynamo.config.patch(recompile_limit=GRAPHS),  # type: ignore[no-untyped-call]
-            torch.fx.experimental._config.patch(use_duck_shape=False),
+            config.patch(recompile_limit=GRAPHS),
+            symbols.patch(use_duck_shape=False),  # type: ignore[attr-defined]  # made at import
             patched_layers(layers, functools.partial(functools.partial, _in_training, compiled)),
         ):
             yield
     finally:
-        torch._dynamo.reset_code(_call.__code__)
+        eval_frame.reset_code(_call.__code__)  # type: ignore[attr-defined]  # a C function
 
 
 def check_compiler(device: torch.device) -> None:
