@@ -91,7 +91,7 @@ def rms_norm_reference(
     return weight * wide.to(x.dtype)
 
 
-def _backward_plain(
+def backward_reference(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: bool
 ) -> tuple[Tensor, Tensor]:
     """dx (M, H) and dw (H,) of rows x (M, H)."""
@@ -170,7 +170,7 @@ def _rms_norm_backward(
 
             dx, dw = gpu.backward(rows_dy, flat, weight.contiguous(), eps, offset, wants)
         else:
-            dx, dw = _backward_plain(rows_dy, flat, weight, eps, offset)
+            dx, dw = backward_reference(rows_dy, flat, weight, eps, offset)
     return (
         dx.contiguous().view(x.shape) if wants_dx and dx is not None else x.new_empty(0),
         dw.to(weight.dtype) if wants_dw and dw is not None else weight.new_empty(0),
@@ -233,7 +233,7 @@ def _second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
     def wanted(dy: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
         flat = rows(dy), rows(x)
-        dx, dw = _backward_plain(*flat, weight, ctx.eps, ctx.offset)
+        dx, dw = backward_reference(*flat, weight, ctx.eps, ctx.offset)
         both = zip((dx.view(x.shape), dw), ctx.wants, strict=True)
         return [t for t, wants in both if wants]
 

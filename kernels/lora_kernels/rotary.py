@@ -114,7 +114,9 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         if backend == "reference":
             return rotary_reference(x, cos, sin, inverse)
         out = torch.empty_like(x)
-        a, c, s = (t if t.stride(3) == 1 else t.contiguous() for t in (x, cos, sin))
+        half = cos.shape[3] // 2
+        given = (x, cos[..., :half], sin[..., :half])
+        a, c, s = (t if t.stride(3) == 1 else t.contiguous() for t in given)
         # angles that the whole batch shares are read again for each
         c, s = (t.expand(len(x), -1, -1, -1) for t in (c, s))
         to = out if out.stride(3) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)

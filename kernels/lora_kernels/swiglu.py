@@ -85,7 +85,7 @@ def _act(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
-def _backward_plain(
+def gradients_reference(
     dout: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """What autograd does, but act(gate) is recomputed."""
@@ -128,7 +128,7 @@ def _swiglu_backward(
     backend = _backend(gate)
     with torch.autocast(gate.device.type, enabled=False), device_of(gate):
         if backend == "reference":
-            plain = _backward_plain(dout, gate, up, activation)
+            plain = gradients_reference(dout, gate, up, activation)
             return plain[0].contiguous(), plain[1].contiguous()
         d, a, b = _flat(dout, gate, up)
         if backend == "native":
@@ -182,7 +182,8 @@ def _second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Gradient of `<grads, (dgate, dup)>`, through plain PyTorch."""
 
     def plain(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-        return _backward_plain(dout, gate, up, ctx.activation)
+        out = swiglu_reference(gate, up, ctx.activation)
+        return torch.autograd.grad(out, (gate, up), dout, create_graph=True)
 
     with torch.autocast(grads[0].device.type, enabled=False):
         return (*through(plain, ctx.saved_tensors, grads), None)

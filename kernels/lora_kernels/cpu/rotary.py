@@ -20,7 +20,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor) -> N
 
     Args:
         x: channels side by side, other strides as they are.
-        cos: (B, 1, T, R) float32, channels side by side; the first R/2 of them are read.
+        cos: (B, 1, T, R/2) float32, channels side by side, for the first R channels of x.
         sin: likewise.
         inverse: by the negative angles.
         out: (B, H, T, D) in the dtype of x, channels side by side.
@@ -29,6 +29,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor) -> N
     strides = (*x.stride()[:3], *out.stride()[:3])
     tables = (cos.stride(0), cos.stride(2), sin.stride(0), sin.stride(2))
     layout = torch.tensor((*x.shape, *strides, *tables), dtype=torch.int64)
-    given = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[3], layout.data_ptr())
+    given = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), 2 * cos.shape[3], layout.data_ptr())
     chosen = (library.threads(), arguments.DTYPES[x.dtype], int(inverse))
     run(*chosen, *given, out.data_ptr())

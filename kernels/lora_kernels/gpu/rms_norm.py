@@ -168,8 +168,9 @@ def _dw_kernel(
     split = tl.program_id(0).to(tl.int64) // tiles
     k = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)  # (COLUMNS,)
     total = tl.zeros((COLUMNS,), dw_ptr.dtype.element_ty)
-    for start in range(0, SPLIT, ROWS):
-        i = split * SPLIT + start + tl.arange(0, ROWS)  # (ROWS,)
+    first = split * SPLIT
+    for start in range(first, tl.minimum(first + SPLIT, m), ROWS):
+        i = start + tl.arange(0, ROWS)  # (ROWS,)
         r = tl.load(r_ptr + i, mask=i < m, other=0.0)[:, None]
         n = _round(_load(x_ptr, i, k, m, h, x_stride) * r, x_ptr.dtype.element_ty, OFFSET)
         total += tl.sum(_load(dy_ptr, i, k, m, h, h) * n, axis=0)

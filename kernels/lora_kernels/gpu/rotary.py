@@ -20,7 +20,7 @@ from lora_kernels.gpu.variant import Variant
 
 __all__ = ["rotate", "variants"]
 
-PAIRS = 2048  # channel pairs of a tile, about
+PAIRS = 1024  # channel pairs of a tile, about
 WARPS = 4
 
 
@@ -57,7 +57,8 @@ def _kernel(
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    batch, token = tl.program_id(0).to(tl.int64) // tokens, tl.program_id(0).to(tl.int64) % tokens
+    batch = (tl.program_id(0) // tokens).to(tl.int64)
+    token = (tl.program_id(0) % tokens).to(tl.int64)
     i = tl.arange(0, HALF)[None, :]  # (1, HALF)
     turned = i < half
     c = tl.load(cos_ptr + batch * cos_batch + token * cos_token + i, mask=turned, other=0.0)
@@ -87,7 +88,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor) -> N
 
     Args:
         x: channels side by side, other strides as they are.
-        cos: (B, 1, T, R) float32, channels side by side; the first R/2 of them are read.
+        cos: (B, 1, T, R/2) float32, channels side by side, for the first R channels of x.
         sin: likewise.
         inverse: by the negative angles.
         out: (B, H, T, D) in the dtype of x, channels side by side.
@@ -95,7 +96,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, out: Tensor) -> N
     batch, heads, tokens, channels = x.shape
     if x.numel() == 0:
         return
-    half, rest = cos.shape[3] // 2, channels - cos.shape[3] // 2 * 2
+    half, rest = cos.shape[3], channels - 2 * cos.shape[3]
     tables = (cos.stride(0), cos.stride(2), sin.stride(0), sin.stride(2))
     sizes = (tokens, heads, half, rest, *x.stride()[:3], *out.stride()[:3], *tables)
     options = _constants(heads, half, rest, inverse)

@@ -1,6 +1,6 @@
 """act(gate) * up and its gradient on a GPU: one launch each, bound by memory.
 
-A program handles BLOCK elements of a row, 8 a thread, so that a 16-bit tensor is read in pieces of
+A program handles BLOCK elements of a row, 16 a thread, so that a 16-bit tensor is read in pieces of
 16 bytes. Tensors without gaps are one row; gate and up that lie side by side, as one product gives
 them, are read where they are. Forward moves 6 bytes an element of 16 bits, backward 10.
 
@@ -19,7 +19,7 @@ from lora_kernels.gpu.variant import Variant
 
 __all__ = ["backward", "forward", "variants"]
 
-BLOCK = 1024  # elements a program
+BLOCK = 2048  # elements a program
 WARPS = 4
 
 
@@ -64,8 +64,8 @@ def _forward_kernel(
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) // pieces
-    i = tl.program_id(0).to(tl.int64) % pieces * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    i = (tl.program_id(0) % pieces).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     value, _ = _activate(_load(gate_ptr, row, i, gate_stride, columns), GELU)
     out = value * _load(up_ptr, row, i, up_stride, columns)
     at = out_ptr + row * columns + i
@@ -87,12 +87,13 @@ def _backward_kernel(
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) // pieces
-    i = tl.program_id(0).to(tl.int64) % pieces * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    i = (tl.program_id(0) % pieces).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     value, slope = _activate(_load(gate_ptr, row, i, gate_stride, columns), GELU)
     up = _load(up_ptr, row, i, up_stride, columns)
     dout = _load(dout_ptr, row, i, dout_stride, columns)
-    at, dtype = row * columns + i, dgate_ptr.dtype.element_ty
+    dtype: tl.constexpr = dgate_ptr.dtype.element_ty
+    at = row * columns + i
     tl.store(dgate_ptr + at, narrow(dout * up * slope, dtype), mask=i < columns)
     tl.store(dup_ptr + at, narrow(dout * value, dtype), mask=i < columns)
 
