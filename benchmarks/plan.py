@@ -126,7 +126,9 @@ def build(case: Case) -> nn.Module:
 def alive() -> int:
     """Bytes of all tensors that Python can reach, each storage once."""
     gc.collect()
-    storages = (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+    # not isinstance, which asks lazy objects for their class and so wakes them
+    tensors = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    storages = (t.untyped_storage() for t in tensors)
     return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 

@@ -12,7 +12,6 @@ import torch
 from lora_core.adapters import LoRAConfig
 from lora_core.cli.flags import add_dataclass_flags, given
 from lora_core.plan import Fit, Plan, known_models, model_named, plan, what_fits
-from lora_core.plan.budget import SWITCHES
 from lora_core.plan.empty import METHODS
 from lora_core.plan.memory import DEVICES
 from lora_core.train.config import TrainConfig
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         # trained weights stay float32 whatever the frozen ones are
         weights = None if args.weights is None or method == "full" else _dtype(args.weights)
         plans.append(plan(config, method, adapter, train, weights=weights, **options))
-    fits = [] if budget is None else what_fits(plans[0].settings, budget, methods, SWITCHES)
+    fits = [] if budget is None else what_fits([p.settings for p in plans], budget)
     if args.json:
         found = [{**dataclasses.asdict(f), "batch": f.tokens // args.max_length} for f in fits]
         told = {"model": args.model, "plans": [p.to_dict() for p in plans]}

@@ -5,25 +5,25 @@ rounds its state; checkpointing costs a third more time and changes nothing; an 
 host's memory waits for the bus once a step, offloaded activations once a layer.
 
 Memory grows with the tokens of a forward pass along a straight line, but for a start where pieces
-of a fixed size (a chunk of logits, a slice of a weight) weigh more. So the largest number is found
-by a few plans: along the line through the last two, until one is just within the budget. It is
-found for one long row; more and shorter rows need no more.
+of a fixed size (a chunk of logits, a slice of a weight) weigh more. So plans are made for a few
+numbers of tokens, each four times the one before, and the line between two of them says how many
+fit. They are made for one long row; more and shorter rows need no more.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lora_core.plan.memory import Plan, Settings, plan_of
-from lora_core.train.config import TrainConfig
 
-__all__ = ["SWITCHES", "Fit", "largest", "what_fits"]
+__all__ = ["GRID", "SWITCHES", "Fit", "largest", "what_fits"]
 
 STEP = 64
 """Tokens are counted in this many."""
-MOST = 1 << 22
-"""Tokens beyond which nobody asks."""
+GRID = (STEP, *(4**power for power in range(5, 11)))
+"""Numbers of tokens that plans are made for: 64, 1024, 4096 … 1,048,576."""
 SWITCHES: tuple[dict[str, Any], ...] = (
     {},
     {"optimizer": "adamw8bit"},
@@ -54,76 +54,70 @@ class Fit:
 
 
 def what_fits(
-    settings: Settings, budget: int, methods: Sequence[str], switches: Sequence[dict[str, Any]]
+    settings: Sequence[Settings], budget: int, switches: Sequence[dict[str, Any]] = SWITCHES
 ) -> list[Fit]:
     """The largest batch for every method and every set of switches.
 
     Args:
-        settings: everything else; its method, tokens and the fields that are switched are not read.
-        budget: bytes, of which what lies outside the allocator is taken off.
-        methods: to look at.
+        settings: of each method that is looked at; their tokens, rows of a batch and the fields
+            that are switched are not read.
+        budget: bytes; what lies outside the allocator has to fit too.
         switches: sets of `TrainConfig` fields, the cheapest first.
 
     Returns:
         One entry for each pair, methods in their order.
     """
-    found = []
-    for method in methods:
-        bodies: dict[tuple[Any, ...], Plan] = {}
-        for chosen in switches:
-            train = dataclasses.replace(settings.train, **{**_OFF, **chosen}, batch_size=1)
-            peak = _peak(dataclasses.replace(settings, method=method, train=train), bodies)
-            found.append(Fit(method, chosen, largest(peak, budget), peak(STEP)))
-    return found
+    return [fit for s in settings for fit in _fits_of(s, budget, switches)]
 
 
-_OFF = {"optimizer": "adamw", "activation_checkpointing": False, "offload_activations": False}
+_OFF: dict[str, Any] = {
+    "optimizer": "adamw",
+    "activation_checkpointing": False,
+    "offload_activations": False,
+}
 
 
-def _peak(settings: Settings, bodies: dict[tuple[Any, ...], Plan]) -> Callable[[int], int]:
-    """Bytes by tokens; what does not depend on the optimizer is kept in `bodies`."""
-    train = settings.train
-    own = plan_of(dataclasses.replace(settings, tokens=STEP))
+def _fits_of(settings: Settings, budget: int, switches: Sequence[dict[str, Any]]) -> Iterator[Fit]:
+    made: dict[tuple[str, bool, int], Plan] = {}
 
-    def peak(tokens: int) -> int:
-        key = (train.activation_checkpointing, tokens)
-        if key not in bodies:
-            plain: TrainConfig = dataclasses.replace(train, optimizer="adamw")
-            bodies[key] = plan_of(dataclasses.replace(settings, train=plain, tokens=tokens))
-        body = bodies[key]
-        state = own.parts["optimizer"] - own.host - body.parts["optimizer"]
-        phases = {phase: size + state for phase, size in body.phases.items()}
-        phases["update"] = own.phases["update"]
-        return max(phases.values()) + own.outside
+    def plan_at(optimizer: str, checkpointing: bool, tokens: int) -> Plan:
+        key = (optimizer, checkpointing, tokens)
+        if key not in made:
+            on: dict[str, Any] = {"optimizer": optimizer, "activation_checkpointing": checkpointing}
+            train = dataclasses.replace(settings.train, **{**_OFF, **on}, batch_size=1)
+            made[key] = plan_of(dataclasses.replace(settings, train=train, tokens=tokens))
+        return made[key]
 
-    return peak
+    for chosen in switches:
+        optimizer, checkpointing = (chosen.get(name, _OFF[name]) for name in list(_OFF)[:2])
+        own, plain = (plan_at(kind, False, STEP) for kind in (optimizer, "adamw"))
+
+        def size(
+            tokens: int, on: bool = checkpointing, own: Plan = own, plain: Plan = plain
+        ) -> int:
+            """The body's peak, which knows of the optimizer by its state alone."""
+            body = plan_at("adamw", on, tokens).phases
+            state = own.phases["forward"] - plain.phases["forward"]
+            peaks = [peak + state for phase, peak in body.items() if phase != "update"]
+            return max(*peaks, own.phases["update"]) + own.outside
+
+        yield Fit(settings.method, chosen, largest(size, budget), size(STEP))
 
 
 def largest(size: Callable[[int], int], budget: int) -> int:
-    """The most tokens within a budget.
+    """The most tokens within a budget, along the lines between the points of `GRID`.
 
     Args:
         size: bytes by tokens, rising.
         budget: bytes.
 
     Returns:
-        A multiple of `STEP`; 0 if not even one step fits. Within one percent of the true one.
+        A multiple of `STEP`; 0 if not even one step fits.
     """
-    low, high = 0, MOST
-    a, b = STEP, 32 * STEP
-    if size(a) > budget:
+    if size(GRID[0]) > budget:
         return 0
-    low = a
-    for _ in range(8):
-        if size(b) <= budget:
-            low = max(low, b)
-        else:
-            high = min(high, b)
-        if high - low <= max(STEP, low // 100) or low >= MOST:
-            break
-        slope = max(size(b) - size(a), 1) / max(b - a, 1)
-        guess = int(b + (budget - size(b)) / slope) // STEP * STEP
-        a, b = b, min(max(guess, low + STEP), high - STEP)
-        if a == b:
-            b = low + max((high - low) // 2 // STEP, 1) * STEP
-    return low
+    for low, high in pairwise(GRID):
+        if size(high) > budget:
+            share = (budget - size(low)) / (size(high) - size(low))
+            return int(low + share * (high - low)) // STEP * STEP
+    return GRID[-1]

@@ -8,8 +8,9 @@ PyTorch's own operators are taken to need nothing beside their results: what its
 hold is theirs, not the allocator's, but for cuBLAS's workspace.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,19 +30,44 @@ CUBLAS_WORKSPACE = 1 << 25
 """What PyTorch allocates for cuBLAS on an H100 or later; before that it is 8 MiB."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inside:
-    """Bytes inside an operator, by its name."""
+    """Bytes inside an operator, by its name; and the dense weights that lie between two of them."""
 
     compute: torch.dtype
     """dtype of the matrix products"""
     device: str = "cpu"
     """"cpu" or "cuda": where the run would be"""
+    recomputing: bool = False
+    """whether a product is that of a recomputation, whose expanded weight is kept"""
+    shelf: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    """bytes of dense weights kept for backward, by weight (lora_kernels.expansions)"""
 
     def __call__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Bytes that an operator holds beside its arguments and results."""
+        """Bytes that an operator holds beside its arguments and results, and the shelf's."""
         rule = _RULES.get(name)
-        return 0 if rule is None else rule(self, args)
+        own = 0 if rule is None else rule(self, args)
+        if name in _EXPANDING and self.recomputing:
+            self._put(args[_EXPANDING[name] :])
+        taken = self._take(args[_TAKING[name] :]) if name in _TAKING else 0
+        return max(own, taken) + sum(self.shelf.values())
+
+    def begin_layer(self, recomputing: bool) -> None:
+        """Empty the shelf: another layer's backward pass begins."""
+        self.shelf.clear()
+        self.recomputing = recomputing
+
+    def _put(self, weight: tuple[Any, ...]) -> None:
+        n, k, _ = _weight(weight)
+        size = n * k * self.compute.itemsize
+        if self.backend == "native" or size > expansions.LIMIT:  # C never holds a weight whole
+            return
+        while sum(self.shelf.values()) + size > expansions.LIMIT:
+            self.shelf.popitem(last=False)
+        self.shelf[id(weight[0])] = size
+
+    def _take(self, weight: tuple[Any, ...]) -> int:
+        return self.shelf.pop(id(weight[0]), 0)
 
     @property
     def backend(self) -> str:
@@ -68,25 +94,6 @@ class Inside:
         least = PANEL_COLUMNS if self.backend == "native" and unit > 1 else 1
         lines = max(max(most // max(across, 1), least) // unit, 1) * unit
         return min(lines, length) * across
-
-    def shelf(self, weights: list[tuple[int, int]]) -> int:
-        """Dense weights that a layer's recomputation keeps for its backward pass.
-
-        Args:
-            weights: (N, K) of the layer's 4-bit weights, in the order in which they are used.
-
-        Returns:
-            Bytes; the newest stay where not all fit (lora_kernels.expansions).
-        """
-        held = 0
-        if self.backend == "native":  # which never holds a weight whole
-            return 0
-        for n, k in reversed(weights):
-            size = n * k * self.compute.itemsize
-            if size <= expansions.LIMIT and held + size > expansions.LIMIT:
-                break
-            held += size if size <= expansions.LIMIT else 0
-        return held
 
 
 def _weight(args: tuple[Any, ...]) -> tuple[int, int, int]:
@@ -156,7 +163,18 @@ def _cross_entropy_dweight(inside: Inside, args: tuple[Any, ...]) -> int:
     each = features * (wide + narrow) + head_chunks.BLOCK_ROWS * narrow
     words = min(max(1, head_chunks.CHUNK_BYTES // each), classes)
     slice_ = words * (features * (wide + narrow) + block * narrow)
+    if inside.device == "cpu" and wide != narrow:
+        slice_ += words * features * wide  # of the product, to be added: see `_mixed`
     return slice_ + block * features * narrow + 8 * len(hidden) + _cast(weight, dtype)
+
+
+def _mixed(inside: Inside, args: tuple[Any, ...]) -> int:
+    """Casts to the wider dtype, which PyTorch makes on a CPU before it adds or multiplies."""
+    tensors = [t for t in args[:2] if isinstance(t, Tensor) and t.dim()]
+    if inside.device != "cpu" or len(tensors) < 2 or tensors[0].dtype == tensors[1].dtype:
+        return 0
+    wide = torch.promote_types(tensors[0].dtype, tensors[1].dtype)
+    return sum(t.numel() * wide.itemsize for t in tensors if t.dtype != wide)
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> int:
@@ -166,6 +184,9 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> int:
     return min(weight.numel() * dtype.itemsize, head_chunks.CAST_BYTES)
 
 
+# operators that expand a weight, and those that take it from the shelf: where its tensors begin
+_EXPANDING = {"lora_kernels::matmul4": 1, "lora_kernels::lora_linear4": 1}
+_TAKING = {"lora_kernels::matmul4_dx": 1, "lora_kernels::lora_linear4_backward": 2}
 _RULES: dict[str, Callable[[Inside, tuple[Any, ...]], int]] = {
     "lora_kernels::matmul4": _matmul4,
     "lora_kernels::matmul4_dx": _matmul4_dx,
@@ -174,4 +195,5 @@ _RULES: dict[str, Callable[[Inside, tuple[Any, ...]], int]] = {
     "lora_kernels::lora_update": _lora_update,
     "lora_kernels::linear_cross_entropy": _cross_entropy,
     "lora_kernels::linear_cross_entropy_dweight": _cross_entropy_dweight,
+    **{f"aten::{name}": _mixed for name in ("add", "add_", "sub", "mul", "mul_")},
 }

@@ -15,6 +15,7 @@ allocator keeps for itself (`Plan.outside`).
 """
 
 import dataclasses
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +23,14 @@ from typing import Any
 import torch
 
 from lora_core.adapters import LoRAConfig
-from lora_core.models import ModelConfig
+from lora_core.models import CausalLM, ModelConfig
 from lora_core.plan.counting import Stored
 from lora_core.plan.empty import METHODS, empty_model
 from lora_core.plan.inside import CUBLAS_WORKSPACE, Inside
 from lora_core.plan.step import Tally, tally
 from lora_core.train.config import TrainConfig
+from lora_core.train.offload import SMALLEST
+from lora_core.train.paged import PagedAdamW
 
 __all__ = ["DEVICES", "Plan", "Settings", "plan", "plan_of"]
 
@@ -214,12 +217,15 @@ def plan_of(settings: Settings) -> Plan:
         "activations": counted.kept,
     }
     phases = {phase: peak + extra for phase, peak in counted.peaks.items()}
-    host = 0
-    if s.device == "cuda" and s.train.optimizer == "adamw-paged":
-        host = counted.optimizer
-        phases = {phase: peak - host for phase, peak in phases.items()}
+    paged, staging = _paged(s, counted)
+    offloaded, stays = _offloaded(s, counted)
+    for phase in phases:
+        phases[phase] += (
+            staging - paged - (0 if phase in ("first", "update") else offloaded - stays)
+        )
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in empty_model(*_bare(s)).parameters())
+        model = CausalLM(s.config)
+    parameters = sum(p.numel() for p in model.parameters())
     return Plan(
         settings=s,
         parameters=parameters,
@@ -227,18 +233,39 @@ def plan_of(settings: Settings) -> Plan:
         parts=parts,
         formulas=_formulas(s, counted, parts),
         phases=phases,
-        host=host,
+        host=paged + offloaded,
         layer=counted.layer,
     )
 
 
-def _bare(s: Settings) -> tuple[ModelConfig, str, LoRAConfig, torch.dtype]:
-    """The model alone: trained whole, so that there is no adapter in it."""
-    return s.config, "full", s.adapter, torch.float32
+def _paged(s: Settings, counted: Tally) -> tuple[int, int]:
+    """Bytes of the optimizer's state in a host that is not the device, and of staging buffers."""
+    if s.train.optimizer != "adamw-paged":
+        return 0, 0
+    bucket = inspect.signature(PagedAdamW).parameters["bucket_bytes"].default
+    staging = 2 * min(bucket, counted.optimizer)
+    return (counted.optimizer if s.device == "cuda" else 0), staging
+
+
+def _offloaded(s: Settings, counted: Tally) -> tuple[int, int]:
+    """Bytes of layers' inputs that go to the host, and of the two that are still here."""
+    if s.device != "cuda" or not s.train.offload_activations:
+        return 0, 0
+    each = sum(
+        stored.nbytes
+        for stored in counted.layer
+        if stored.nbytes >= SMALLEST and stored.shape[:2] == (s.train.batch_size, s.tokens)
+    )
+    layers = s.config.num_hidden_layers
+    return layers * each, min(layers, 2) * each
 
 
 def _counted(s: Settings) -> Tally:
     """The bytes of the whole model, from two small ones if its layers are alike."""
+    if s.train.optimizer == "adamw-paged":  # the same numbers, elsewhere
+        s = dataclasses.replace(s, train=dataclasses.replace(s.train, optimizer="adamw"))
+    if s.train.offload_activations:  # likewise
+        s = dataclasses.replace(s, train=dataclasses.replace(s.train, offload_activations=False))
     layers = s.config.num_hidden_layers
     if layers <= 3 or (s.method != "full" and not _alike(s.adapter)):
         return _count(s, layers)

@@ -9,6 +9,8 @@ The phases: `forward`, `loss`, then the backward pass of each layer by its numbe
 what comes before the last layer (the loss's own) and after the first (the embedding), and `update`.
 """
 
+import contextlib
+import io
 import warnings
 from dataclasses import dataclass
 
@@ -88,20 +90,20 @@ def _tally(model: CausalLM, config: TrainConfig, rows: int, tokens: int, inside:
     trained = storage_bytes(parameters.values())
     live.watch(everything)
     resident = live.now
-    optimizer = make_optimizer(model, list(parameters.items()), config)
     for parameter in parameters.values():
         parameter.grad = torch.empty_like(parameter)
         live.watch([parameter.grad])
     gradients = live.now - resident
-    with live:
+    with live, contextlib.redirect_stderr(io.StringIO()):  # what it has to say of the CPU
         live.phase = "update"
+        optimizer = make_optimizer(model, list(parameters.items()), config)
         optimizer.step()
         live.phase = "between"
     state = live.now - resident - gradients
     if config.accumulate == 1:
         optimizer.zero_grad(set_to_none=True)
     before = live.now
-    body = _Body(model, live)
+    body = _Body(model, live, inside, config.activation_checkpointing)
     policy = DtypePolicy(torch.device("cpu"), inside.compute)
     with live, recomputed_layers(model, config.activation_checkpointing):
         ids = torch.zeros(rows, tokens, dtype=torch.int64)
@@ -128,8 +130,9 @@ def _tally(model: CausalLM, config: TrainConfig, rows: int, tokens: int, inside:
 class _Body:
     """Hooks on a model's layers that tell the count where the step is."""
 
-    def __init__(self, model: CausalLM, live: LiveBytes) -> None:
+    def __init__(self, model: CausalLM, live: LiveBytes, inside: Inside, recomputing: bool) -> None:
         self.layers, self.live = list(model.model.layers), live
+        self.inside, self.recomputing = inside, recomputing
         self.kept, self.seen = 0, 0
         self.layer: list[Stored] = []
         for number, layer in enumerate(self.layers):
@@ -150,6 +153,7 @@ class _Body:
         self.live.phase = "loss"
 
     def _enter(self, number: int) -> None:
+        self.inside.begin_layer(self.recomputing)
         self.live.phase = f"layer {number}"
 
 
