@@ -96,10 +96,10 @@ def test_the_gradient_is_the_rotation_back(dtype: torch.dtype) -> None:
 
 
 def test_derivatives_of_any_order() -> None:
-    x = torch.randn(1, 2, 3, 6, dtype=torch.float64).requires_grad_()
-    cos, sin = angles(1, 3, 4)
-    assert torch.autograd.gradcheck(lambda x: rotary(x, cos, sin), x)
-    assert torch.autograd.gradgradcheck(lambda x: rotary(x, cos, sin) ** 2, x)
+    x = torch.randn(1, 1, 2, 5, dtype=torch.float64).requires_grad_()
+    cos, sin = angles(1, 2, 4)
+    assert torch.autograd.gradcheck(lambda x: rotary(x, cos, sin), x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x: rotary(x, cos, sin) ** 2, x, fast_mode=True)
 
 
 @pytest.mark.usefixtures("poison")
