@@ -6,10 +6,10 @@ layer has a graph of its own where its input needs no gradient.) What lies outsi
 norm and the loss operator, is a few calls a step.
 
 Sizes of batch and length are symbols in the graph, so that another length needs no other graph. Of
-30 batches of 8 lengths through a decoder of 4 layers (tests/train/test_compile.py counts):
+30 batches of 5 lengths through a decoder of 4 layers (tests/train/test_compile.py counts):
 
     sizes as symbols     2 graphs
-    a graph a size      16 graphs, each of which takes as long to compile
+    a graph a size      10 graphs, each of which takes as long to compile
 
 Only a size of 1 is a case of its own, and whether there is a mask. Symbols are never taken for one
 another because their first values were equal (`use_duck_shape`): that would be one more graph when

@@ -204,3 +204,12 @@ def test_backward_twice_recomputes_twice(expands: list[str], make_weight: MakeWe
     loss.backward()
     assert torch.equal(first, x.grad)
     assert len(expands) == 6
+
+
+def test_the_next_recomputation_clears_what_the_last_one_left(make_weight: MakeWeight) -> None:
+    weight, first, second = make_weight(8, 32, 32), expansions.Shelf(), expansions.Shelf()
+    with first:
+        expansions.expanded(weight, torch.float32)
+    assert first.nbytes > 0
+    with second:
+        assert first.nbytes == 0
