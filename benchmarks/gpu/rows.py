@@ -29,7 +29,7 @@ Problem = tuple[str, Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor,
 
 
 def problems(sizes: dict[str, int], dtype: torch.dtype) -> Iterator[Problem]:
-    """Name, operator, definition, differentiable tensors, and how many of x's size forward moves."""
+    """Name, operator, definition, its tensors, and how many of x's size forward moves."""
     t, h = sizes["tokens"], sizes["width"]
     weight = normal(h, seed=1, dtype=dtype)
     norm = (functools.partial(f, weight=weight) for f in (rms_norm, rms_norm_reference))
@@ -45,10 +45,8 @@ def problems(sizes: dict[str, int], dtype: torch.dtype) -> Iterator[Problem]:
 def step(run: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The result and every gradient."""
     own = [t.detach().requires_grad_() for t in given]
-    if own[0].dim() == 4:  # a projection's output: heads side by side
-        out = run(own[0].transpose(1, 2))
-    else:
-        out = run(*own)
+    # heads lie side by side in what a projection gives
+    out = run(own[0].transpose(1, 2)) if own[0].dim() == 4 else run(*own)
     dout = normal(*out.shape, seed=7, dtype=out.dtype)
     return out.detach(), *torch.autograd.grad(out, own, dout)
 
