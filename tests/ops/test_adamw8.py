@@ -213,6 +213,23 @@ def test_torch_knows_the_operator() -> None:
     assert params[0]._version > version
 
 
+def test_it_compiles_without_a_break() -> None:
+    def once(run: Callable[..., None]) -> State:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(300,), (5, 4)]
+        params, grads = (
+            [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)
+        )
+        moments = [no_moments(p) for p in params]
+        run(params, grads, moments)
+        return params, moments
+
+    def step(params: list[Tensor], grads: list[Tensor], moments: list[Moments8]) -> None:
+        adamw8_(params, grads, moments, step=1, **SETTINGS)
+
+    same(once(torch.compile(step, fullgraph=True, backend="aot_eager")), once(step))
+
+
 def test_refusals() -> None:
     p = torch.zeros(300)
 
@@ -229,6 +246,8 @@ def test_refusals() -> None:
         step([p], [], [good])
     with pytest.raises(TypeError, match=r"must be float32; got torch.float64 and torch.float32"):
         step([p.double()], [p], [good])
+    with pytest.raises(TypeError, match="codes are int8 and uint8, units float32; got uint8, fl"):
+        step([p], [p], [good._replace(mean=good.root)])
     with pytest.raises(ValueError, match=r"contiguous and of its gradient's shape; got \(3, 100\)"):
         step([p.view(100, 3).t()], [p.view(3, 100)], [good])
     with pytest.raises(ValueError, match=r"300 elements need 300 codes and 2 units each; got \[30"):

@@ -17,12 +17,12 @@
 enum { BLOCK = 256, PIECE = 32 /* blocks that a thread claims */ };
 
 typedef struct {
-    float *p;
-    const float *g;
-    int8_t *mean;
-    float *mean_unit;
+    uint8_t *p; /* floats, as are g and the units */
+    const uint8_t *g;
+    uint8_t *mean;
+    uint8_t *mean_unit;
     uint8_t *root;
-    float *root_unit;
+    uint8_t *root_unit;
     int64_t numel;
     int64_t before; /* blocks of the tensors before this one */
 } tensor;
@@ -89,38 +89,35 @@ LANE void update(const job *j, uint32_t first, float *restrict p, const float *r
     }
     for (int i = 0; i < BLOCK; i++) {
         const float x = sqrtf(sqrtf(s[i] / s_unit)) + noise(first + (uint32_t)i, j->key);
-        const int32_t code = (int32_t)(x > 255.0f ? 255.0f : x), least = s[i] > 0;
-        root[i] = (uint8_t)(code > least ? code : least);
+        const int32_t code = (int32_t)x, least = s[i] > 0; /* x is below 256.1 */
+        const int32_t raised = code > least ? code : least;
+        root[i] = (uint8_t)(raised < 255 ? raised : 255);
     }
     *mean_unit = m_unit;
     *root_unit = s_unit;
 }
 
-/* The last block of a tensor, filled up with zeros, which stay zeros and change no maximum. */
-static void update_partial(const job *j, const tensor *t, int64_t block, size_t count)
-{
-    const int64_t at = block * BLOCK;
-    float p[BLOCK] = {0}, g[BLOCK] = {0};
-    int8_t mean[BLOCK] = {0};
-    uint8_t root[BLOCK] = {0};
-    memcpy(p, t->p + at, count * sizeof *p);
-    memcpy(g, t->g + at, count * sizeof *g);
-    memcpy(mean, t->mean + at, count);
-    memcpy(root, t->root + at, count);
-    update(j, (uint32_t)at, p, g, mean, root, t->mean_unit + block, t->root_unit + block);
-    memcpy(t->p + at, p, count * sizeof *p);
-    memcpy(t->mean + at, mean, count);
-    memcpy(t->root + at, root, count);
-}
-
+/* A block of a tensor, in a copy: the first-level cache holds it, the tensors may begin anywhere, and
+ * a last one that is partial is filled up with zeros, which stay zeros and change no maximum. */
 static void update_block(const job *j, const tensor *t, int64_t block)
 {
     const int64_t at = block * BLOCK, left = t->numel - at;
-    if (left < BLOCK)
-        update_partial(j, t, block, (size_t)left);
-    else
-        update(j, (uint32_t)at, t->p + at, t->g + at, t->mean + at, t->root + at,
-               t->mean_unit + block, t->root_unit + block);
+    const size_t count = left < BLOCK ? (size_t)left : BLOCK;
+    float p[BLOCK] = {0}, g[BLOCK] = {0}, mean_unit, root_unit;
+    int8_t mean[BLOCK] = {0};
+    uint8_t root[BLOCK] = {0};
+    memcpy(p, t->p + at * 4, count * sizeof *p);
+    memcpy(g, t->g + at * 4, count * sizeof *g);
+    memcpy(mean, t->mean + at, count);
+    memcpy(root, t->root + at, count);
+    memcpy(&mean_unit, t->mean_unit + block * 4, sizeof mean_unit);
+    memcpy(&root_unit, t->root_unit + block * 4, sizeof root_unit);
+    update(j, (uint32_t)at, p, g, mean, root, &mean_unit, &root_unit);
+    memcpy(t->p + at * 4, p, count * sizeof *p);
+    memcpy(t->mean + at, mean, count);
+    memcpy(t->root + at, root, count);
+    memcpy(t->mean_unit + block * 4, &mean_unit, sizeof mean_unit);
+    memcpy(t->root_unit + block * 4, &root_unit, sizeof root_unit);
 }
 
 static void update_blocks(void *context, int64_t begin, int64_t end)
