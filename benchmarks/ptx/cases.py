@@ -19,7 +19,16 @@ from torch import Tensor
 from lora_kernels import blockwise4 as definition
 from lora_kernels import blockwise4_reference as reference
 from lora_kernels.blockwise4 import Weight4
-from lora_kernels.gpu import arrange4, blockwise4, lora4, matmul4, matmul4_dx, planes4, quantize4
+from lora_kernels.gpu import (
+    arrange4,
+    blockwise4,
+    lora4,
+    matmul4,
+    matmul4_dx,
+    outer4,
+    planes4,
+    quantize4,
+)
 from lora_kernels.gpu.finish4 import Update, finish
 
 __all__ = ["CASES", "Case"]
@@ -193,9 +202,9 @@ def outer(h: Tensor, x: Tensor, update: Update, keeps: float) -> None:
     chosen = (own[:, None] == torch.arange(count)).double()  # (M, L)
     truth = torch.einsum("ml,mr,md->lrd", chosen, h.double(), x.double())
     single = torch.einsum("ml,mr,md->lrd", chosen.float(), h, x.float())
-    close(lora4.outer(h, x, update.rows, count), single, truth, keeps)
+    close(outer4.outer(h, x, update.rows, count), single, truth, keeps)
     s = update.scaling[:, None, None]
-    got = lora4.outer(h, x, update.rows, count, update.scaling, transposed=True)
+    got = outer4.outer(h, x, update.rows, count, update.scaling, transposed=True)
     turned = (t.transpose(1, 2) for t in (single * s, truth * s))
     close(got, *turned, keeps)
 

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_kernels.dropout import drop_reference
-from lora_kernels.gpu import lora4
-from lora_kernels.gpu.lora4 import Dropout, add, expand, outer, shrink, variants
+from lora_kernels.gpu import lora4, outer4
+from lora_kernels.gpu.lora4 import add, expand, shrink
+from lora_kernels.gpu.lora_rows import Dropout
+from lora_kernels.gpu.outer4 import outer
 
+VARIANTS = [*lora4.variants(), *outer4.variants()]
 HALVES = [torch.bfloat16, torch.float16]
 Judge = Callable[..., None]
 
@@ -159,7 +162,7 @@ def test_columns_may_lie_apart() -> None:
 
 
 def test_outer_adds_its_pieces_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora4, "SPLIT", 32)
+    monkeypatch.setattr(outer4, "SPLIT", 32)
     v, _, rows, s = make(100, 70, 3, 4, torch.bfloat16)
     u = torch.randn(100, 4)
     ours = outer(u, v, rows, 3, s)
@@ -241,11 +244,11 @@ def test_large_values_of_float16_do_not_overflow() -> None:
 
 
 def test_every_form_has_a_name_of_its_own() -> None:
-    names = [variant.name for variant in variants()]
+    names = [variant.name for variant in VARIANTS]
     assert len(set(names)) == len(names) == 12 * 2 * 2 * 2
 
 
-@pytest.mark.parametrize("variant", variants()[::7], ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", VARIANTS[::7], ids=lambda variant: variant.name)
 def test_what_is_gated_is_what_is_launched(
     variant: lora4.Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,8 +265,9 @@ def test_what_is_gated_is_what_is_launched(
 
             return launch
 
-    for name in ("_shrink_kernel", "_add_kernel", "_outer_kernel"):
-        monkeypatch.setattr(lora4, name, Spy(getattr(lora4, name)))
+    kernels = ((lora4, "_shrink_kernel"), (lora4, "_add_kernel"), (outer4, "_outer_kernel"))
+    for module, name in kernels:
+        monkeypatch.setattr(module, name, Spy(getattr(module, name)))
     dtype = {"*bf16": torch.bfloat16, "*fp16": torch.float16}
     kind = next(dtype[t] for t in variant.signature.values() if t in dtype)
     for r, mixed, scaled in itertools.product((16, 32), (False, True), (False, True)):

@@ -5,7 +5,7 @@ its own. For adapter l = rows[i] of row i, and D either K or N:
 
     shrink   h_i = s_l x_i M_l^T        (M, D) x (L, r, D) -> (M, r)      x A^T, and dy B for dh
     add      y_i = y_i + s_l h_i M_l^T  (M, r) x (L, D, r) -> (M, D)      h B^T, and dh A for dx
-    outer    G_l = s_l sum u_i^T v_i    (M, r) x (M, D) -> (L, r, D)      dA, and dB transposed
+    outer    G_l = s_l sum u_i^T v_i    (M, r) x (M, D) -> (L, r, D)      dA, and dB (outer4.py)
 
 M_l is read by strides, so A serves `shrink` and `add`, and so does B. Each kernel is bound by
 memory: it moves the (M, D) tensor once, 2 M D bytes (4 for `add`), against 2 M D r operations.
@@ -19,8 +19,6 @@ the shapes, so that a CUDA graph can capture it. The price is paid when neighbou
 between many adapters: a tile is then computed once for each of them, from the cache. Rows with
 -1, and any beyond the adapters there are, get no update.
 
-`outer` sums over rows, in SPLIT pieces that another launch adds in their order: no atomics.
-
 Dropout. Each kernel that reads x, and the one that writes dx, draws the mask of its tile again
 (dropout.py): `shrink` and `outer` take zeros for what is dropped, `add` leaves it as it was.
 Nothing is stored, and x is not copied. The mask is the batch's, whichever adapters its rows name.
@@ -30,7 +28,7 @@ Precision. h, A and B are float32 and are multiplied as pairs of bfloat16 (split
 `add` keeps a -0 of y under an update of zero, as finish4 does.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -39,61 +37,16 @@ from torch import Tensor
 
 from lora_kernels.gpu.decode import narrow
 from lora_kernels.gpu.dropout import kept
+from lora_kernels.gpu.lora_rows import Dropout, Tile, bounds, fit, options, own_rows, parts, scaled
 from lora_kernels.gpu.split import split_dot
 from lora_kernels.gpu.variant import Variant
 
-__all__ = ["Dropout", "add", "expand", "outer", "shrink", "variants"]
-
-
-class _Tile(NamedTuple):
-    rows: int
-    columns: int
-    ranks: int
-    warps: int
-    stages: int
-
-
-class Dropout(NamedTuple):
-    """What is dropped: elements whose number of 65536 is below the threshold.
-
-    Attributes:
-        seed: int64 (1,), where x is.
-        threshold: 0 to 65535.
-    """
-
-    seed: Tensor
-    threshold: int
+__all__ = ["add", "expand", "shrink", "variants"]
 
 
 # for up to 16 ranks, and for more, 32 at a time; wider matrices would not fit the registers
-SHRINK = (_Tile(16, 64, 16, 4, 3), _Tile(16, 64, 32, 2, 3))
-ADD = (_Tile(64, 64, 16, 4, 1), _Tile(64, 64, 32, 4, 1))
-OUTER = (_Tile(32, 64, 16, 4, 3), _Tile(32, 64, 32, 4, 3))
-SPLIT = 1024  # rows that one program of `outer` sums
-
-
-@triton.jit
-def _own(rows_ptr, i, m, adapters):
-    """Adapter of each row, -1 for none; without a list of them all rows have the first."""
-    if rows_ptr is None:
-        return tl.where(i < m, 0, -1)
-    else:
-        own = tl.load(rows_ptr + i, mask=i < m, other=-1)
-        return tl.where(own < adapters, own, -1)
-
-
-@triton.jit
-def _bounds(own, adapters):
-    """Lowest and highest adapter of a tile; nothing between them if no row has any."""
-    return tl.min(tl.where(own >= 0, own, adapters), 0), tl.max(own, 0)
-
-
-@triton.jit
-def _times(value, scaling_ptr, adapter):
-    if scaling_ptr is None:
-        return value
-    else:
-        return value * tl.load(scaling_ptr + adapter)
+SHRINK = (Tile(16, 64, 16, 4, 3), Tile(16, 64, 32, 2, 3))
+ADD = (Tile(64, 64, 16, 4, 1), Tile(64, 64, 32, 4, 1))
 
 
 @triton.jit(do_not_specialize=["m", "adapters", "threshold"])
@@ -119,7 +72,7 @@ def _shrink_kernel(
 ):
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
     j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)  # (RANKS,)
-    own = _own(rows_ptr, i, m, adapters)
+    own = own_rows(rows_ptr, i, m, adapters)
     h = tl.zeros((ROWS, RANKS), tl.float32)
     if rows_ptr is None:
         h = _shrink_tile(
@@ -137,9 +90,9 @@ def _shrink_kernel(
             d_stride,
             COLUMNS,
         )
-        h = _times(h, scaling_ptr, 0)
+        h = scaled(h, scaling_ptr, 0)
     else:
-        lowest, highest = _bounds(own, adapters)
+        lowest, highest = bounds(own, adapters)
         for adapter in range(lowest, highest + 1):
             chosen = own == adapter
             if tl.max(chosen.to(tl.int32), 0) > 0:
@@ -159,7 +112,7 @@ def _shrink_kernel(
                     d_stride,
                     COLUMNS,
                 )
-                h = tl.where(chosen[:, None], _times(part, scaling_ptr, adapter), h)
+                h = tl.where(chosen[:, None], scaled(part, scaling_ptr, adapter), h)
     at = h_ptr + i.to(tl.int64)[:, None] * r + j[None, :]
     tl.store(at, h, mask=(i < m)[:, None] & (j < r)[None, :])
 
@@ -223,20 +176,20 @@ def _add_kernel(
     i = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)  # (ROWS,)
     first = tl.program_id(0) % tiles * COLUMNS
     j = first + tl.arange(0, COLUMNS)  # (COLUMNS,)
-    own = _own(rows_ptr, i, m, adapters)
+    own = own_rows(rows_ptr, i, m, adapters)
     mats_ptr += j.to(tl.int64)[None, :] * d_stride
     update = tl.zeros((ROWS, COLUMNS), tl.float32)
     if rows_ptr is None:
         update = _add_tile(h_ptr, mats_ptr, i, j, m, d, r, r_stride, RANKS)
-        update = _times(update, scaling_ptr, 0)
+        update = scaled(update, scaling_ptr, 0)
     else:
-        lowest, highest = _bounds(own, adapters)
+        lowest, highest = bounds(own, adapters)
         for adapter in range(lowest, highest + 1):
             chosen = own == adapter
             if tl.max(chosen.to(tl.int32), 0) > 0:
                 mat_ptr = mats_ptr + tl.cast(adapter, tl.int64) * l_stride
                 part = _add_tile(h_ptr, mat_ptr, i, j, m, d, r, r_stride, RANKS)
-                update = tl.where(chosen[:, None], _times(part, scaling_ptr, adapter), update)
+                update = tl.where(chosen[:, None], scaled(part, scaling_ptr, adapter), update)
     at = i.to(tl.int64)[:, None] * d + j[None, :]
     inside = (i < m)[:, None] & (j < d)[None, :]
     if seed_ptr is not None:
@@ -259,69 +212,6 @@ def _add_tile(h_ptr, mat_at, i, j, m, d, r, r_stride, RANKS: tl.constexpr):
         mat = tl.load(mat_at + k.to(tl.int64)[:, None] * r_stride, mask=some, other=0.0)
         update = split_dot(h, mat, update)
     return update
-
-
-@triton.jit(do_not_specialize=["m", "adapters", "splits", "threshold"])
-def _outer_kernel(
-    u_ptr,  # (M, r) float32
-    v_ptr,  # (M, D)
-    scaling_ptr,  # (L,) float32 or None
-    rows_ptr,  # (M,) int32 or None
-    seed_ptr,  # (1,) int64 or None
-    out_ptr,  # (splits, L, r, D) float32, the last two by strides
-    m,
-    d,
-    r,
-    adapters,
-    splits,
-    threshold,
-    v_stride,
-    r_stride,
-    d_stride,
-    SPLIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANKS: tl.constexpr,
-):
-    tiles = tl.cdiv(d, COLUMNS)
-    column = tl.program_id(0) % tiles * COLUMNS
-    j = column + tl.arange(0, COLUMNS)  # (COLUMNS,)
-    k = tl.program_id(0) // tiles * RANKS + tl.arange(0, RANKS)  # (RANKS,)
-    split, adapter = tl.program_id(1) // adapters, tl.program_id(1) % adapters
-    total = tl.zeros((RANKS, COLUMNS), tl.float32)
-    first = split * SPLIT
-    for start in range(first, tl.minimum(first + SPLIT, m), ROWS):
-        i = start + tl.arange(0, ROWS)  # (ROWS,)
-        if rows_ptr is None:
-            v = _rows_of(v_ptr, seed_ptr, threshold, i, i < m, column, d, v_stride, COLUMNS)
-            total = split_dot(_ranks_of(u_ptr, i, i < m, k, r), v, total)
-        else:
-            chosen = _own(rows_ptr, i, m, adapters) == adapter
-            if tl.max(chosen.to(tl.int32), 0) > 0:
-                v = _rows_of(v_ptr, seed_ptr, threshold, i, chosen, column, d, v_stride, COLUMNS)
-                total = split_dot(_ranks_of(u_ptr, i, chosen, k, r), v, total)
-    total = _times(total, scaling_ptr, adapter)
-    at = out_ptr + tl.program_id(1).to(tl.int64) * r * d
-    at += k.to(tl.int64)[:, None] * r_stride + j.to(tl.int64)[None, :] * d_stride
-    tl.store(at, total, mask=(k < r)[:, None] & (j < d)[None, :])
-
-
-@triton.jit
-def _ranks_of(u_ptr, i, chosen, k, r):
-    """u^T of the chosen rows, (RANKS, ROWS)."""
-    u_at = u_ptr + i.to(tl.int64)[None, :] * r + k[:, None]
-    return tl.load(u_at, mask=chosen[None, :] & (k < r)[:, None], other=0.0)
-
-
-@triton.jit
-def _rows_of(v_ptr, seed_ptr, threshold, i, chosen, first, d, v_stride, COLUMNS: tl.constexpr):
-    """v of the chosen rows after dropout, (ROWS, COLUMNS)."""
-    j = first + tl.arange(0, COLUMNS)  # (COLUMNS,)
-    v_at = v_ptr + i.to(tl.int64)[:, None] * v_stride + j[None, :]
-    v = tl.load(v_at, mask=chosen[:, None] & (j < d)[None, :], other=0.0)
-    if seed_ptr is not None:
-        v = tl.where(kept(seed_ptr, i, first, threshold, COLUMNS), v, 0.0)
-    return v
 
 
 def shrink(
@@ -348,11 +238,11 @@ def shrink(
     h = torch.empty((m, r), dtype=torch.float32, device=x.device)
     if m == 0:
         return h
-    tile, (seed, threshold) = _fit(SHRINK, r), _parts(dropout)
+    tile, (seed, threshold) = fit(SHRINK, r), parts(dropout)
     grid = (triton.cdiv(m, tile.rows), triton.cdiv(r, tile.ranks))
     tensors = (x, mats, scaling, rows, seed, h)
     sizes = (m, d, r, adapters, threshold, x.stride(0), *mats.stride())
-    _shrink_kernel[grid](*tensors, *sizes, **_options(tile))
+    _shrink_kernel[grid](*tensors, *sizes, **options(tile))
     return h
 
 
@@ -420,63 +310,12 @@ def _add(
     (m, d), (adapters, _, r) = out.shape, mats.shape
     if out.numel() == 0:
         return out
-    tile, (seed, threshold) = _fit(ADD, r), _parts(dropout)
+    tile, (seed, threshold) = fit(ADD, r), parts(dropout)
     grid = (triton.cdiv(m, tile.rows) * triton.cdiv(d, tile.columns),)
     tensors = (y, h, mats, scaling, rows, seed, out)
     sizes = (m, d, r, adapters, threshold, *mats.stride())
-    _add_kernel[grid](*tensors, *sizes, **_options(tile))
+    _add_kernel[grid](*tensors, *sizes, **options(tile))
     return out
-
-
-def outer(
-    u: Tensor,
-    v: Tensor,
-    rows: Tensor | None,
-    adapters: int,
-    scaling: Tensor | None = None,
-    dropout: Dropout | None = None,
-    transposed: bool = False,
-) -> Tensor:
-    """The gradient of each adapter's matrix: `G_l = s_l sum of u_i^T D(v_i) over its rows`.
-
-    Args:
-        u: (M, r) float32, contiguous.
-        v: (M, D), 16-bit.
-        rows: as in `shrink`.
-        adapters: L, 1 if `rows` is None.
-        scaling: as in `shrink`.
-        dropout: what of v is taken as 0, or None.
-        transposed: lay the result out as (L, D, r).
-
-    Returns:
-        (L, r, D) float32, or (L, D, r) if transposed; 0 for an adapter without rows.
-    """
-    (m, r), d = u.shape, v.shape[1]
-    v = v if v.stride(1) == 1 else v.contiguous()
-    tile, splits = _fit(OUTER, r), max(1, triton.cdiv(m, SPLIT))
-    shape, strides = ((d, r), (1, r)) if transposed else ((r, d), (d, 1))
-    out = torch.empty((splits, adapters, *shape), dtype=torch.float32, device=u.device)
-    if out.numel() == 0:
-        return out[0]
-    seed, threshold = _parts(dropout)
-    grid = (triton.cdiv(d, tile.columns) * triton.cdiv(r, tile.ranks), splits * adapters)
-    sizes = (m, d, r, adapters, splits, threshold, v.stride(0), *strides)
-    tensors = (u, v, scaling, rows, seed, out)
-    _outer_kernel[grid](*tensors, *sizes, SPLIT=SPLIT, **_options(tile))
-    return out[0] if splits == 1 else out.sum(0)
-
-
-def _fit(tiles: tuple[_Tile, _Tile], r: int) -> _Tile:
-    return tiles[0] if r <= tiles[0].ranks else tiles[1]
-
-
-def _parts(dropout: Dropout | None) -> tuple[Tensor | None, int]:
-    return (None, 0) if dropout is None else dropout
-
-
-def _options(tile: _Tile) -> dict[str, int]:
-    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "RANKS": tile.ranks}
-    return {**constants, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 # what is launched: operator, whether it is scaled, the axis along which the matrix is stored, and
@@ -491,9 +330,6 @@ _LAUNCHED = (
     ("expand", True, "r", False),
     ("expand", False, "d", False),
     ("expand", False, "d", True),
-    ("outer", False, "d", False),
-    ("outer", False, "d", True),
-    ("outer", True, "r", False),
 )
 
 
@@ -518,9 +354,8 @@ def _variant(
         "shrink": (_shrink_kernel, SHRINK),
         "add": (_add_kernel, ADD),
         "expand": (_add_kernel, ADD),
-        "outer": (_outer_kernel, OUTER),
     }[operator]
-    tile = _fit(tiles, rank)
+    tile = fit(tiles, rank)
     types = {"rows_ptr": "*i32", "seed_ptr": "*i64"}
     types |= dict.fromkeys(("x_ptr", "y_ptr", "v_ptr"), f"*{dtype}")
     types["out_ptr"] = f"*{dtype}" if operator in ("add", "expand") else "*fp32"
@@ -530,8 +365,6 @@ def _variant(
     }
     constants: dict[str, Any] = {"ROWS": tile.rows, "COLUMNS": tile.columns, "RANKS": tile.ranks}
     constants[f"{axis}_stride"] = 1
-    if operator == "outer":
-        constants["SPLIT"] = SPLIT
     present = {
         "rows_ptr": rows,
         "scaling_ptr": scaled,
@@ -549,5 +382,5 @@ def _variant(
         constants,
         warps=tile.warps,
         stages=tile.stages,
-        odd=frozenset(("m", "adapters", "splits", "threshold", "seed_ptr")) & frozenset(signature),
+        odd=frozenset(("m", "adapters", "threshold", "seed_ptr")) & frozenset(signature),
     )

@@ -1,4 +1,4 @@
-"""LoRA's part beside a product, on a GPU: the kernels of lora4.py in the order of low_rank.py.
+"""LoRA's part beside a product on a GPU: low_rank.py by the kernels of lora4.py and outer4.py.
 
 16-bit x alone; float32 and float64 take plain PyTorch.
 """
@@ -6,9 +6,9 @@
 from torch import Tensor
 
 from lora_kernels.dropout import threshold
-from lora_kernels.gpu import lora4
+from lora_kernels.gpu import lora4, outer4
 from lora_kernels.gpu.finish4 import Update
-from lora_kernels.gpu.lora4 import Dropout
+from lora_kernels.gpu.lora_rows import Dropout
 from lora_kernels.low_rank import LowRank
 
 __all__ = ["add_update", "as_update", "gradients", "update"]
@@ -79,8 +79,8 @@ def gradients(
     if wants[1]:
         adapters = len(down)
         h = lora4.shrink(x, down, rows, dropout=dropout)  # (M, r)
-        ddown = lora4.outer(dh, x, rows, adapters, dropout=dropout).to(lora.down.dtype)
-        dup = lora4.outer(h, dy, rows, adapters, factor, transposed=True).to(lora.up.dtype)
+        ddown = outer4.outer(dh, x, rows, adapters, dropout=dropout).to(lora.down.dtype)
+        dup = outer4.outer(h, dy, rows, adapters, factor, transposed=True).to(lora.up.dtype)
     return dx, ddown, dup
 
 
