@@ -18,9 +18,10 @@ from lora_kernels.cross_entropy import Grading, grade_columns, grade_rows, wide
 __all__ = ["IGNORE", "Graded", "Head", "Wants", "grade", "weight_gradient"]
 
 IGNORE = -100  # the target of a row that is not graded
-CHUNK_BYTES = 1 << 26  # of logits at a time: 261 rows of 128,256 words in 16 bits
+# of logits, x and dx at a time: 245 rows of 128,256 words and 4096 features in 16 bits
+CHUNK_BYTES = 1 << 26
 # rows a chunk has at least: each chunk reads W, and fewer rows would wait for it. Rows of more than
-# a 64th of CHUNK_BYTES (262,144 words in float32) so take more than CHUNK_BYTES
+# a 64th of CHUNK_BYTES (some 250,000 words in float32) so take more than CHUNK_BYTES
 MIN_ROWS = 64
 BLOCK_ROWS = 2048  # of x that meet a slice of the vocabulary at a time, for dW
 CAST_BYTES = 1 << 25  # of W in another dtype than its own, at a time
@@ -190,7 +191,8 @@ def grade(
     parts = _Parts(head, dtype)
     wants_now = wants.hidden or wants.bias or wants.update
     graded = (targets != IGNORE).nonzero().view(-1)
-    rows = _even(len(graded), CHUNK_BYTES // max(1, classes * dtype.itemsize))
+    each = (classes + 2 * hidden.shape[1]) * dtype.itemsize  # of logits, x and dx
+    rows = _even(len(graded), CHUNK_BYTES // each)
     chunk = hidden.new_empty((rows, classes), dtype=dtype)  # the only logits there are
     for index in torch.split(graded, rows) if rows else ():
         x, z = hidden.index_select(0, index).to(dtype), chunk[: len(index)]
@@ -236,17 +238,27 @@ def weight_gradient(
     classes, features = head.weight.shape
     parts, dweight = _Parts(head, dtype), torch.empty_like(head.weight)
     blocks = torch.split((targets != IGNORE).nonzero().view(-1), BLOCK_ROWS)
-    # a word's row of the sum and of a block's product, and its column of logits
-    each = features * (wide(dtype).itemsize + dtype.itemsize) + BLOCK_ROWS * dtype.itemsize
-    words = max(1, CHUNK_BYTES // each)
+    # a word's row of the sum, of a block's product and of its float32 copy, which the addition
+    # makes on a CPU; and its column of logits
+    each = features * (2 * wide(dtype).itemsize + dtype.itemsize) + BLOCK_ROWS * dtype.itemsize
+    words = min(classes, max(1, CHUNK_BYTES // each))
+    # one piece of memory for all slices, as freed pieces of this size leave gaps
+    sums = hidden.new_empty(words * features, dtype=wide(dtype))
+    products = hidden.new_empty(words * features, dtype=dtype)
+    logits = hidden.new_empty(words * max(map(len, blocks)), dtype=dtype)
     for first in range(0, classes, words):
         last = min(first + words, classes)
-        total = hidden.new_zeros((last - first, features), dtype=wide(dtype))
+        total = _matrix(sums, last - first, features).zero_()
         for index in blocks:
             x, t = hidden.index_select(0, index).to(dtype), targets[index]
-            z = x.new_empty((len(x), last - first))
+            z = _matrix(logits, len(x), last - first)
             parts.logits(x, first, last, z)
             grade_columns(z, t, norms[index], first, classes, grading)
-            total += z.t() @ x
+            total += torch.mm(z.t(), x, out=_matrix(products, last - first, features))
         dweight[first:last] = total.mul_(factor)
     return dweight
+
+
+def _matrix(room: Tensor, rows: int, columns: int) -> Tensor:
+    """The first elements of a flat tensor as a matrix."""
+    return room[: rows * columns].view(rows, columns)

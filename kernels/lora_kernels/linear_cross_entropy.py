@@ -18,12 +18,11 @@ is summed over blocks of rows in float32, scaled, and rounded to W's dtype once.
 more product of the head's size, four in all as with a checkpoint, against three with whole logits.
 Adding each chunk's dzᵀ x into a 16-bit dW would save it and round after each of some 30 chunks.
 
-Memory above the inputs, R rows a chunk, b bytes a number, M rows:
+Memory above the inputs, b bytes a number, M rows; a chunk is logits, x and dx of its rows:
 
-    frozen W     M H b (dx)  +  R V b (a chunk)  +  2 R H b
-                 139 MB at M 8192, V 128,256, H 4096
-    backward     2 M H b: dx, and dx times the incoming number
-    trained W    M H b  +  CHUNK_BYTES (slice and block)  +  dW   151 MB beyond dW
+    frozen W     forward   M H b (dx)  +  CHUNK_BYTES     134 MB at M 8192, V 128,256, H 4096, b 2
+                 backward  2 M H b: dx, and dx times the incoming number
+    trained W    M H b  +  CHUNK_BYTES (a slice of dW, its logits)  +  2048 H b (x)  +  dW
 
 A weight of another dtype than the product's (float32 under autocast) is cast whole where that is
 at most `CAST_BYTES`, else a slice at a time for every chunk, which reads it twice a chunk.

@@ -156,7 +156,7 @@ def test_chunks_give_the_same_number_and_gradients(
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     whole = masked_cross_entropy(logits, labels, normalizer=9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_chunks, "CHUNK_BYTES", rows * vocabulary * 8)
+        patch.setattr(head_chunks, "CHUNK_BYTES", rows * (vocabulary + 2 * 6) * 8)
         patch.setattr(head_chunks, "MIN_ROWS", 1)
         head = linear if module else linear.weight
         chunked = linear_cross_entropy(
@@ -183,7 +183,7 @@ def test_chunks_are_summed_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_chunks_never_hold_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_chunks, "CHUNK_BYTES", 300 * 4)
+    monkeypatch.setattr(head_chunks, "CHUNK_BYTES", 3 * (100 + 2 * 2) * 4)
     monkeypatch.setattr(head_chunks, "MIN_ROWS", 1)
     sizes, judge = [], head_chunks.grade_rows
     monkeypatch.setattr(

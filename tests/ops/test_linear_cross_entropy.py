@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lora_kernels import head_chunks, linear_cross_entropy
 from lora_kernels.cross_entropy import Grading
@@ -123,7 +124,7 @@ def test_below_float64_it_is_as_accurate(
             truth = plain(exact[0], targets, *exact[1:], SCALING, grading)
             base = plain(theirs[0], targets, *theirs[1:], SCALING, grading)
             # 8 rows a chunk, blocks of 5 rows, several slices of the vocabulary
-            with sizes(8 * classes * dtype.itemsize):
+            with sizes(8 * (classes + 2 * features) * dtype.itemsize):
                 total, losses = linear_cross_entropy(
                     ours[0], targets, *ours[1:], SCALING, **grading._asdict()
                 )
@@ -298,9 +299,9 @@ def test_memory_is_one_chunk_and_the_gradients(trained: bool) -> None:
 
         peak = peak_of(step)
     dhidden, dweight = m * features * 2, classes * features * 2 * trained
-    # dx twice in backward, when the chunk is gone; rows gathered, float32 copies, index
-    assert dhidden + chunk < peak - dweight < 2 * dhidden + chunk + chunk // 2
-    assert peak - dweight < 200e6 / 64 * 1.25
+    # dx and a chunk or slice; float32 copies of some rows, and their index
+    assert dhidden + chunk // 2 < peak - dweight < dhidden + chunk + chunk // 2
+    assert peak - dweight < 200e6 / 64
 
 
 FULL = """
@@ -351,7 +352,7 @@ def test_autocast_multiplies_in_its_dtype(as_accurate_as: Callable[..., None], c
     drawn, targets = draw(4, 24, 70, 16, "all")
     drawn = [None if t is None else t / 4 for t in drawn]
     ours, theirs, exact = (leaves(drawn, d) for d in (torch.float32,) * 2 + (torch.float64,))
-    with torch.autocast("cpu", torch.bfloat16), sizes(8 * 70 * 2, cast=cast):
+    with torch.autocast("cpu", torch.bfloat16), sizes(8 * (70 + 2 * 16) * 2, cast=cast):
         total, losses = linear_cross_entropy(ours[0], targets, *ours[1:], SCALING)
         found = gradients(total, ours)
     halves = [t.bfloat16() for t in theirs]
@@ -398,7 +399,7 @@ def test_opcheck(head: str, trained: bool) -> None:
 
 def test_compiled_it_is_one_graph_for_any_number_of_graded_rows() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def step(hidden: Tensor, targets: Tensor, *head: Tensor) -> tuple[Tensor, Tensor]:
         return linear_cross_entropy(hidden, targets, *head, SCALING, softcap=9.0)
