@@ -15,6 +15,7 @@ from lora_core.files import (
     latest,
     publish,
     sha256_file,
+    sweep,
 )
 
 
@@ -127,3 +128,13 @@ def test_what_is_renamed_is_on_the_disk_before(
     with atomic_folder(tmp_path / "folder") as folder:
         (folder / "part").write_text("text")
     assert done == ["part", f".folder.{os.getpid()}.tmp", "rename", tmp_path.name]
+
+
+def test_sweep_takes_what_killed_processes_left_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".step-00000003.123.tmp", ".run.json.7.tmp", ".mine.tmp", "run.json", ".lock"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".step-00000004.9.tmp").mkdir()
+    (tmp_path / ".step-00000004.9.tmp" / "weights").write_text("half")
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".mine.tmp", "run.json"]
+    sweep(tmp_path / "absent")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_core.data.packing import PADDING
+from lora_core.train.config import TrainConfig
 from lora_core.train.packed import PackedBatches
 from lora_core.train.sources import (
     Batch,
@@ -35,6 +36,7 @@ __all__ = [
     "steps_per_epoch",
     "to_device",
     "tokens_in",
+    "total_steps",
 ]
 
 
@@ -128,6 +130,20 @@ def steps_per_epoch(source: BatchSource, accumulate: int) -> int | None:
     """Optimizer steps in an epoch, where the number of batches is known."""
     count = source.per_epoch()
     return None if count is None else -(-count // accumulate)
+
+
+def total_steps(config: TrainConfig, source: BatchSource, world: int = 1) -> int:
+    """Optimizer steps of a run on `world` processes.
+
+    Raises:
+        ValueError: neither `config.steps` nor the number of batches is known.
+    """
+    if config.steps is not None:
+        return config.steps
+    per_epoch = steps_per_epoch(source, config.accumulate * world)
+    if per_epoch is None:
+        raise ValueError("steps must be given where the data set does not say its length")
+    return config.epochs * per_epoch
 
 
 def tokens_in(batch: Batch) -> int:

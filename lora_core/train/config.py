@@ -150,6 +150,13 @@ class TrainConfig:
             raise ValueError("packing fills rows whole: leave group_by_length out")
         if self.offload_activations and not self.activation_checkpointing:
             raise ValueError("offload_activations moves what checkpointing keeps: set both")
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError(
+                f"shard splits the state of adamw over the processes, and not of {self.optimizer}: "
+                "leave one of them out"
+            )
+        if self.shard and self.dtype == "float16":
+            raise ValueError("shard does not scale the loss, as float16 needs it: take bfloat16")
         if self.resume and self.out is None:
             raise ValueError("resume needs out, the folder that holds the checkpoints")
 

@@ -9,12 +9,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from lora_core.files import folder_lock, sweep
 from lora_core.train.config import TrainConfig
 from lora_core.train.ranks import RankError, Ranks, is_broken
-from lora_core.train.report import write_batches, write_run
+from lora_core.train.report import plot_loss, write_batches, write_run
 from lora_core.train.state import Checkpoints, Loaded, Progress
 from lora_core.train.step import NonFiniteError
+
+# fields in which a continuing run may differ from the one that wrote the checkpoint
+_FREE = {"out", "resume", "progress", "epochs", "steps", "save_every", "keep"}
+_FREE |= {"patience", "keep_best"}
+
+
+def fixed(config: TrainConfig) -> dict[str, object]:
+    """The settings that a continuing run has to share."""
+    return {k: v for k, v in config.to_dict().items() if k not in _FREE}
 
 
 class RunFolder:
@@ -114,6 +126,49 @@ class RunFolder:
                 )
         self.ranks.agree(failure)
         return loaded[0]
+
+    def save(
+        self,
+        progress: Progress,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        identity: Mapping[str, Any],
+    ) -> None:
+        """Write a checkpoint, if there is a folder; arguments as `Checkpoints.save`'s."""
+        if self.checkpoints is not None:
+            held = (parameters, optimizer, scaler)
+            self.checkpoints.save(progress, *held, identity, self.ranks)
+
+    def resume(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        identity: Mapping[str, Any],
+    ) -> Progress | None:
+        """Put the newest good checkpoint back.
+
+        Returns:
+            Where it stands; None where there is none.
+
+        Raises:
+            ValueError: it is another run's.
+        """
+        loaded = self.newest()
+        if loaded is None:
+            self.ranks.say(f"nothing to resume in {self.path}: starting afresh")
+            return None
+        loaded.check_identity(identity)
+        loaded.restore(parameters, optimizer, scaler, self.ranks)
+        return loaded.progress
+
+    def plot(self, progress: Progress) -> None:
+        """Draw the history beside the metrics, or say why not."""
+        path = self.file("loss.png")
+        why = None if path is None else plot_loss(progress.history, path)
+        if why is not None:
+            self.ranks.say(why)
 
     def explain(self, error: NonFiniteError, progress: Progress) -> NonFiniteError:
         """The error with the step in it, its batches written to the run's folder."""

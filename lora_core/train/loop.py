@@ -32,11 +32,12 @@ from lora_core.train.batches import (
     step_groups,
     steps_per_epoch,
     to_device,
+    total_steps,
 )
 from lora_core.train.compile import compiled_layers
 from lora_core.train.config import TrainConfig
 from lora_core.train.evaluation import Evaluation
-from lora_core.train.folder import RunFolder
+from lora_core.train.folder import RunFolder, fixed
 from lora_core.train.interrupt import Interrupts
 from lora_core.train.optim import make_optimizer, trained_parameters
 from lora_core.train.probe import advice, probe_due, run_longest
@@ -47,8 +48,6 @@ from lora_core.train.report import (
     Metrics,
     Record,
     TrainResult,
-    plot_loss,
-    say,
 )
 from lora_core.train.schedule import Schedule, schedule_of
 from lora_core.train.shard import sharded_model
@@ -63,10 +62,6 @@ from lora_core.train.step import (
 )
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-
-# fields in which a continuing run may differ from the one that wrote the checkpoint
-_FREE = {"out", "resume", "progress", "epochs", "steps", "save_every", "keep"}
-_FREE |= {"patience", "keep_best"}
 
 
 def train(  # noqa: PLR0913  # a run's parts, each with a default
@@ -157,20 +152,6 @@ def train(  # noqa: PLR0913  # a run's parts, each with a default
             return run.go(on_step or (lambda record: None))
 
 
-def total_steps(config: TrainConfig, source: BatchSource, world: int = 1) -> int:
-    """Optimizer steps of a run on `world` processes.
-
-    Raises:
-        ValueError: neither `config.steps` nor the number of batches is known.
-    """
-    if config.steps is not None:
-        return config.steps
-    per_epoch = steps_per_epoch(source, config.accumulate * world)
-    if per_epoch is None:
-        raise ValueError("steps must be given where the data set does not say its length")
-    return config.epochs * per_epoch
-
-
 @dataclass
 class Run:
     """The parts of a run, and the loop over them."""
@@ -200,6 +181,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.policy.scales_loss)
         self.progress = Progress(total=self.total)
         self.checked = False
+        self.held = (self.parameters, self.optimizer, self.scaler)
         # batches of a step: each process computes every world-th of them
         self.share = self.config.accumulate * self.ranks.world
 
@@ -210,7 +192,7 @@ class Run:
         seed_everything(self.config.seed + 7919 * self.ranks.rank)
         resumed = self.resume() if self.config.resume else None
         interrupted, speed = False, 0.0
-        if not self.finished():
+        if not self.progress.finished:
             self.begin()
             try:
                 interrupted, speed = self.loop(on_step)
@@ -220,8 +202,8 @@ class Run:
                 first = str(error).strip().splitlines()[0]
                 step = self.progress.step + 1
                 raise ValueError(f"step {step}: {first}; {advice(self.config)}") from None
-            self.plot()
-        if self.finished() and self.config.keep_best:
+            self.folder.plot(self.progress)
+        if self.progress.finished and self.config.keep_best:
             self.evaluation.put_back_best(self.progress, self.parameters, self.folder.checkpoints)
         progress = self.progress
         return TrainResult(
@@ -236,10 +218,6 @@ class Run:
             stopped_early=progress.stopped_early,
             resumed_from=resumed,
         )
-
-    def finished(self) -> bool:
-        """Whether no step is left."""
-        return self.progress.finished
 
     def begin(self) -> None:
         """Write run.json and say what is about to happen."""
@@ -278,7 +256,7 @@ class Run:
             Bar(self.total, progress.step, self.config.progress and ranks.first) as bar,
         ):
             asked = ranks.any(interrupts.asked)
-            while not self.finished() and not asked:
+            while not self.progress.finished and not asked:
                 start = time.perf_counter()
                 progress.epoch, progress.group, batches = next(groups)
                 record: Record = {"step": progress.step + 1, "epoch": progress.epoch + 1}
@@ -297,10 +275,10 @@ class Run:
                 except KeyboardInterrupt:
                     interrupts.asked = True
                 asked = ranks.any(interrupts.asked)
-                if better or self.save_due(record) or asked or self.finished():
-                    self.save()
+                if better or self.save_due(record) or asked or self.progress.finished:
+                    self.folder.save(progress, *self.held, self.identity())
         # interrupted before the first step, no time has been spent
-        return asked and not self.finished(), fed / seconds if seconds else 0.0
+        return asked and not self.progress.finished, fed / seconds if seconds else 0.0
 
     def forward_backward(self, batch: Batch) -> None:
         """Run one batch without a step; its gradients are dropped."""
@@ -350,16 +328,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a continuing run has to share with the one that wrote the checkpoint."""
-        config = {k: v for k, v in self.config.to_dict().items() if k not in _FREE}
         data = {"batches": self.source.per_epoch(), "processes": self.ranks.world}
-        return {"config": config, "facts": self.facts, "data": data}
-
-    def save(self) -> None:
-        """Write a checkpoint, if the run has a folder."""
-        checkpoints = self.folder.checkpoints
-        if checkpoints is not None:
-            held = (self.progress, self.parameters, self.optimizer, self.scaler)
-            checkpoints.save(*held, self.identity(), self.ranks)
+        return {"config": fixed(self.config), "facts": self.facts, "data": data}
 
     def resume(self) -> int | None:
         """Continue the newest good checkpoint.
@@ -370,22 +340,10 @@ class Run:
         Raises:
             ValueError: it is another run's.
         """
-        loaded = self.folder.newest()
-        if loaded is None:
-            self.ranks.say(f"nothing to resume in {self.config.out}: starting afresh")
+        found = self.folder.resume(*self.held, self.identity())
+        if found is None:
             return None
-        loaded.check_identity(self.identity())
-        loaded.restore(self.parameters, self.optimizer, self.scaler, self.ranks)
-        stopped = self.evaluation.out_of_patience(loaded.progress)  # by this run's patience
-        self.progress = dataclasses.replace(
-            loaded.progress, total=self.total, stopped_early=stopped
-        )
-        self.ranks.say(f"resumed after step {self.progress.step} of {self.total}")
-        return self.progress.step
-
-    def plot(self) -> None:
-        """Draw the history beside the metrics, or say why not."""
-        path = self.folder.file("loss.png")
-        why = None if path is None else plot_loss(self.progress.history, path)
-        if why is not None:
-            say(why)
+        stopped = self.evaluation.out_of_patience(found)  # by this run's patience
+        self.progress = dataclasses.replace(found, total=self.total, stopped_early=stopped)
+        self.ranks.say(f"resumed after step {found.step} of {self.total}")
+        return found.step

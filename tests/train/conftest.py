@@ -20,7 +20,7 @@ from lora_core.adapters import (
 )
 from lora_core.models import CausalLM, ModelConfig
 from lora_core.quant import quantize_model
-from lora_core.train import loop
+from lora_core.train import folder
 
 VOCABULARY = 17
 # what differs between a run and its repetition
@@ -86,7 +86,7 @@ def without_times() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
 @pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave loss.png out: drawing it takes longer than the run it shows."""
-    monkeypatch.setattr(loop, "plot_loss", lambda history, path: None)
+    monkeypatch.setattr(folder, "plot_loss", lambda history, path: None)
 
 
 LINEARS = ["q_proj", "v_proj", "down_proj"]

@@ -13,7 +13,7 @@ import torch
 
 from lora_core.cli import finetune  # noqa: F401  # imported once, for all
 from lora_core.cli.main import main
-from lora_core.train import loop
+from lora_core.train import folder
 
 
 def child(words: list[str], env: dict[str, str], log: str) -> None:
@@ -35,7 +35,7 @@ def child(words: list[str], env: dict[str, str], log: str) -> None:
 def serve() -> None:
     """Answer until stdin ends."""
     torch.set_num_threads(1)
-    loop.plot_loss = lambda history, path: None
+    folder.plot_loss = lambda history, path: None
     ended: dict[int, int] = {}
     for line in sys.stdin:
         asked = json.loads(line)

@@ -16,7 +16,7 @@ from lora_core.adapters import LoRAConfig, add_adapter
 from lora_core.checkpoint import adapter_state_dict
 from lora_core.models import CausalLM, ModelConfig
 from lora_core.quant import quantize_model
-from lora_core.train import CausalLoss, TrainConfig, TrainResult, loop, state, train
+from lora_core.train import CausalLoss, TrainConfig, TrainResult, folder, state, train
 from lora_core.train.ranks import joined_ranks
 
 SIZES = {
@@ -117,13 +117,13 @@ def failing(how: str, case: dict[str, Any], out: Path | None) -> str:
 def main() -> None:
     """Run the cases in their order, all in one joined run."""
     torch.set_num_threads(1)
-    loop.plot_loss = lambda history, path: None  # drawing takes longer than the run it shows
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder.plot_loss = lambda history, path: None  # drawing takes longer than the run it shows
+    root, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     with joined_ranks() as ranks:
         for case in cases:
-            out = folder / case["out"] if "out" in case else None
+            out = root / case["out"] if "out" in case else None
             found = report(case, out)
-            torch.save(found, folder / f"{case['name']}.{ranks.rank}.pt")
+            torch.save(found, root / f"{case['name']}.{ranks.rank}.pt")
 
 
 if __name__ == "__main__":

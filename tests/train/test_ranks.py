@@ -18,7 +18,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.train.ranks import Ranks, is_broken, local_device
+from lora_core.train import TrainConfig
+from lora_core.train.folder import RunFolder
+from lora_core.train.interrupt import Interrupts
+from lora_core.train.ranks import RankError, Ranks, is_broken, local_device
 from lora_core.train.shard import can_shard
 
 SCRIPT = Path(__file__).with_name("ranks_script.py")
@@ -188,10 +191,10 @@ def test_one_writes_and_speaks(pair: tuple[Path, list[str]]) -> None:
 
 
 def test_what_stops_one_stops_all(pair: tuple[Path, list[str]]) -> None:
-    assert [read(pair, "disk", rank)["error"] for rank in range(2)] == [
-        "OSError: cannot write weights.safetensors: no space left",
-        "RankError: rank 0: cannot write weights.safetensors: no space left",
-    ]
+    full = "cannot write weights.safetensors: no space left"
+    first, second = (read(pair, "disk", rank)["error"] for rank in range(2))
+    assert first == f"OSError: {full}; there is no checkpoint to resume"
+    assert second == f"RankError: rank 0: {full}"
     first, second = (read(pair, "nan", rank)["error"] for rank in range(2))
     assert first == "RankError: rank 1: the loss is nan"
     assert re.match(
@@ -282,6 +285,37 @@ def test_shard_needs_processes(script: ModuleType) -> None:
         ValueError, match=r"there is one: start with torchrun --nproc-per-node N -m"
     ):
         script.run(case, None)
+
+
+def test_what_cannot_be_split() -> None:
+    for optimizer in ("adamw8bit", "adamw-paged"):
+        with pytest.raises(ValueError, match=f"state of adamw .* not of {optimizer}: leave one"):
+            TrainConfig(shard=True, optimizer=optimizer)
+    with pytest.raises(ValueError, match="shard does not scale the loss, as float16 needs it"):
+        TrainConfig(shard=True, dtype="float16")
+
+
+def test_a_checkpoint_that_another_process_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(1, 2)
+    monkeypatch.setattr(Ranks, "on_first", lambda self, action: tmp_path / "step-00000003")
+    monkeypatch.setattr(Ranks, "sum", lambda self, *numbers: numbers)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda said, own: None)
+    folder = RunFolder(TrainConfig(out=tmp_path), ranks)
+    with pytest.raises(RankError, match=r"rank 1 cannot read .*-00000003 .*file system they sh"):
+        folder.newest()
+
+
+def test_a_signal_that_torchrun_repeats_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.5, 13.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with Interrupts(speaks=False, echoes=True) as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_old_torch_replicates_and_says_so(
