@@ -27,7 +27,7 @@ __all__ = ["CUBLAS_WORKSPACE", "GPU_SLICE", "Inside"]
 GPU_SLICE = 1 << 25
 """SLICE_BYTES of lora_kernels.gpu.routes4, which cannot be imported without Triton."""
 CUBLAS_WORKSPACE = 1 << 25
-"""What PyTorch allocates for cuBLAS on an H100 or later; before that it is 8 MiB."""
+"""What PyTorch is known to allocate for cuBLAS on an H100 or later, before that 8 MiB; unmeasured."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ __all__ = ["DEVICES", "Plan", "Settings", "plan", "plan_of"]
 
 DEVICES = ("cuda", "cpu")
 CUDA_CONTEXT = 500_000_000
-"""What a process holds on a GPU before its first tensor: about 0.5 GB, measured, by driver."""
+"""What a process holds on a GPU before its first tensor: a usual figure, not measured here."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PHASES = {
     "forward": "the forward pass",
