@@ -27,7 +27,7 @@ __all__ = ["CUBLAS_WORKSPACE", "GPU_SLICE", "Inside"]
 GPU_SLICE = 1 << 25
 """SLICE_BYTES of lora_kernels.gpu.routes4, which cannot be imported without Triton."""
 CUBLAS_WORKSPACE = 1 << 25
-"""What PyTorch is known to allocate for cuBLAS on an H100 or later, before that 8 MiB; unmeasured."""
+"""What PyTorch allocates for cuBLAS from the H100 on, before that 8 MiB; not measured here."""
 
 
 @dataclass
@@ -146,7 +146,8 @@ def _cross_entropy(inside: Inside, args: tuple[Any, ...]) -> int:
     """A chunk of logits, its rows of x and of dx, the places of the graded rows, W's cast."""
     hidden, weight, dtype = args[0], args[2], args[7]
     m, (classes, features) = len(hidden), weight.shape
-    most = max(head_chunks.CHUNK_BYTES // (classes * dtype.itemsize), head_chunks.MIN_ROWS)
+    each = (classes + 2 * features) * dtype.itemsize
+    most = max(head_chunks.CHUNK_BYTES // each, head_chunks.MIN_ROWS)
     rows = -(-m // max(-(-m // most), 1))
     narrow, wide = dtype.itemsize, max(dtype.itemsize, 4)
     cast = _cast(weight, dtype)
@@ -160,7 +161,7 @@ def _cross_entropy_dweight(inside: Inside, args: tuple[Any, ...]) -> int:
     narrow, wide = dtype.itemsize, max(dtype.itemsize, 4)
     classes, features = weight.shape
     block = min(head_chunks.BLOCK_ROWS, len(hidden))
-    each = features * (wide + narrow) + head_chunks.BLOCK_ROWS * narrow
+    each = features * (2 * wide + narrow) + head_chunks.BLOCK_ROWS * narrow
     words = min(max(1, head_chunks.CHUNK_BYTES // each), classes)
     slice_ = words * (features * (wide + narrow) + block * narrow)
     if inside.device == "cpu" and wide != narrow:
