@@ -215,6 +215,8 @@ def _refuse_state(names: tuple[str, ...], call: Mapping[str, Any]) -> None:
 
 def _refuse_pooled(model: nn.Module, output: Any) -> None:
     """Refuse an output without positions: the model finds its place in input_ids, which went."""
+    if getattr(output, "token_losses", None) is not None:  # a loss for every token: not pooled
+        return
     fields = vars(output).values() if dataclasses.is_dataclass(output) else output
     parts = [output] if isinstance(output, Tensor) else list(fields)
     sizes = {part.dim() for part in parts if isinstance(part, Tensor)}

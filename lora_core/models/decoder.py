@@ -45,10 +45,10 @@ class ModelOutput:
     """(B, T, V), or (B, logits_to_keep, V); None with `keep_logits=False`."""
     loss: Tensor | None = None
     """Mean cross-entropy over graded tokens, a scalar; None without labels."""
-    token_losses: Tensor | None = None
-    """(B, T) float32, without a gradient: each position's loss, 0 where not graded."""
     hidden_states: tuple[Tensor, ...] | None = None
     """On request (B, T, C) each: the embeddings, then every layer's output, the last one normed."""
+    token_losses: Tensor | None = None
+    """(B, T) float32, without a gradient: each position's loss, 0 where not graded."""
 
 
 class RMSNorm(nn.Module):
@@ -258,7 +258,7 @@ class CausalLM(nn.Module):
         elif labels is not None:
             loss, by_token = linear_token_cross_entropy(kept, self.lm_head, labels, **grading)
         hidden = tuple(states) if output_hidden_states else None
-        return ModelOutput(logits, loss, by_token, hidden)
+        return ModelOutput(logits, loss, hidden, by_token)
 
     def _check(
         self,
