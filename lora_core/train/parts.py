@@ -4,9 +4,12 @@ Checkpoints hold whole tensors, so that a run's files do not depend on how it wa
 tensor exists on the processes for as long as it takes to hand it to the one that writes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import Tensor, distributed
+
+Some = TypeVar("Some", bound=Tensor)
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -58,3 +61,18 @@ def like(model: Tensor, tensor: Tensor) -> Tensor:
     mesh, placements = model.device_mesh, model.placements  # type: ignore[attr-defined]
     here = tensor.to(model.device)
     return distribute_tensor(here, mesh, placements, src_data_rank=None)
+
+
+def buckets(tensors: Sequence[Some], size: int) -> Iterator[list[Some]]:
+    """Runs of tensors of one dtype, of up to `size` elements or a single larger one each."""
+    bucket: list[Some] = []
+    held = 0
+    for tensor in tensors:
+        full = held + tensor.numel() > size
+        if bucket and (full or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += tensor.numel()
+    if bucket:
+        yield bucket

@@ -37,7 +37,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 
-from lora_core.train.parts import is_part
+from lora_core.train.parts import buckets, is_part
 from lora_core.train.report import say
 
 T = TypeVar("T")
@@ -187,7 +187,7 @@ class Ranks:
         reached = torch.tensor([float(p.grad is not None) for p in all_of_them])
         distributed.all_reduce(reached)
         moved = [p for p, n in zip(all_of_them, reached.tolist(), strict=True) if n]
-        for bucket in _buckets(moved):
+        for bucket in buckets(moved, BUCKET):
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             flat = torch.cat([part.reshape(-1) for part in parts])
             distributed.all_reduce(flat)
@@ -242,21 +242,6 @@ class Ranks:
         except distributed.DistStoreError:  # in time it did not
             return False
         return True
-
-
-def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Runs of parameters of one dtype, of `BUCKET` elements or a single larger one each."""
-    bucket: list[nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        full = size + parameter.numel() > BUCKET
-        if bucket and (full or parameter.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(parameter)
-        size += parameter.numel()
-    if bucket:
-        yield bucket
 
 
 def launched() -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 from lora_core.train import TrainConfig
 from lora_core.train.folder import RunFolder
 from lora_core.train.interrupt import Interrupts
+from lora_core.train.parts import buckets
 from lora_core.train.ranks import RankError, Ranks, is_broken, local_device
 from lora_core.train.shard import can_shard
 
@@ -277,6 +278,14 @@ def test_a_ranks_share_of_a_step() -> None:
         [("c", True), ("f", True), ("a", False)],
     ]
     assert list(Ranks().own("ab")) == [("a", True), ("b", True)]
+
+
+def test_buckets_keep_order_and_dtype() -> None:
+    sizes = [(3, torch.float32), (2, torch.float32), (1, torch.float64), (9, torch.float64)]
+    tensors = [torch.zeros(n, dtype=dtype) for n, dtype in sizes]
+    found = list(buckets(tensors, 4))
+    assert [[len(t) for t in bucket] for bucket in found] == [[3], [2], [1], [9]]
+    assert [len(bucket) for bucket in buckets(tensors, 100)] == [2, 2]
 
 
 def test_shard_needs_processes(script: ModuleType) -> None:
