@@ -294,8 +294,8 @@ class NF4Linear(nn.Module):
         The names in `state_dict()` stay. `scale_offset` stays a buffer: one number cannot be split.
         """
         for name in ("scales", "scale_absmax"):
-            held = self._buffers.pop(name, None)
-            if held is not None:
+            if self._buffers.get(name) is not None:  # without double quantization one is None
+                held = self._buffers.pop(name)
                 self.register_parameter(name, nn.Parameter(held, requires_grad=False))
 
     def extra_repr(self) -> str:

@@ -224,6 +224,19 @@ def test_printing_shows_what_it_is() -> None:
     assert "in_features=128, out_features=24, bias=True, code=nf4, block_size=64" in repr(make())
 
 
+@pytest.mark.parametrize("dq", [False, True])
+def test_shardable_scales_change_nothing_else(dq: bool) -> None:
+    layer, x = make(128, dq=dq), torch.randn(3, 128)
+    y, state = layer(x), layer.state_dict()
+    for _ in range(2):
+        layer.shardable()
+        assert torch.equal(layer(x), y)
+    assert isinstance(layer.scales, nn.Parameter)
+    assert isinstance(layer.scale_absmax, nn.Parameter) == dq
+    assert layer.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[name]) for name, t in layer.to("cpu").state_dict().items())
+
+
 def test_tables_follow_codes_that_were_moved_by_hand() -> None:
     """FSDP moves parameters and buffers by `.data = …`, past every hook of a module."""
     layer, x = make(128), torch.randn(3, 128)
