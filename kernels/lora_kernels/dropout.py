@@ -54,7 +54,7 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     """Put zeros in the place of dropped elements; the others stay as they are, unscaled.
 
     Args:
-        x: (..., K), floating-point.
+        x: (..., K), floating-point, of 16 bits or more.
         seed: int64 (1,) on the device of x, as `draw_seed` makes it.
         p: probability of dropping an element, in [0, 1); taken to the nearest multiple of 2^-16.
 
@@ -62,6 +62,7 @@ def drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
         Like x, contiguous, differentiable; times `kept_scale(p)` it is x in the mean.
 
     Raises:
+        TypeError: x is not floating-point, or of 8 bits.
         ValueError: p out of range, or a seed of another kind or on another device.
     """
     check_dropout(p, seed, x)
@@ -105,9 +106,11 @@ def kept_scale(p: float) -> float:
 
 
 def check_dropout(p: float, seed: Tensor | None, x: Tensor) -> None:
-    """Refuse a probability or a seed that cannot be used; ValueError says which."""
+    """Refuse a probability, a seed or an x that cannot be used; the error says which."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {p!r}")
+    if p and not (x.is_floating_point() and x.element_size() > 1):
+        raise TypeError(f"dropout takes floating-point numbers of 16 bits or more; got {x.dtype}")
     if seed is None:
         return
     if seed.dtype != torch.int64 or seed.shape != (1,):

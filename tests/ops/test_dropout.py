@@ -166,6 +166,9 @@ def test_bad_arguments() -> None:
     for p in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got"):
             drop(x, seed_of(0), p)
+    for dtype in (torch.float8_e4m3fn, torch.int32):
+        with pytest.raises(TypeError, match=r"floating-point numbers of 16 bits or more; got torc"):
+            drop(x.to(dtype), seed_of(0), 0.1)
     with pytest.raises(ValueError, match=r"seed must be int64 \(1,\); got torch\.int32 \(1,\)"):
         drop(x, seed_of(0).int(), 0.1)
     with pytest.raises(ValueError, match=r"seed must be int64 \(1,\); got torch\.int64 \(\)"):
