@@ -129,7 +129,8 @@ class _Sums:
 
     def __init__(self, hidden: Tensor, head: Head, dtype: torch.dtype, wants: Wants) -> None:
         self.wants, self.head = wants, head
-        self.hidden = torch.zeros_like(hidden) if wants.hidden else hidden.new_empty(0)
+        # without gaps, whatever the layout of hidden: so a compiler has been told
+        self.hidden = hidden.new_zeros(hidden.shape if wants.hidden else 0)
 
         def zeros(t: Tensor | None, wanted: bool) -> Tensor:
             shape = t.shape if t is not None and wanted else 0

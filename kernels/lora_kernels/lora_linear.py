@@ -246,8 +246,9 @@ def _fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep x and what exists anyway."""
+    """Keep what exists anyway, and x if A or B is trained."""
     x, weight, bias, lora = inputs[0], inputs[1 : 1 + WIDTH], inputs[1 + WIDTH], inputs[2 + WIDTH :]
+    x = x if any(ctx.needs_input_grad[3 + WIDTH : 5 + WIDTH]) else part.unread(x)
     ctx.save_for_backward(x, *weight[:TENSORS], *lora[:-1])
     ctx.sizes, ctx.dropout = weight[TENSORS:], lora[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype

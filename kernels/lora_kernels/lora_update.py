@@ -8,8 +8,9 @@ In bytes, for M rows of a 16-bit x and n layers that share it,
 
     written out  n (2 M K + 2 M r + 2 (K + N) r), with dropout 3 n M K more      here  2 M K + 8 n
 
-On a GPU it is two kernels forward and four backward, each of which reads x or dy once
-(gpu/lora4.py); elsewhere plain PyTorch. PEFT writes it out in three modules and a product.
+On a GPU it is two kernels forward and five backward, each of which goes once through a tensor as
+large as x or y (gpu/lora4.py); elsewhere plain PyTorch. PEFT writes it out in three modules and a
+product.
 
 The price: backward computes x Aᵀ again, r columns beside the N of the base's own product.
 
@@ -126,7 +127,8 @@ def _lora_update(y: Tensor | None, x: Tensor, *args: Any) -> Tensor:
                 return z.view(y.shape)
             change = gpu.update(flatten(x), lora)
         change = change.view(*x.shape[:-1], n)
-        return change if y is None else part.add(y, change.to(y.dtype))
+        # without gaps, whatever the layout of y: so a compiler has been told
+        return change if y is None else part.add(y, change.to(y.dtype)).contiguous()
 
 
 @torch.library.impl("lora_kernels::lora_update_backward", "default")
@@ -156,8 +158,9 @@ def _fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep x and what exists anyway."""
+    """Keep what exists anyway, and x if A or B is trained."""
     _, x, *lora = inputs
+    x = x if any(ctx.needs_input_grad[3:5]) else part.unread(x)
     ctx.save_for_backward(x, *lora[: WIDTH - 1])
     ctx.dropout = lora[-1]
 

@@ -7,8 +7,8 @@
 
 Saved between forward and backward are x, A, B and a seed: x is the layer's input, which all layers
 that share it save as the same tensor, A and B are parameters. Neither h nor casts of A and B nor a
-mask is. Backward computes h again, 2 M K r operations for M rows beside the 2 M N K of dy W, and
-draws the mask again.
+mask is, nor x where A and B are frozen: dA and dB alone need it. Backward computes h again,
+2 M K r operations for M rows beside the 2 M N K of dy W, and draws the mask again.
 
 Each row of x may name its own adapter: A and B are then stacks, and `rows` an index.
 
@@ -38,6 +38,7 @@ __all__ = [
     "scaled_up",
     "second",
     "times",
+    "unread",
     "update",
     "wide",
 ]
@@ -273,6 +274,11 @@ def outer(u: Tensor, v: Tensor, rows: Tensor | None, adapters: int) -> Tensor:
         return (u.t() @ v)[None]
     chosen = [(rows == i)[:, None] for i in range(adapters)]
     return torch.stack([torch.where(c, u, 0).t() @ torch.where(c, v, 0) for c in chosen])
+
+
+def unread(x: Tensor) -> Tensor:
+    """In the place of an x whose values nothing reads: its shape, and one number."""
+    return x.new_zeros(()).expand(x.shape)
 
 
 def scaled_up(lora: LowRank) -> Tensor:

@@ -141,7 +141,7 @@ class LoRALinear(Adapted):
         return pair if _takes_updates(self.base) and not _watched(self.base) else None
 
     def _only_pair(self) -> LoRA | None:
-        """The only active pair, if it is one without dropout and nothing looks at it."""
+        """The only active adapter, if it is a plain pair and nothing looks at it."""
         if not self.enabled or self.merged is not None or self.mixture is not None:
             return None
         if len(self.active) != 1:

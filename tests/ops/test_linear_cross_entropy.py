@@ -397,6 +397,18 @@ def test_opcheck(head: str, trained: bool) -> None:
     torch.library.opcheck(operator, arguments)
 
 
+def test_a_compiler_is_told_the_layout() -> None:
+    (hidden, weight, *_), targets = draw(0, 9, 12, 5, "weight")
+    hidden, weight = hidden.t().contiguous().t(), weight.t().contiguous().t()
+    grading = (torch.float64, None, 1.0, 0.0)
+    operator = torch.ops.lora_kernels.linear_cross_entropy.default
+    head = (weight.requires_grad_(), None, None, None, None)
+    wants = (True, True, False, False)
+    _, _, _, dhidden, *_ = operator(hidden.requires_grad_(), targets, *head, *grading, *wants)
+    assert dhidden.stride() == (5, 1)
+    torch.library.opcheck(operator, (hidden, targets, *head, *grading, *wants))
+
+
 def test_compiled_it_is_one_graph_for_any_number_of_graded_rows() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -103,6 +103,15 @@ def test_x_is_kept_once(way: str, base: str, dropout: float, autocast: bool) -> 
     assert size >= 2.0, "x itself was not seen"
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("base", ["dense", "4-bit"])
+def test_frozen_pairs_keep_no_x(way: str, base: str) -> None:
+    """As where soft prompts are trained in front of an adapted model."""
+    model = Projections(base, 0.05, torch.bfloat16)
+    model.requires_grad_(False)
+    assert mebibytes(model, saved(WAYS[way](model), torch.bfloat16)) <= 0.2
+
+
 def test_written_out_it_is_nine_times_as_much() -> None:
     """The same update in plain PyTorch, which shows that the count sees what is kept."""
 

@@ -295,6 +295,14 @@ def test_compiles_whole_forward_and_backward(backend: str, dropout: float) -> No
             assert torch.equal(a, b)
 
 
+def test_a_compiler_is_told_the_layout(backend: str) -> None:
+    down, up, s = make(7, 40, 3, 1)
+    y, x = torch.randn(7, 5).t(), torch.randn(40, 5).t()
+    lora = (None, down, up, s, None, 0.0)
+    assert OP(y, x, *lora).stride() == (7, 1)
+    torch.library.opcheck(OP, (y.requires_grad_(), x.requires_grad_(), *lora))
+
+
 def test_inputs_that_do_not_fit() -> None:
     down, up, s = make(7, 40, 3, 2)
     x, rows = torch.ones(4, 40), torch.zeros(4).long()
