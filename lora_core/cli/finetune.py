@@ -193,12 +193,12 @@ def _finetune(
     result = train(model, rows, training, eval_dataset=held_out, facts=facts, device=device)
 
     def keep() -> None:
-        mark = out / SAVED_FILE
-        if mark.is_file() and mark.read_text() == state_of(result):
+        mark, state = out / SAVED_FILE, state_of(result, training.keep_best)
+        if mark.is_file() and mark.read_text() == state:
             return  # a finished run that was resumed
         try:
             leave(out, model, tok, config, bool(new_ids))
-            atomic_write(mark, state_of(result))  # last: a kill before it has all saved again
+            atomic_write(mark, state)  # last: a kill before it has all saved again
         except OSError as error:
             raise OSError(f"{error}; training is done, and --resume saves the result") from error
 
@@ -213,9 +213,13 @@ def _with_tokens(adapter: AdapterConfig | None, tok: Tokenizer) -> AdapterConfig
     return adapter
 
 
-def state_of(result: TrainResult) -> str:
-    """Which weights a run's result is, as its folder records what was saved."""
-    return f"step {result.steps}, best {result.best_step}\n"
+def state_of(result: TrainResult, keep_best: bool) -> str:
+    """Which weights a run's result is, as its folder records what was saved.
+
+    The last step's record has its times, so no two runs have the same, however alike they are.
+    """
+    which = {"best": result.best_step if keep_best and not result.interrupted else None}
+    return json.dumps(which | {"last": result.history[-1:]}) + "\n"
 
 
 def adapter_settings(config: AdapterConfig) -> dict[str, Any]:

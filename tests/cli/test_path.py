@@ -1,6 +1,7 @@
 """The path a user takes: a transformers folder and JSONL in; adapter, merged model, PEFT out."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,19 @@ def test_resume_continues_starts_afresh_and_leaves_a_finished_run_alone(
         f.name for f, when in before.items() if f.name != ".lock" and f.stat().st_mtime_ns != when
     ]
     assert changed == []
+
+
+def test_a_run_begun_anew_is_saved_over_the_old_one(
+    llama_folder: Path, chats: Path, tmp_path: Path
+) -> None:
+    """The same numbers of steps do not make it the run whose adapter lies there."""
+    out, rate = tmp_path / "out", ["--method", "lora", "--lr", "1e-2"]
+    assert finetune(llama_folder, chats, out, *rate) == 0
+    first = weights(out)
+    shutil.rmtree(out / "checkpoints")
+    assert finetune(llama_folder, chats, out, *rate, "--seed", "5", "--resume") == 0
+    again = weights(out)
+    assert again["adapter_model.safetensors"] != first["adapter_model.safetensors"]
 
 
 def test_config_repeats_a_run(trained: dict[str, Path], tmp_path: Path) -> None:
