@@ -7,6 +7,7 @@ float16 needs loss scaling, as its smallest normal number is 6e-5 against bfloat
 """
 
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,30 @@ from pathlib import Path
 import torch
 
 _NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NO_MEMORY = re.compile("you tried to allocate|out of memory", re.I)
 
 
 def default_device() -> torch.device:
     """The accelerator torch finds, else the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What an error says, in one line, if it is that memory ran out.
+
+    CUDA has an error of its own for it; the CPU's allocator raises a plain RuntimeError.
+
+    Args:
+        error: any.
+
+    Returns:
+        Its first line; None: it is another error.
+    """
+    plain = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    if not plain and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return None
+    return next(iter(str(error).strip().splitlines()), "out of memory")
 
 
 def synchronize(device: torch.device | str) -> None:

@@ -74,7 +74,7 @@ class FinetuneConfig:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags: one for each field of the four dataclasses."""
+    """Declare the flags: one for each field of the dataclasses."""
     parser.add_argument(
         "--data",
         nargs="+",

@@ -164,6 +164,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)) and any(isinstance(x, Tensor) for x in batch):
-        return type(batch)(to_device(x, device) for x in batch)
+    if isinstance(batch, (list, tuple)):
+        moved = [to_device(item, device) for item in batch]
+        # a named tuple takes its fields one by one
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch

@@ -22,6 +22,8 @@ from lora_core.train.step import NonFiniteError
 # fields in which a continuing run may differ from the one that wrote the checkpoint
 _FREE = {"out", "resume", "progress", "epochs", "steps", "save_every", "keep"}
 _FREE |= {"patience", "keep_best"}
+# these change memory and no bit, and are what a run that ran out of it is told to change
+_FREE |= {"probe", "activation_checkpointing", "offload_activations"}
 
 
 def fixed(config: TrainConfig) -> dict[str, object]:

@@ -23,7 +23,13 @@ import torch
 from torch import nn
 
 from lora_core.adapters import parameter_counts
-from lora_core.device import DtypePolicy, dtype_policy, peak_memory, reset_peak_memory
+from lora_core.device import (
+    DtypePolicy,
+    dtype_policy,
+    out_of_memory,
+    peak_memory,
+    reset_peak_memory,
+)
 from lora_core.evaluate import modes_kept
 from lora_core.train.batches import (
     Batch,
@@ -43,23 +49,12 @@ from lora_core.train.optim import make_optimizer, trained_parameters
 from lora_core.train.probe import advice, probe_due, run_longest
 from lora_core.train.ranks import Ranks, joined_ranks
 from lora_core.train.recompute import recomputed_layers
-from lora_core.train.report import (
-    Bar,
-    Metrics,
-    Record,
-    TrainResult,
-)
+from lora_core.train.report import Bar, Metrics, Record, TrainResult
 from lora_core.train.schedule import Schedule, schedule_of
 from lora_core.train.shard import sharded_model
 from lora_core.train.snapshot import seed_everything
 from lora_core.train.state import Progress
-from lora_core.train.step import (
-    CausalLoss,
-    Loss,
-    NonFiniteError,
-    split_rows,
-    train_step,
-)
+from lora_core.train.step import CausalLoss, Loss, NonFiniteError, split_rows, train_step
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
@@ -177,7 +172,7 @@ class Run:
         self.optimizer = self.optimizer_factory(list(self.parameters.items()))
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-        self.peak_lr: float = max(group["initial_lr"] for group in self.optimizer.param_groups)
+        self.peak_lr: float = self.optimizer.param_groups[0]["initial_lr"]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.policy.scales_loss)
         self.progress = Progress(total=self.total)
         self.checked = False
@@ -198,10 +193,11 @@ class Run:
                 interrupted, speed = self.loop(on_step)
             except NonFiniteError as error:
                 raise self.folder.explain(error, self.progress) from None
-            except torch.OutOfMemoryError as error:
-                first = str(error).strip().splitlines()[0]
-                step = self.progress.step + 1
-                raise ValueError(f"step {step}: {first}; {advice(self.config)}") from None
+            except (RuntimeError, MemoryError) as error:
+                if (said := out_of_memory(error)) is None:
+                    raise
+                step = len(self.progress.history) + 1
+                raise ValueError(f"step {step}: {said}; {advice(self.config)}") from None
             self.folder.plot(self.progress)
         if self.progress.finished and self.config.keep_best:
             self.evaluation.put_back_best(self.progress, self.parameters, self.folder.checkpoints)
@@ -242,7 +238,6 @@ class Run:
             Whether it was interrupted, and the tokens per second.
         """
         progress, ranks = self.progress, self.ranks
-        metrics = Metrics(self.folder.file("metrics.jsonl"), progress.history)
         groups = step_groups(self.source, self.share, progress.epoch, progress.group)
         seconds, fed = 0.0, 0
         self.model.train()
@@ -250,6 +245,7 @@ class Run:
             fresh = () if self.optimizer.state else self.parameters.values()
             run_longest(self.source, self.forward_backward, self.config, fresh)
             reset_peak_memory(self.device)
+        metrics = Metrics(self.folder.file("metrics.jsonl"), progress.history)
         with (
             contextlib.closing(metrics),
             Interrupts(ranks.first, ranks.world > 1) as interrupts,
@@ -282,10 +278,12 @@ class Run:
 
     def forward_backward(self, batch: Batch) -> None:
         """Run one batch without a step; its gradients are dropped."""
-        with self.policy.autocast():
-            value, _ = split_rows(self.loss(self.model, to_device(batch, self.device), 1))
-        torch.autograd.backward(self.scaler.scale(value))
-        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with self.policy.autocast():
+                value, _ = split_rows(self.loss(self.model, to_device(batch, self.device), 1))
+            torch.autograd.backward(self.scaler.scale(value))
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, batches: Sequence[Batch]) -> Record:
         """Set the learning rate and update the weights."""

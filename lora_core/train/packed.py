@@ -13,7 +13,7 @@ from itertools import chain, islice
 from typing import Any
 
 from lora_core.data import collate_packed, pack
-from lora_core.data.packing import Efficiency
+from lora_core.data.packing import Efficiency, check_lengths
 from lora_core.train.sources import (
     Batch,
     RowBatches,
@@ -53,6 +53,7 @@ class PackedBatches:
         self.capacity = capacity
         self.few_lengths = few_lengths
         self.lengths = lengths_of(rows)
+        check_lengths(self.lengths, capacity)  # here a number is the row's own
         self._packed: tuple[int, list[list[int]]] | None = None
         self.count = len(self.packed(0))
 

@@ -21,6 +21,11 @@ def is_part(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def part_here(tensor: Tensor) -> Tensor:
+    """This process's part of the tensor; others as they are."""
+    return tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all processes, which all have to ask; others as they are."""
     return tensor.detach().full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]

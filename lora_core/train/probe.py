@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from lora_core.device import out_of_memory
 from lora_core.train.batches import Batch, BatchSource
 from lora_core.train.config import TrainConfig
+from lora_core.train.parts import part_here
 from lora_core.train.report import say
 from lora_core.train.snapshot import generators, restore_generators
 
@@ -58,17 +60,19 @@ def run_longest(
         held = state_to_come(config, parameters)
         run(batch)
         del held
-    except torch.OutOfMemoryError as error:
-        first = str(error).strip().splitlines()[0]
+    except (RuntimeError, MemoryError) as error:
+        said = out_of_memory(error)
+        if said is None:
+            raise
         raise ValueError(
-            f"the longest batch ({size}) does not fit: {first}; {advice(config)}"
+            f"the longest batch ({size}) does not fit: {said}; {advice(config)}"
         ) from None
     finally:
         restore_generators(*saved)
 
 
 def state_to_come(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Memory the size of what the optimizer will hold.
+    """Memory the size of what the optimizer will hold in this process.
 
     Args:
         config: names the optimizer; none of a paged one's state is counted.
@@ -78,7 +82,7 @@ def state_to_come(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> li
         One tensor of bytes for each.
     """
     each = STATE_BYTES.get(config.optimizer, 0.0)
-    sizes = [(int(p.numel() * each), p.device) for p in parameters]
+    sizes = [(int(p.numel() * each), p.device) for p in map(part_here, parameters)]
     return [torch.empty(size, dtype=torch.uint8, device=device) for size, device in sizes]
 
 

@@ -42,12 +42,13 @@ def repeated_layers(model: nn.Module, what: str = "activation_checkpointing") ->
         what: the switch that needs them, for the message.
 
     Returns:
-        The members of that list, in order.
+        The members of that list, in order, each once.
 
     Raises:
         ValueError: the model has no such list.
     """
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    # a layer that stands in the list more than once (shared weights) is one module
+    lists = [list(dict.fromkeys(m)) for m in model.modules() if isinstance(m, nn.ModuleList)]
     stacks = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
     if not stacks:
         raise ValueError(

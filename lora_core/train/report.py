@@ -190,7 +190,8 @@ def write_batches(folder: Path, batches: Sequence[Batch], why: str) -> None:
     """Write batches as safetensors, with what is not a tensor in JSON beside them."""
     with atomic_folder(folder) as aside:
         for number, batch in enumerate(batches):
-            items = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
+            known = batch if isinstance(batch, list | tuple) else [batch]  # any object may be one
+            items = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(known))
             tensors = {str(k): v for k, v in items.items() if isinstance(v, Tensor)}
             rest = {str(k): v for k, v in items.items() if not isinstance(v, Tensor)}
             write_tensors(aside / f"batch-{number}.safetensors", tensors)

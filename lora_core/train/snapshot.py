@@ -66,9 +66,10 @@ def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_generators(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Put back what `generators` took."""
+    """Put back what `generators` took, of GPUs that are there."""
     torch.set_rng_state(tensors["cpu"])
-    cuda = [tensors[k] for k in sorted(tensors) if k.startswith("cuda.")]
+    names = [f"cuda.{i}" for i in range(torch.cuda.device_count())]
+    cuda = [tensors[name] for name in names if name in tensors]
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
     version, internal, gauss = rest["python"]

@@ -22,6 +22,7 @@ import torch
 
 from lora_core.data import collate as default_collate
 from lora_core.data.packing import Efficiency
+from lora_core.train.snapshot import generators, restore_generators
 
 T = TypeVar("T")
 
@@ -200,8 +201,21 @@ class ReadyBatches:
         return len(self.batches) if isinstance(self.batches, Sized) else None
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from the `start`-th on."""
-        return islice(iter(self.batches), start, None)
+        """The batches of one epoch from the `start`-th on.
+
+        What is read on the way to that one leaves the random generators as they are: a DataLoader
+        draws from them as it begins, and the run that is continued has done so already.
+        """
+        if not start:
+            return iter(self.batches)
+        saved = generators()
+        try:
+            batches = iter(self.batches)
+            for _ in islice(batches, start):
+                pass
+        finally:
+            restore_generators(*saved)
+        return batches
 
     def note(self) -> None:
         """Nothing: they are taken as they come."""

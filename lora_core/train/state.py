@@ -47,6 +47,10 @@ FORMAT = 2  # 2: generators of every process
 _FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
 
+class OtherFormatError(ValueError):
+    """A checkpoint that another version of this library wrote: not damaged, but not readable."""
+
+
 @dataclass
 class Progress:
     """Where a run stands; all that is needed beside weights, optimizer and generators."""
@@ -203,6 +207,8 @@ class Checkpoints:
                 shutil.rmtree(path)
         if step == 0:
             (self.folder / LATEST).unlink(missing_ok=True)
+        elif self.published() != self.path(step):
+            publish(self.folder, _name(step))  # it named a damaged one
 
     def published(self) -> Path | None:
         """The checkpoint that was published last, unread; None where there is none."""
@@ -211,8 +217,14 @@ class Checkpoints:
         return None
 
     def newest_good(self) -> "Loaded | None":
-        """The newest checkpoint that is whole, None without any; damaged ones are named."""
+        """The newest checkpoint that is whole, None without any; damaged ones are named.
+
+        Raises:
+            ValueError: the newest one is of another format.
+            OSError: there are some, and none can be read at present.
+        """
         paths, published = self._steps(), None
+        unread: OSError | None = None
         try:
             published = latest(self.folder)
         except ValueError as error:
@@ -223,11 +235,17 @@ class Checkpoints:
         for path in paths:
             try:
                 return Loaded.read(path)
+            except OtherFormatError:
+                raise
             except (ValueError, OSError) as error:
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    unread = error
                 warnings.warn(
                     f"checkpoint {path.name} is damaged ({error}); trying the one before it",
                     stacklevel=2,
                 )
+        if unread is not None:
+            raise unread  # a run that began afresh would remove what may be readable tomorrow
         return None
 
 
@@ -253,7 +271,8 @@ class Loaded:
             Its content, on the CPU.
 
         Raises:
-            ValueError: a file differs from the manifest, or the format is unknown.
+            ValueError: a file differs from the manifest.
+            OtherFormatError: it was written in another format.
             FileNotFoundError: a file is missing.
         """
         from safetensors.torch import load_file
@@ -264,13 +283,16 @@ class Loaded:
                 raise ValueError(f"manifest.json does not list {name}")
         for name, entry in manifest.items():
             size = (path / name).stat().st_size
-            if size != entry["bytes"]:
-                raise ValueError(f"{name} has {size} bytes instead of {entry['bytes']}")
-            if sha256_file(path / name) != entry["sha256"]:
+            if size != entry.get("bytes"):
+                raise ValueError(f"{name} has {size} bytes instead of {entry.get('bytes')}")
+            if sha256_file(path / name) != entry.get("sha256"):
                 raise ValueError(f"{name} differs from its SHA-256 in manifest.json")
         state = json.loads((path / "state.json").read_text())
         if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']}; this version reads {FORMAT}")
+            raise OtherFormatError(
+                f"{path} has format {state['format']}, and this version reads {FORMAT}: continue "
+                f"it with the version that wrote it, or remove {path.parent}"
+            )
         lines = (path / "history.jsonl").read_text().splitlines()
         return Loaded(
             path=path,
