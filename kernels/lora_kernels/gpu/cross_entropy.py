@@ -84,6 +84,8 @@ def _rows_kernel(
     inside = (target >= 0) & (target < columns)
 
     if ROWS:
+        # now: after the last reduction other warps may already write the gradient over it
+        z_target = tl.load(at + target, mask=inside, other=0.0).to(tl.float32)
         most = tl.full((BLOCK,), float("-inf"), tl.float32)  # of each lane
         total = tl.zeros((BLOCK,), tl.float32)
         logits = tl.zeros((BLOCK,), tl.float32)
@@ -102,7 +104,6 @@ def _rows_kernel(
         weight = tl.exp(most - base)  # 0 for a lane that has seen nothing
         whole = tl.sum(total * weight, 0)
         whole = tl.where(top == float("-inf"), float("nan"), whole)
-        z_target = tl.load(at + target, mask=inside, other=0.0).to(tl.float32)
         y_target, _ = _judged(z_target, scale, cap, CAPPED)
         loss = (top - y_target) * (1.0 - smoothing) + tl.log(whole)
         if smoothing > 0:  # else a logit of -inf would make 0 times infinity
