@@ -184,8 +184,10 @@ def _finetune(
     report = attach(model, config.method, _with_tokens(adapter, tok), new_ids)
     ranks.say(report)
     ranks.say(f"learning rate {training.lr:g} ({config.method})")
+    recorded = dataclasses.asdict(config)
+    del recorded["out"]  # training's; a run may go on in a folder that was moved
     facts = {
-        "finetune": dataclasses.asdict(config),
+        "finetune": recorded,
         "adapter": None if adapter is None else adapter_settings(adapter),
         "base": {"model": str(Path(config.model).resolve()), "quantize": code},
         "sha256": provenance(config, tok),

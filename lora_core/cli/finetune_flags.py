@@ -124,7 +124,8 @@ def _list(value: Any) -> Any:
 def settings(args: argparse.Namespace) -> tuple[FinetuneConfig, AdapterConfig | None, TrainConfig]:
     """The three configurations, from `--config` and the flags over it."""
     run = _read_config(args.config)
-    wanted = {**run.get("finetune", {}), **given(args, FinetuneConfig)}
+    out = run.get("train", {}).get("out")
+    wanted = {"out": out, **run.get("finetune", {}), **given(args, FinetuneConfig)}
     for key in ("model", "out"):
         if not wanted.get(key):
             raise ValueError(f"--{key} is missing")

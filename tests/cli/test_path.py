@@ -263,6 +263,13 @@ def test_a_run_begun_anew_is_saved_over_the_old_one(
     assert finetune(llama_folder, chats, out, *rate, "--seed", "5", "--resume") == 0
     again = weights(out)
     assert again["adapter_model.safetensors"] != first["adapter_model.safetensors"]
+    moved = out.rename(tmp_path / "moved")
+    words = ["--config", str(moved / "run.json"), "--out", str(moved)]
+    assert main(["finetune", *words, "--resume"]) == 0
+    assert weights(moved) == again
+    moved.rename(out)
+    assert main(["finetune", *words[:1], str(out / "run.json"), "--resume"]) == 0  # into its own
+    assert weights(out) == again
 
 
 def test_config_repeats_a_run(trained: dict[str, Path], tmp_path: Path) -> None:
