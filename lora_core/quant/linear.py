@@ -294,8 +294,9 @@ class NF4Linear(nn.Module):
         The names in `state_dict()` stay. `scale_offset` stays a buffer: one number cannot be split.
         """
         for name in ("scales", "scale_absmax"):
-            if self._buffers.get(name) is not None:  # without double quantization one is None
-                held = self._buffers.pop(name)
+            held = self._buffers.get(name)
+            if held is not None:  # without double quantization one is None, and stays
+                del self._buffers[name]
                 self.register_parameter(name, nn.Parameter(held, requires_grad=False))
 
     def extra_repr(self) -> str:
