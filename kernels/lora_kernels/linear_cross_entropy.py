@@ -46,6 +46,7 @@ from torch.nn import functional as F
 from lora_kernels.cross_entropy import Grading, wide
 from lora_kernels.dispatch import device_of
 from lora_kernels.head_chunks import IGNORE, Head, Wants, grade, weight_gradient
+from lora_kernels.operands import autocast_dtype
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 
@@ -107,7 +108,7 @@ def linear_cross_entropy(
     s = None if up is None else _as_tensor(scaling, hidden)
     head = Head(weight, bias, down, up, s)
     _check(hidden, targets, head, Grading(softcap, scale, label_smoothing))
-    dtype = _autocast(hidden) or hidden.dtype
+    dtype = autocast_dtype(hidden) or hidden.dtype
     wants = [t is not None and torch.is_grad_enabled() and t.requires_grad for t in (hidden, *head)]
     losses, total, *_ = torch.ops.lora_kernels.linear_cross_entropy(
         *(hidden, targets.long(), *head),
@@ -123,20 +124,10 @@ def _as_tensor(scaling: float | Tensor, hidden: Tensor) -> Tensor:
     return torch.full((1,), scaling, dtype=wide(hidden.dtype), device=hidden.device)
 
 
-def _autocast(hidden: Tensor) -> torch.dtype | None:
-    """Autocast's dtype where nn.Linear would cast to it."""
-    device = hidden.device.type
-    # asked first, as a device without autocast (meta) may not be asked the second question
-    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not active or hidden.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def _check(hidden: Tensor, targets: Tensor, head: Head, grading: Grading) -> None:
     if not hidden.is_floating_point():
         raise TypeError(f"hidden must be floating-point; got {hidden.dtype}")
-    if hidden.dtype != head.weight.dtype and _autocast(hidden) is None:
+    if hidden.dtype != head.weight.dtype and autocast_dtype(hidden) is None:
         raise TypeError(
             f"hidden is {hidden.dtype} and the head's weight {head.weight.dtype}: cast one of "
             "them, or use autocast"

@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SCHEMA", "TENSORS", "WIDTH", "Weight4", "autocast", "check", "flat", "rows", "unflat"]
+__all__ = [
+    "SCHEMA",
+    "TENSORS",
+    "WIDTH",
+    "Weight4",
+    "autocast",
+    "autocast_dtype",
+    "check",
+    "flat",
+    "rows",
+    "unflat",
+]
 
 SCHEMA = (
     "Tensor codes, Tensor scales, Tensor table, Tensor? scale_absmax, Tensor? scale_offset, "
@@ -92,14 +103,18 @@ def check(x: Tensor, weight: Weight4, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be ({weight.out_features},); got {tuple(bias.shape)}")
 
 
-def autocast(x: Tensor) -> Tensor:
-    """Cast x to autocast's dtype when it is active, as nn.Linear does; float64 stays."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype where nn.Linear would cast x to it; None where it is off, or x float64."""
     device = x.device.type
     # asked first, as a device without autocast (meta) may not be asked the second question
     active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if active and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    return torch.get_autocast_dtype(device) if active and x.dtype != torch.float64 else None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Cast x to autocast's dtype when it is active, as nn.Linear does; float64 stays."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
 
 
 def rows(x: Tensor) -> Tensor:

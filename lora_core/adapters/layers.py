@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.operands import autocast_dtype
+
 __all__ = ["compute_dtype", "dense_weight", "is_linear", "linear_features", "precision_of"]
 
 
@@ -67,7 +69,4 @@ def precision_of(module: nn.Module) -> str | None:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype in which a linear layer computes on x: autocast's where active, else x's."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return autocast_dtype(x) or x.dtype

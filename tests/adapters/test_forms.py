@@ -340,3 +340,13 @@ def test_a_whole_model_of_convolutions() -> None:
     assert [site for site, _ in adapted_modules(net)] == ["0", "2", "4"]
     assert report.parameters == (4 * 27 + 8 * 4) + (4 * 18 + 8) + 4 * (8 * 36 + 5)
     assert torch.equal(net(x), y)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_shapes_on_the_meta_device(kind: str) -> None:
+    """It has no autocast, and may not be asked for it."""
+    layer = nn.Linear(4, 6) if kind == "linear" else nn.Conv1d(4, 6, 3)
+    x = torch.randn(2, 4, 8).transpose(1, 2) if kind == "linear" else torch.randn(2, 4, 8)
+    host = adapted(layer, r=2)
+    shape = host(x).shape
+    assert host.to("meta")(x.to("meta")).shape == shape
