@@ -15,37 +15,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from lora_core.adapters.host import Adapted
 from lora_core.adapters.layers import dense_weight, is_linear, linear_features
 from lora_core.adapters.lora import LoRA
+from lora_core.calls import offers, watched
 
 __all__ = ["LoRALinear", "dtypes_with_rows"]
-
-
-def _takes_updates(base: nn.Module) -> bool:
-    """Whether the base's class has `linear_with_update` and no forward of a later class beside it.
-
-    Asked of the class: a host would pass the question on to its own base, past its adapters.
-    """
-    for kind in type(base).__mro__:
-        if "linear_with_update" in vars(kind):
-            return True
-        if "forward" in vars(kind) or "__call__" in vars(kind):
-            return False
-    return False
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether something would notice that the module is not called."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return any(map(len, hooks)) or "forward" in vars(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def dtypes_with_rows(base: nn.Module) -> tuple[torch.dtype, ...]:
@@ -58,7 +34,7 @@ def dtypes_with_rows(base: nn.Module) -> tuple[torch.dtype, ...]:
         Dtypes of x, as the base's `row_dtypes()` says; none where it has no such product, or
         where something expects the base to be called.
     """
-    if not _takes_updates(base) or _watched(base):
+    if not offers(base, "linear_with_update") or watched(base):
         return ()
     ask = getattr(base, "row_dtypes", None)
     return tuple(ask()) if callable(ask) else ()
@@ -127,7 +103,7 @@ class LoRALinear(Adapted):
             The five, differentiable, or None for a layer that has to be called.
         """
         pair = self._only_pair()
-        if pair is None or pair.rate or type(self.base) is not nn.Linear or _watched(self.base):
+        if pair is None or pair.rate or type(self.base) is not nn.Linear or watched(self.base):
             return None
         return self.base.weight, self.base.bias, *pair.factors(), pair.scale()
 
@@ -138,7 +114,7 @@ class LoRALinear(Adapted):
         overridden expect to be called, so they get the base and the adapter one after the other.
         """
         pair = self._only_pair()
-        return pair if _takes_updates(self.base) and not _watched(self.base) else None
+        return pair if offers(self.base, "linear_with_update") and not watched(self.base) else None
 
     def _only_pair(self) -> LoRA | None:
         """The only active adapter, if it is a plain pair and nothing looks at it."""
@@ -150,7 +126,7 @@ class LoRALinear(Adapted):
         # exactly LoRA: another kind, even one derived from it, has a forward of its own
         if type(pair) is not LoRA or not pair.is_pair:
             return None
-        return None if _watched(pair) else pair
+        return None if watched(pair) else pair
 
     @property
     def A(self) -> nn.Parameter:

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
+from lora_core.calls import offers, watched
 from lora_core.losses.cross_entropy import IGNORE, check_labels, divisor, shift_labels
 from lora_kernels import linear_cross_entropy as fused
 
@@ -146,42 +146,18 @@ def _parts(head: Tensor | nn.Module) -> _Parts | None:
     """What a head is made of, if it is a matrix and nothing expects it to be called."""
     if isinstance(head, Tensor):
         parts = _Parts(head)
-    elif _watched(head):
+    elif watched(head):
         return None
     elif type(head) is nn.Linear:
         parts = _Parts(head.weight, head.bias)
     else:
-        found = head.linear_parts() if _offers_parts(head) else None  # type: ignore[operator]
+        found = head.linear_parts() if offers(head, "linear_parts") else None  # type: ignore[operator]
         if found is None:
             return None
         parts = _Parts(*found)
     # a tensor of another class (sharded, quantized) has products of its own
     plain = all(type(t) in _PLAIN for t in parts if isinstance(t, Tensor))
     return parts if plain else None
-
-
-def _offers_parts(head: nn.Module) -> bool:
-    """Whether the head's class has `linear_parts` and no forward of a later class beside it.
-
-    Asked of the class: a host would pass the question on to its base, past its own adapters.
-    """
-    for kind in type(head).__mro__:
-        if "linear_parts" in vars(kind):
-            return True
-        if "forward" in vars(kind) or "__call__" in vars(kind):
-            return False
-    return False
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether something would notice that the module is not called."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return any(map(len, hooks)) or "forward" in vars(module) or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def _called(

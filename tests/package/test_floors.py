@@ -12,6 +12,7 @@ FLOORS = {
     "lora_core.targets": 1,
     "lora_core.device": 1,
     "lora_core.files": 1,
+    "lora_core.calls": 1,
     "lora_core.quant": 2,
     "lora_core.losses": 2,
     "lora_core.data": 2,
