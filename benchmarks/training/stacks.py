@@ -88,7 +88,7 @@ def theirs(settings: Settings, folder: Path, adapter: Path) -> Opened:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.item())
 
     return step, contextlib.nullcontext()
 
