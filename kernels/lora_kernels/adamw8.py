@@ -237,6 +237,8 @@ def _check(
                 f"the moments of {p.numel()} elements need {p.numel()} codes and {blocks} units "
                 f"each; got {[len(t) for t in state]}"
             )
+        if not all(t.is_contiguous() for t in state):  # kernels go by their addresses
+            raise ValueError("codes and units must be contiguous; call .contiguous() on them")
         if len({t.device for t in (params[0], p, g, *state)}) != 1:
             raise ValueError("parameters, gradients and moments must lie on one device")
 

@@ -252,5 +252,7 @@ def test_refusals() -> None:
         step([p.view(100, 3).t()], [p.view(3, 100)], [good])
     with pytest.raises(ValueError, match=r"300 elements need 300 codes and 2 units each; got \[30"):
         step([p], [p], [no_moments(p[:30])])
+    with pytest.raises(ValueError, match="codes and units must be contiguous; call"):
+        step([p], [p], [good._replace(mean=good.mean[:1].expand(300))])
     with pytest.raises(ValueError, match="must lie on one device"):
         step([p], [p.to("meta")], [good])
