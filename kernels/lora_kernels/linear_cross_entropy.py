@@ -132,6 +132,8 @@ def _check(hidden: Tensor, targets: Tensor, head: Head, grading: Grading) -> Non
             f"hidden is {hidden.dtype} and the head's weight {head.weight.dtype}: cast one of "
             "them, or use autocast"
         )
+    if head.weight.dim() != 2:
+        raise ValueError(f"weight must be (V, H); got {tuple(head.weight.shape)}")
     (classes, features), m = head.weight.shape, len(hidden)
     if hidden.shape != (m, features) or targets.shape != (m,):
         raise ValueError(
@@ -158,6 +160,8 @@ def _check_pair(head: Head) -> None:
                 f"down and up must be (r, {features}) and ({classes}, r); got "
                 f"{tuple(head.down.shape)} and {tuple(head.up.shape)}"
             )
+        if head.scaling is not None and head.scaling.numel() != 1:
+            raise ValueError(f"scaling must be a number or (1,); got {tuple(head.scaling.shape)}")
         if head.scaling is not None and head.scaling.requires_grad:
             raise ValueError("scaling takes no gradient; multiply up by it to train it")
 

@@ -445,6 +445,10 @@ def test_what_does_not_fit() -> None:
         linear_cross_entropy(hidden, targets, weight, None, down)
     with pytest.raises(ValueError, match=r"down and up must be \(r, 3\) and \(7, r\); got \(2, 3"):
         linear_cross_entropy(hidden, targets, weight, None, down, up[:, :1])
+    with pytest.raises(ValueError, match=r"weight must be \(V, H\); got \(3,\)"):
+        linear_cross_entropy(hidden, targets, weight[0])
+    with pytest.raises(ValueError, match=r"scaling must be a number or \(1,\); got \(2,\)"):
+        linear_cross_entropy(hidden, targets, weight, None, down, up, torch.ones(2))
     scaling = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match="scaling takes no gradient; multiply up by it"):
         linear_cross_entropy(hidden, targets, weight, None, down, up, scaling)
