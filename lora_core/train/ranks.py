@@ -38,7 +38,7 @@ from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 
 from lora_core.train.parts import buckets, is_part
-from lora_core.train.report import say
+from lora_core.train.report import say, saying
 
 T = TypeVar("T")
 
@@ -281,7 +281,7 @@ def joined_ranks() -> Iterator[Ranks]:
     that exists already is used and left.
 
     Yields:
-        The ranks. Processes other than the first keep their warnings to themselves.
+        The ranks. Processes other than the first keep warnings and notes to themselves.
 
     Raises:
         RankError: another process failed or is gone.
@@ -292,7 +292,7 @@ def joined_ranks() -> Iterator[Ranks]:
         return
     _within.append(ranks)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), saying(ranks.first):
             if not ranks.first:
                 warnings.simplefilter("ignore")
             yield ranks

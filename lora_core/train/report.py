@@ -1,10 +1,11 @@
 """What a run leaves to look at: metrics.jsonl, run.json, loss.png, and a line while it works."""
 
+import contextlib
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -51,10 +52,26 @@ class TrainResult:
     """steps already done when this process began, if it continued a checkpoint"""
 
 
+_unsaid: list[str] = []  # why nothing is said
+
+
 def say(text: str) -> None:
     """One line to the user, beside the progress bar and outside of the program's output."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    if not _unsaid:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def saying(on: bool) -> Iterator[None]:
+    """Within the block `say` says nothing unless `on`: of several processes one speaks for all."""
+    before = list(_unsaid)
+    if not on:
+        _unsaid.append("another process says it")
+    try:
+        yield
+    finally:
+        _unsaid[:] = before
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from lora_core.device import DtypePolicy
 from lora_core.losses import IGNORE, count_graded, token_mean
 from lora_core.train.batches import Batch, to_device, tokens_in
 from lora_core.train.parts import whole
-from lora_core.train.ranks import Ranks
+from lora_core.train.ranks import RankError, Ranks
 
 Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor]"]
 """(model, batch, normalizer) -> the batch's sum / normalizer; optionally with each row's sum (B,)
@@ -129,6 +129,7 @@ def train_step(
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights did not move.
+        RankError: it is so on another process, which says more.
         ValueError: a trained parameter got no gradient.
     """
     ranks = ranks or Ranks()
@@ -159,7 +160,9 @@ def train_step(
     norm = clip_gradients(parameters.values(), clip)
     # with loss scaling an overflow is expected now and then: the scaler skips the step and halves
     if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-        raise NonFiniteError(f"the gradient's norm is {norm}", batches)
+        error = NonFiniteError(f"the gradient's norm is {norm}", batches)
+        # the sum is everybody's: one is enough to say so and to write the batches
+        raise error if ranks.first else RankError(f"rank 0: {error}")
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -13,11 +13,21 @@ from torch.utils.data import DataLoader
 
 from lora_core.adapters import LoRAConfig, add_adapter
 from lora_core.data import collate
-from lora_core.device import out_of_memory
-from lora_core.train import CausalLoss, NonFiniteError, TrainConfig, snapshot, state, train
+from lora_core.device import dtype_policy, out_of_memory
+from lora_core.train import (
+    CausalLoss,
+    NonFiniteError,
+    TrainConfig,
+    snapshot,
+    state,
+    train,
+    train_step,
+)
 from lora_core.train.batches import make_batches, to_device
 from lora_core.train.probe import state_to_come
+from lora_core.train.ranks import RankError, Ranks
 from lora_core.train.recompute import recomputed_layers, repeated_layers
+from lora_core.train.report import say, saying
 from lora_core.train.state import Checkpoints
 
 Make = Callable[..., Any]
@@ -245,6 +255,40 @@ def test_the_rate_that_is_said_is_the_one_that_is_reported(
     result = train(model, make_rows(), config(steps=1, lora_plus=16, schedule="constant", warmup=0))
     assert "for 1 steps, lr 0.01 constant" in capsys.readouterr().err
     assert result.history[0]["lr"] == 0.01
+
+
+def test_a_gradient_that_is_no_number_is_said_once(
+    tiny: Make, make_rows: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All processes have the same sum of gradients; the first one writes the batches."""
+    monkeypatch.setattr(Ranks, "sum", lambda self, *numbers: numbers)
+    monkeypatch.setattr(Ranks, "reduce_gradients", lambda self, parameters: None)
+    model, batches = tiny(), [collate(make_rows(2)), collate(make_rows(2, seed=1))]
+    named = dict(model.named_parameters())
+    model.head.weight.register_hook(lambda grad: grad * float("nan"))
+    for rank, kind in ((0, NonFiniteError), (1, RankError)):
+        with pytest.raises(kind, match="the gradient's norm is nan"):
+            train_step(
+                model,
+                named,
+                batches,
+                torch.optim.SGD(model.parameters(), lr=1.0),
+                torch.amp.GradScaler("cpu", enabled=False),
+                dtype_policy("float32", "cpu"),
+                loss=CausalLoss(),
+                ranks=Ranks(rank, 2),
+            )
+
+
+def test_one_process_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    with saying(True):
+        say("one")
+        with saying(False):
+            say("two")
+            with saying(True):
+                say("three")
+        say("four")
+    assert capsys.readouterr().err == "one\nfour\n"
 
 
 Pair = namedtuple("Pair", ["x", "y"])

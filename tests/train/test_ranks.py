@@ -30,7 +30,7 @@ SCRIPT = Path(__file__).with_name("ranks_script.py")
 # 11 batches an epoch, 4 a step: the last step has 3, of which rank 1 gets one and computes an idle
 # one beside it
 EQUAL: dict[str, dict[str, Any]] = {
-    "lora": {"kind": "lora", "config": {"accumulate": 2}},
+    "lora": {"kind": "lora", "config": {"accumulate": 2, "optimizer": "adamw-paged"}},
     "qlora": {"kind": "qlora", "config": {"accumulate": 2, "clip": 0.05}},
     "lora sharded": {"kind": "lora", "config": {"accumulate": 2, "shard": True}},
     "qlora sharded": {"kind": "qlora", "config": {"accumulate": 2, "clip": 0.05, "shard": True}},
