@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import backend_for, device_of
+from lora_kernels.operands import wide
 
-__all__ = ["Grading", "columns_reference", "grade_columns", "grade_rows", "rows_reference", "wide"]
+__all__ = ["Grading", "columns_reference", "grade_columns", "grade_rows", "rows_reference"]
 
 BACKENDS = ("reference", "native", "triton")
 SLICE_ELEMENTS = 1 << 20  # logits that the definition has in float32 at a time: 4 MiB a copy
@@ -49,11 +50,6 @@ class Grading(NamedTuple):
     softcap: float | None = None
     scale: float = 1.0
     label_smoothing: float = 0.0
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which logits of a dtype are judged: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def grade_rows(

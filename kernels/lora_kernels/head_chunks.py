@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.cross_entropy import Grading, grade_columns, grade_rows, wide
+from lora_kernels.cross_entropy import Grading, grade_columns, grade_rows
+from lora_kernels.operands import wide
 
 __all__ = ["IGNORE", "Graded", "Head", "Wants", "grade", "weight_gradient"]
 

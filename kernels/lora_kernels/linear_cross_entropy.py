@@ -43,10 +43,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.cross_entropy import Grading, wide
+from lora_kernels.cross_entropy import Grading
 from lora_kernels.dispatch import device_of
 from lora_kernels.head_chunks import IGNORE, Head, Wants, grade, weight_gradient
-from lora_kernels.operands import autocast_dtype
+from lora_kernels.operands import autocast_dtype, wide
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference"]
 

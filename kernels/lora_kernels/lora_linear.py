@@ -39,7 +39,17 @@ from lora_kernels.dispatch import backend_for, device_of, requested
 from lora_kernels.dropout import drop_rows
 from lora_kernels.low_rank import HALF, LowRank
 from lora_kernels.matmul4 import dx_reference, matmul4, matmul4_reference
-from lora_kernels.operands import SCHEMA, TENSORS, WIDTH, Weight4, autocast, check, flat, unflat
+from lora_kernels.operands import (
+    SCHEMA,
+    TENSORS,
+    WIDTH,
+    Weight4,
+    autocast,
+    check,
+    flat,
+    unflat,
+    wide,
+)
 from lora_kernels.operands import rows as flatten
 
 __all__ = ["lora_linear4", "lora_linear4_reference", "row_dtypes"]
@@ -264,7 +274,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy, x, *weight, *lora, wants_dx, wants_update
     )
     if ctx.bias_dtype is not None and wants_bias:
-        dbias = flatten(dy).sum(0, dtype=part.wide(dy.dtype)).to(ctx.bias_dtype)
+        dbias = flatten(dy).sum(0, dtype=wide(dy.dtype)).to(ctx.bias_dtype)
     given = (dx if wants_dx else None, *[None] * WIDTH, dbias, None)
     return (*given, *((ddown, dup) if wants_update else (None, None)), None, None, None)
 

@@ -40,7 +40,6 @@ __all__ = [
     "times",
     "unread",
     "update",
-    "wide",
 ]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -284,11 +283,6 @@ def unread(x: Tensor) -> Tensor:
 def scaled_up(lora: LowRank) -> Tensor:
     """s f B, in the dtype of B: what a 16-bit product rounds once."""
     return lora.up * lora.factor[:, None, None]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are kept, float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def fake_gradients(x: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:

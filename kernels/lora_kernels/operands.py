@@ -22,6 +22,7 @@ __all__ = [
     "flat",
     "rows",
     "unflat",
+    "wide",
 ]
 
 SCHEMA = (
@@ -115,6 +116,11 @@ def autocast(x: Tensor) -> Tensor:
     """Cast x to autocast's dtype when it is active, as nn.Linear does; float64 stays."""
     dtype = autocast_dtype(x)
     return x if dtype is None else x.to(dtype)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums of a dtype are kept: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def rows(x: Tensor) -> Tensor:

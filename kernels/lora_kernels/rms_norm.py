@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lora_kernels.derivatives import through
 from lora_kernels.dispatch import backend_for, device_of
-from lora_kernels.operands import rows
+from lora_kernels.operands import rows, wide
 
 __all__ = ["rms_norm", "rms_norm_reference"]
 
@@ -84,29 +84,25 @@ def rms_norm_reference(
     x: Tensor, weight: Tensor, eps: float = 1e-6, offset: bool = False
 ) -> Tensor:
     """The definition, in differentiable PyTorch; arguments as `rms_norm`'s."""
-    wide = x.to(_wide(x.dtype))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    n = x.to(wide(x.dtype))
+    n = n * torch.rsqrt(n.pow(2).mean(-1, keepdim=True) + eps)
     if offset:
-        return (wide * (1 + weight.to(wide.dtype))).to(x.dtype)
-    return weight * wide.to(x.dtype)
+        return (n * (1 + weight.to(n.dtype))).to(x.dtype)
+    return weight * n.to(x.dtype)
 
 
 def backward_reference(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, offset: bool
 ) -> tuple[Tensor, Tensor]:
     """dx (M, H) and dw (H,) of rows x (M, H)."""
-    wide = x.to(_wide(x.dtype))
-    r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)  # (M, 1)
-    n = wide * r
-    w = 1 + weight.to(wide.dtype) if offset else weight.to(wide.dtype)
-    g = dy.to(wide.dtype) * w
+    dtype = wide(x.dtype)
+    r = torch.rsqrt(x.to(dtype).pow(2).mean(-1, keepdim=True) + eps)  # (M, 1)
+    n = x.to(dtype) * r
+    w = 1 + weight.to(dtype) if offset else weight.to(dtype)
+    g = dy.to(dtype) * w
     dx = r * (g - n * (g * n).mean(-1, keepdim=True))
-    dw = (dy.to(wide.dtype) * (n if offset else n.to(x.dtype))).sum(0)
+    dw = (dy.to(dtype) * (n if offset else n.to(x.dtype))).sum(0)
     return dx.to(x.dtype), dw.to(weight.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _result(x: Tensor, weight: Tensor, offset: bool) -> torch.dtype:
