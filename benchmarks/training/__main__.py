@@ -168,12 +168,13 @@ def main() -> None:
         adapter = adapter_folder(runs[0], folder)
         agreed = {
             m: check(folder, adapter, next(s for s in runs if s.method == m))
-            for m in dict.fromkeys(s.method for s in runs)
+            for m in dict.fromkeys(s.method for s in runs[: 1 if args.ladder else None])
         }
         rows = []
         if args.ladder:
             rows = [facts | row for row in climb(run, folder, adapter, runs[0].shape)]
-        for settings in [] if args.ladder else runs:
+            runs = []
+        for settings in runs:
             found = compare(folder, adapter, settings, 1 if args.smoke else args.repeats)
             rows.append(facts | line(settings, found) | {"apart": agreed[settings.method]})
             show(rows[-1])

@@ -22,7 +22,14 @@ Run = Callable[[str, Path, Path, Settings], dict[str, Any]]
 def rungs(shape: str) -> list[tuple[str, str, Settings]]:
     """Name, stack and settings of each rung."""
     now = Settings(
-        shape=shape, method="lora", batch=8, sequence=512, mixed=True, without=tuple(SAVINGS)
+        shape=shape,
+        method="lora",
+        batch=8,
+        sequence=512,
+        mixed=True,
+        steps=4,
+        untimed=1,
+        without=tuple(SAVINGS),
     )
     found = [("transformers + PEFT", "theirs", now), ("plain loop", "ours", now)]
 
