@@ -75,10 +75,20 @@ def triple(transformers: ModuleType, changes: dict[str, Any]) -> tuple[CausalLM,
     return models[0], models[1], models[2]
 
 
-def within(ours: Tensor, theirs: Tensor, truth: Tensor, factor: float = 2) -> None:
+def largest(x: Tensor) -> Tensor:
+    return x.abs().max()
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def within(
+    ours: Tensor, theirs: Tensor, truth: Tensor, size: Callable[[Tensor], Tensor] = largest
+) -> None:
     eps = torch.finfo(ours.dtype).eps
-    error = (ours.double() - truth).abs().max()
-    allowed = factor * (theirs.double() - truth).abs().max() + 2 * eps * truth.abs().max()
+    error = size(ours.double() - truth)
+    allowed = 2 * size(theirs.double() - truth) + 2 * eps * size(truth)
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
@@ -95,9 +105,10 @@ def graded(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.flatten(0, 1) if mask is None else logits[mask.bool()]
 
 
-# the definition rounds where transformers does. C is as accurate on the average, but its roundings
-# are others: among hundreds of largest errors some are two or three times as large
-@pytest.mark.parametrize(("backend", "factor"), [("reference", 2), ("auto", 4)])
+# the definition rounds where transformers does, so even its largest errors are alike. C rounds
+# elsewhere: of hundreds of largest errors some are three times as large and some a third, so it is
+# the root of the mean square that is compared
+@pytest.mark.parametrize(("backend", "size"), [("reference", largest), ("auto", rms)])
 @pytest.mark.parametrize("pad", ["none", "all-ones", "left", "right"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_loss_and_gradients(
@@ -106,7 +117,7 @@ def test_logits_loss_and_gradients(
     variant: str,
     pad: str,
     backend: str,
-    factor: float,
+    size: Callable[[Tensor], Tensor],
 ) -> None:
     monkeypatch.setenv("LORA_KERNELS", backend)
     ours, *theirs = triple(transformers, VARIANTS[variant])
@@ -124,12 +135,12 @@ def test_logits_loss_and_gradients(
     peers = [m(ids, mask, position_ids=positions, labels=labels) for m in theirs]
     for peer in peers:
         peer.loss.backward()
-    within(graded(out.logits, mask), *(graded(peer.logits, mask) for peer in peers), factor)
-    within(out.loss, *(peer.loss for peer in peers), factor)
+    within(graded(out.logits, mask), *(graded(peer.logits, mask) for peer in peers), size)
+    within(out.loss, *(peer.loss for peer in peers), size)
     gradients = [dict(m.named_parameters()) for m in (ours, *theirs)]
     assert list(gradients[0]) == list(gradients[1])
     for name in gradients[0]:
-        within(*(g[name].grad for g in gradients), factor)
+        within(*(g[name].grad for g in gradients), size)
 
 
 @pytest.mark.parametrize("pad", ["none", "left"])
