@@ -66,6 +66,15 @@ def _make_weight(
     return Weight4(codes, scales, table, n, k, block, absmax, offset, dynamic_map())
 
 
+@pytest.fixture(params=["reference", "native", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend by turns; Triton's kernels run in the interpreter, C needs a compiler."""
+    if request.param == "native" and (reason := library.why_not()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("LORA_KERNELS", request.param)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def make_weight() -> Callable[..., Weight4]:
     """Random codes, scales of either sign: `make_weight(n, k, block, nested=, table=, seed=)`."""

@@ -31,13 +31,6 @@ def skip_without(backend: str) -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    skip_without(request.param)
-    monkeypatch.setenv("LORA_KERNELS", request.param)
-    return request.param
-
-
 @pytest.fixture(params=["planes", "halves", "dense"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of Triton's routes by turns, whatever the number of rows."""

@@ -26,13 +26,6 @@ def skip_without(backend: str) -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    skip_without(request.param)
-    monkeypatch.setenv("LORA_KERNELS", request.param)
-    return request.param
-
-
 def make(n: int, k: int, r: int, adapters: int) -> tuple[Tensor, Tensor, Tensor]:
     down, up = torch.randn(adapters, r, k) / k**0.5, torch.randn(adapters, n, r) / r**0.5
     return down, up, torch.rand(adapters) + 0.5

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_kernels import rms_norm
-from lora_kernels.cpu import library
 from lora_kernels.gpu import rms_norm as gpu
 from lora_kernels.rms_norm import rms_norm_reference
 
@@ -19,13 +18,8 @@ OPS = torch.ops.lora_kernels
 Judge = Callable[..., None]
 
 
-@pytest.fixture(params=["reference", "native", "triton"], autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything below holds for every backend; Triton's kernels run in the interpreter."""
-    if request.param == "native" and (reason := library.why_not()) is not None:
-        pytest.skip(reason)
-    monkeypatch.setenv("LORA_KERNELS", request.param)
-    return request.param
+# everything below holds for every backend
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def step(norm: Callable[..., Tensor], x: Tensor, w: Tensor, dy: Tensor, **k: Any) -> list[Tensor]:

@@ -10,20 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_kernels import rotary
-from lora_kernels.cpu import library
 from lora_kernels.rotary import rotary_reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 OP = torch.ops.lora_kernels.rotary
 
 
-@pytest.fixture(params=["reference", "native", "triton"], autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything below holds for every backend; Triton's kernels run in the interpreter."""
-    if request.param == "native" and (reason := library.why_not()) is not None:
-        pytest.skip(reason)
-    monkeypatch.setenv("LORA_KERNELS", request.param)
-    return request.param
+# everything below holds for every backend
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def angles(batch: int, tokens: int, turned: int) -> tuple[Tensor, Tensor]:

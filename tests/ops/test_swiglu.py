@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels import swiglu
-from lora_kernels.cpu import library, machine
+from lora_kernels.cpu import machine
 from lora_kernels.gpu import swiglu as gpu
 from lora_kernels.swiglu import ACTIVATIONS, swiglu_reference
 
@@ -20,13 +20,8 @@ OPS = torch.ops.lora_kernels
 Judge = Callable[..., None]
 
 
-@pytest.fixture(params=["reference", "native", "triton"], autouse=True)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything below holds for every backend; Triton's kernels run in the interpreter."""
-    if request.param == "native" and (reason := library.why_not()) is not None:
-        pytest.skip(reason)
-    monkeypatch.setenv("LORA_KERNELS", request.param)
-    return request.param
+# everything below holds for every backend
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def step(
