@@ -17,13 +17,14 @@ and moments known to a few percent.
 Ref: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_core.train.fused_adamw import (
+    ClosureOptimizer,
     check_numbers,
     check_parameters,
     fused_adamw_,
@@ -36,7 +37,7 @@ __all__ = ["AdamW8bit"]
 _PLAIN = ("mean", "square")
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(ClosureOptimizer):
     """AdamW whose moments are 8-bit codes in blocks of 256.
 
     A group may have its own `lr`, `betas`, `eps` and `weight_decay`. State of a parameter of n
@@ -77,25 +78,12 @@ class AdamW8bit(torch.optim.Optimizer):
         super().add_param_group(param_group)
         check_parameters(self.param_groups[-1]["params"], type(self).__name__)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: computes the loss anew, with gradients; or None.
-
-        Returns:
-            The closure's loss, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for (steps, _, coded), params in self._alike(group).items():
                 run = _step_codes if coded else _step_plain
                 run(params, [self.state[p] for p in params], steps, group)
-        return loss
 
     def _alike(self, group: dict[str, Any]) -> dict[tuple[int, torch.device, bool], list[Tensor]]:
         """A group's parameters by what one call has to share, their steps counted."""

@@ -17,9 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FUSED", "check_numbers", "check_parameters", "fused_adamw_", "load_as_saved"]
+__all__ = [
+    "FUSED",
+    "ClosureOptimizer",
+    "check_numbers",
+    "check_parameters",
+    "fused_adamw_",
+    "load_as_saved",
+]
 
-FUSED = ("cpu", "cuda")  # device types whose fused kernel the tests know, or an H200 ran
+FUSED = ("cpu", "cuda")  # device types with torch's fused kernel; only the CPU's was run here
 
 
 def fused_adamw_(
@@ -67,6 +74,31 @@ def fused_adamw_(
     torch._foreach_add_(roots, group["eps"])
     rates = [-group["lr"] / (1 - beta1**n) for n in steps]
     torch._foreach_addcdiv_(params, means, roots, rates)
+
+
+class ClosureOptimizer(torch.optim.Optimizer):
+    """An optimizer that says in `update` what a step does once the gradients are there."""
+
+    def update(self) -> None:
+        """Update every parameter that has a gradient."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew, with gradients; or None.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
 
 
 def check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -24,7 +24,7 @@ anyway. On a CPU the staging buffers are ordinary memory and the copies are only
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3 (paged optimizers).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lora_core.device import Lanes
 from lora_core.train.fused_adamw import (
+    ClosureOptimizer,
     check_numbers,
     check_parameters,
     fused_adamw_,
@@ -79,7 +80,7 @@ class Bucket:
     """what says that the last copy into `host` is done"""
 
 
-class PagedAdamW(torch.optim.Optimizer):
+class PagedAdamW(ClosureOptimizer):
     """AdamW whose float32 moments live in the host's memory and visit the device by buckets.
 
     A group may have its own `lr`, `betas`, `eps` and `weight_decay`. `state_dict()` holds, for each
@@ -140,20 +141,8 @@ class PagedAdamW(torch.optim.Optimizer):
         self.buckets += made
         self.staging.clear()  # made anew, for the largest bucket
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: computes the loss anew, with gradients; or None.
-
-        Returns:
-            The closure's loss, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -167,7 +156,6 @@ class PagedAdamW(torch.optim.Optimizer):
             self.lanes.wait(fetched[i])
             self._update(bucket, self._stage(i, bucket))
             self._store(i, bucket)
-        return loss
 
     def _make_staging(self) -> None:
         """Two buffers on the device, each as large as the largest bucket."""
