@@ -1,6 +1,6 @@
 """Operators with one plain PyTorch definition each and, where they exist, faster backends."""
 
-from lora_kernels.attention import Documents, document_attention, document_mask, documents
+from lora_kernels.attention import document_attention, masked_attention
 from lora_kernels.blockwise4 import (
     decode_scales,
     dequantize4,
@@ -15,6 +15,12 @@ from lora_kernels.lora_linear import lora_linear4
 from lora_kernels.lora_update import lora_update
 from lora_kernels.matmul4 import matmul4
 from lora_kernels.operands import Weight4
+from lora_kernels.packed_attention import (
+    Documents,
+    document_mask,
+    documents,
+    row_documents,
+)
 from lora_kernels.rms_norm import rms_norm
 from lora_kernels.rotary import rotary
 from lora_kernels.swiglu import swiglu
@@ -35,9 +41,11 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear4",
     "lora_update",
+    "masked_attention",
     "matmul4",
     "quantize4",
     "rms_norm",
     "rotary",
+    "row_documents",
     "swiglu",
 ]

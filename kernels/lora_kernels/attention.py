@@ -1,260 +1,125 @@
-"""Causal attention that stays within a document: the attention of packed rows.
+"""Attention of a decoder layer: one entry for every mask, head grouping, scale and cap.
 
-    y = softmax(q kᵀ / sqrt(D) + M) v        M = 0 where key ≤ query and both are of one document
+    y = softmax(f(s q kᵀ) + M) v        M = 0 where a query may look, else -inf
 
-Why: packed rows hold many short documents (lora_core/data/packing.py). Under a dense mask attention
-still computes all T² products of a row, n times too many where n documents share it, and reads T²
-mask bytes. The blocks on the diagonal alone are wanted: with documents of length T / n that is
-T² / n products and a list of n + 1 bounds.
+f is the identity, or Gemma 2's cap c tanh(x / c) (lora_kernels/capped_attention.py). PyTorch's SDPA
+does the rest, and three things are decided here so that layers need not:
 
-A document is a run of equal ids in a row. What there is to know of them is made once for a forward
-(`documents`) and handed to every layer. Three ways lead to the same numbers:
+* Without a mask attention is causal, SDPA's cheapest path; or a single new token looks back at a
+  whole cache. Then the query heads of a group stand where rows of a sequence would, so that the
+  cache is read in place: SDPA with heads of their own would copy it G times for each token.
+* Grouped heads are else repeated, not left to `enable_gqa`: the memory-saving kernels of a GPU
+  refuse it in float32 or with a mask.
+* Packed rows and windows take the kernel that computes their blocks alone, where there is one
+  (lora_kernels/packed_attention.py), and the dense mask where not.
 
-* a boolean mask and PyTorch's SDPA: the definition, and what runs on a CPU;
-* PyTorch's variable-length flash attention (`torch.nn.attention.varlen`), on GPUs in 16 bits: the
-  batch is one sequence of B T tokens, cut at the bounds. No padding, no mask, nothing of size T²;
-* PyTorch's flex attention with a block mask, on GPUs in float32: blocks of 128 × 128 in which no
-  pair is allowed are not computed.
+No shape depends on values and nothing waits for a GPU, so a step over a cache of fixed size can be
+captured in a CUDA graph.
 
-The bounds come from the collator, on the CPU, since their number is a shape: found on the GPU it
-would make the host wait for everything queued there. The longest document is not told to the
-kernel, T is: a bound costs a few thread blocks that end at once, the number another wait.
-
-The trade-off: dropout of attention's weights, head sizes above 256 or no multiple of 8, and a
-prefix of trained keys have the dense mask alone. The known packers either need a further package
-for variable lengths (flash-attn) or warn that documents see each other without it.
-
-Ref: Dao 2023, arXiv:2307.08691, for the kernel; Krell et al. 2021, arXiv:2107.02027, for packing
-that keeps documents apart.
+Ref: Ainslie et al. 2023, arXiv:2305.13245, for grouped heads.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.dispatch import OLDEST_GPU, requested
+from lora_kernels.capped_attention import capped_attention, capped_attention_reference
+from lora_kernels.operands import autocast
+from lora_kernels.packed_attention import Documents, by_kernel, spread
 
-__all__ = [
-    "Documents",
-    "document_attention",
-    "document_attention_reference",
-    "document_mask",
-    "documents",
-]
-
-HALF = (torch.bfloat16, torch.float16)
-LARGEST_HEAD = 256  # of the flash kernels, whose heads are multiples of 8
+__all__ = ["document_attention", "masked_attention"]
 
 
-class Documents(NamedTuple):
-    """Packed rows' documents as the GPU's kernels want them, made by `documents`."""
-
-    ids: Tensor
-    """(B, T) integers; a document is a run of equal ones"""
-    bounds: Tensor | None = None
-    """(N + 1,) int32: where runs begin in the flattened batch, and B T; for variable lengths"""
-    blocks: Any = None
-    """flex attention's block mask"""
-
-
-def document_mask(ids: Tensor) -> Tensor:
-    """The definition of who sees whom: earlier tokens of the same run of ids, and oneself.
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: "Tensor | Documents | None",
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention under any of the decoder's masks.
 
     Args:
-        ids: (B, T) integers.
+        q: (B, H, T, D).
+        k: (B, Hkv, S, D); query head h reads head h // (H / Hkv).
+        v: likewise.
+        mask: (B or 1, 1, T, S) bool, True where a query may look; or of `documents`; or None:
+            causal, with T = S, or one token, T = 1, that sees everything.
+        scale: of the products; None: 1 / sqrt(D).
+        softcap: c; scores become c tanh(scores / c) before the mask (Gemma 2). None: no cap.
+        dropout: share of the weights that is dropped. With a cap the weights are held whole then,
+            B H T S numbers, and kept for backward.
 
     Returns:
-        (B, 1, T, T) bool, True where query t may look at key s.
-    """
-    runs = _runs(ids)
-    index = torch.arange(ids.shape[1], device=ids.device)
-    causal = index <= index[:, None]  # (T, T)
-    return (causal & (runs[:, :, None] == runs[:, None, :]))[:, None]
-
-
-def documents(ids: Tensor, bounds: Tensor | None, dtype: torch.dtype) -> "Documents | Tensor":
-    """Prepare a batch's documents for attention, once for all layers.
-
-    Args:
-        ids: (B, T) integers.
-        bounds: (N + 1,) int32 on the same device: where runs begin in the flattened batch, and B T
-            at the end. None: they are counted, for which a GPU is waited for.
-        dtype: of the queries to come.
-
-    Returns:
-        The dense mask (B, 1, T, T) on a CPU and under `LORA_KERNELS=reference`, else Documents. (A
-        whole model in one graph has the dense mask too where flex attention would run, whose blocks
-        are counted outside of graphs.)
+        (B, H, T, D) in the dtype of q, differentiable in q, k and v.
 
     Raises:
-        ValueError: ids of other dimensions, or bounds that cannot be the ids'.
+        TypeError: a mask that is not boolean.
+        ValueError: sizes that do not fit each other, or a cap that is not positive.
     """
-    if ids.dim() != 2:
-        raise ValueError(f"document ids must be (B, T); got {tuple(ids.shape)}")
-    if bounds is not None and (bounds.dim() != 1 or bounds.dtype != torch.int32):
+    _check(q, k, mask, softcap)
+    if isinstance(mask, Documents):
+        if dropout == 0.0 and (out := by_kernel(q, k, v, mask, scale, softcap)) is not None:
+            return out
+        mask = mask.dense()
+    if softcap is not None:
+        return _capped(q, k, v, mask, scale, softcap, dropout)
+    if q.shape[2] == 1:
+        rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, Hkv, G, D)
+        out = F.scaled_dot_product_attention(rows, k, v, mask, dropout, scale=scale)
+        return out.reshape(q.shape)
+    return _dense(q, k, v, mask, scale, dropout)
+
+
+def _check(q: Tensor, k: Tensor, mask: "Tensor | Documents | None", softcap: float | None) -> None:
+    if q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"document bounds must be int32 (N + 1,); got {bounds.dtype} {tuple(bounds.shape)}"
+            f"query heads must be a multiple of key heads; got {q.shape[1]} over {k.shape[1]}"
         )
-    if not _fused(ids):
-        return document_mask(ids)
-    if dtype in HALF and varlen() is not None:
-        return Documents(ids, _bounds(ids) if bounds is None else bounds)
-    if flex() is not None and not torch.compiler.is_compiling():
-        return Documents(ids, None, _blocks(ids))
-    return document_mask(ids)
+    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True where a query may look; got {mask.dtype}")
+    if mask is None and q.shape[2] not in (1, k.shape[2]):
+        raise ValueError(
+            f"{q.shape[2]} queries over {k.shape[2]} keys need a mask: without one there are as "
+            "many of both, or one query"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive; got {softcap}: leave it out for no cap")
 
 
 def document_attention(
     q: Tensor, k: Tensor, v: Tensor, given: "Documents | Tensor", dropout: float = 0.0
 ) -> Tensor:
-    """Causal attention within documents.
-
-    Args:
-        q: (B, H, T, D).
-        k: (B, Hkv, T, D); query head h reads head h // (H / Hkv).
-        v: likewise.
-        given: of `documents`, or the dense mask (B, 1, T, T).
-        dropout: share of the weights that is dropped.
-
-    Returns:
-        (B, H, T, D), differentiable in q, k and v.
-    """
-    if isinstance(given, Tensor):
-        return _dense(q, k, v, given, dropout)
-    size = q.shape[-1]
-    if dropout == 0.0:
-        if given.bounds is not None and size % 8 == 0 and size <= LARGEST_HEAD and q.dtype in HALF:
-            return _by_length(q, k, v, given.bounds)
-        if given.blocks is not None:
-            return _by_block(q, k, v, given.blocks)
-    return _dense(q, k, v, document_mask(given.ids), dropout)
+    """Causal attention within documents: `masked_attention` under `documents`' result."""
+    return masked_attention(q, k, v, given, dropout=dropout)
 
 
-def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-    """The definition: SDPA under `document_mask`.
-
-    Args:
-        q: (B, H, T, D).
-        k: (B, Hkv, T, D).
-        v: likewise.
-        ids: (B, T) integers.
-
-    Returns:
-        (B, H, T, D).
-    """
-    return _dense(q, k, v, document_mask(ids), 0.0)
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float
+) -> Tensor:
     # not enable_gqa: the memory-saving kernels of a GPU refuse it in float32 or with a mask
-    return F.scaled_dot_product_attention(q, *_spread(q, k, v), mask, dropout)
+    k, v = spread(q, k, v)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=mask is None, scale=scale
+    )
 
 
-def _spread(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with a head of their own for each query head."""
-    groups = q.shape[1] // k.shape[1]
-    if groups == 1:
-        return k, v
-    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-
-
-def _runs(ids: Tensor) -> Tensor:
-    """Number of the run that each token belongs to, within its row: (B, T)."""
-    first = torch.zeros_like(ids[:, :1], dtype=torch.bool)
-    return torch.cat([first, ids[:, 1:] != ids[:, :-1]], 1).cumsum(1)
-
-
-def _bounds(ids: Tensor) -> Tensor:
-    """(N + 1,) int32 from (B, T) ids; a GPU is waited for."""
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    starts = begins.flatten().nonzero()[:, 0]  # (N,)
-    return torch.cat([starts, starts.new_full((1,), ids.numel())]).to(torch.int32)
-
-
-# --- variable lengths ---
-
-
-def _fused(ids: Tensor) -> bool:
-    """Whether the GPU's kernels are to be used."""
-    if not ids.is_cuda or requested() == "reference":
-        return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(ids.device) >= OLDEST_GPU
-
-
-# PyTorch's operators, once `documents` has looked for them: the modules they are in take a second
-# to import, and torch.compile cannot trace the search
-_found: dict[str, Any] = {}
-
-
-def varlen() -> tuple[Callable[..., Any], bool] | None:
-    """PyTorch's operator, and whether it takes fewer key/value heads than queries have.
-
-    Returns:
-        None where this version of PyTorch has none, or none with a causal window.
-    """
-    if "varlen" not in _found and not torch.compiler.is_compiling():
-        _found["varlen"] = _find_varlen()
-    return _found.get("varlen")
-
-
-def _find_varlen() -> tuple[Callable[..., Any], bool] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    names = inspect.signature(varlen_attn).parameters
-    return (varlen_attn, "enable_gqa" in names) if "window_size" in names else None
-
-
-def _by_length(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
-    found = varlen()
-    assert found is not None  # `documents` asked
-    operator, takes_groups = found
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
-    if takes_groups:
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    else:
-        k, v = _spread(q, k, v)
-    batch, _, tokens, _ = q.shape
-    flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B T, H, D)
-    out = operator(*flat, bounds, bounds, tokens, tokens, **options)  # (B T, H, D)
-    return out.unflatten(0, (batch, tokens)).transpose(1, 2)  # (B, H, T, D)
-
-
-# --- blocks ---
-
-
-def flex() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """Flex attention for a graph, and compiled: it is a kernel only then. None: not looked for."""
-    if "flex" not in _found and not torch.compiler.is_compiling():
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _found["flex"] = flex_attention, torch.compile(flex_attention, dynamic=False)
-    return _found.get("flex")
-
-
-def _blocks(ids: Tensor) -> Any:
-    """Flex attention's block mask."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    runs = _runs(ids)
-
-    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (runs[b, query] == runs[b, key])
-
-    tokens = ids.shape[1]
-    return create_block_mask(seen, len(ids), None, tokens, tokens, device=str(ids.device))
-
-
-def _by_block(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
-    found = flex()
-    assert found is not None  # `documents` asked
-    in_graph, compiled = found
-    operator = in_graph if torch.compiler.is_compiling() else compiled
-    out: Tensor = operator(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
-    return out
+def _capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    dropout: float,
+) -> Tensor:
+    q, k, v = (autocast(t) for t in (q, k, v))  # as SDPA does
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if dropout:
+        return capped_attention_reference(q, k, v, mask, scale, softcap, dropout)
+    return capped_attention(q, k, v, mask, scale, softcap)

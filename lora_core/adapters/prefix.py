@@ -43,7 +43,7 @@ from lora_core.adapters.ptuning import check_width
 from lora_core.adapters.soft import SoftPrompt, check_positions, check_tokens, embedding_size
 from lora_core.adapters.soft_call import CACHES, hook, unhook
 from lora_core.targets import sites, unwrap
-from lora_kernels import Documents, document_mask
+from lora_kernels import Documents
 
 __all__ = ["Prefix", "PrefixTokens", "PrefixTuningConfig", "attention_modules"]
 
@@ -173,7 +173,7 @@ class Prefix(Adapter):
         call = {**dict(zip(how.names, args, strict=False)), **kwargs}
         mask, tokens = call.get(how.mask), call[how.names[0]].shape[1]
         if isinstance(mask, Documents):  # a GPU's kernels have no columns for a prefix
-            mask = document_mask(mask.ids)
+            mask = mask.dense()
         how.check(mask)
         key, value = (state.transpose(0, 1)[None] for state in self.states())  # (1, Hkv, P, D)
         causal = tokens if mask is None and tokens > 1 and how.causal else None

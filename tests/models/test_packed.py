@@ -26,7 +26,7 @@ from lora_core.models import CausalLM
 from lora_core.testing.bounds import exceeds, gamma
 from lora_core.train.compile import compiled_layers
 from lora_core.train.recompute import recomputed_layers
-from lora_kernels import Documents, attention
+from lora_kernels import Documents, packed_attention
 
 Make = Callable[..., CausalLM]
 Shake = Callable[..., nn.Module]
@@ -236,8 +236,10 @@ def test_variable_lengths_under_autocast(
             return logits.detach(), gradients(model, loss)
 
     wanted, truth = run()
-    monkeypatch.setattr(attention, "_fused", lambda ids: True)
-    monkeypatch.setattr(attention, "varlen", lambda: (counted, True))
+    monkeypatch.setattr(packed_attention, "_fused", lambda ids: True)
+    monkeypatch.setattr(
+        packed_attention, "varlen", lambda: packed_attention.Varlen(counted, True, True)
+    )
     got, found = run()
     assert got.dtype == wanted.dtype
     # a prefix has the dense mask, so nothing changes but which way was taken
@@ -259,8 +261,10 @@ def test_bounds_are_counted_where_they_are_not_given(make_model: Make, monkeypat
         return forward(self, x, rotary, mask, cache)
 
     monkeypatch.setattr(type(model.model.layers[0]), "forward", spy)
-    monkeypatch.setattr(attention, "_fused", lambda ids: True)
-    monkeypatch.setattr(attention, "varlen", lambda: (varlen_attn, True))
+    monkeypatch.setattr(packed_attention, "_fused", lambda ids: True)
+    monkeypatch.setattr(
+        packed_attention, "varlen", lambda: packed_attention.Varlen(varlen_attn, True, True)
+    )
     _, batch = packed([[4, 3], [6]], 8)
     for given_ in (batch, {k: v for k, v in batch.items() if k != "document_bounds"}):
         model.bfloat16()(**given_)

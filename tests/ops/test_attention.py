@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import Documents, attention, document_attention, document_mask, documents
-from lora_kernels.attention import document_attention_reference
+from lora_kernels import Documents, document_mask, documents, masked_attention, packed_attention
 
 Check = Callable[..., None]
 CALLS: list[dict[str, Any]] = []
@@ -76,9 +75,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]
     """Take the GPU's ways on a CPU, with this operator for variable lengths."""
 
     def use(operator: Any) -> None:
-        monkeypatch.setattr(attention, "_fused", lambda ids: True)
-        found = operator, "enable_gqa" in inspect.signature(operator).parameters
-        monkeypatch.setattr(attention, "varlen", lambda: found)
+        monkeypatch.setattr(packed_attention, "_fused", lambda ids: True)
+        names = inspect.signature(operator).parameters
+        found = packed_attention.Varlen(operator, "enable_gqa" in names, "scale" in names)
+        monkeypatch.setattr(packed_attention, "varlen", lambda: found)
         CALLS.clear()
 
     yield use
@@ -104,6 +104,11 @@ def inputs(
     q = torch.randn(shape, dtype=dtype)
     k, v = (torch.randn(len(rows), heads, total, size, dtype=dtype) for _ in range(2))
     return ids, q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    """SDPA under the mask that defines who sees whom."""
+    return masked_attention(q, k, v, document_mask(ids))
 
 
 def written_out(ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -134,7 +139,7 @@ def test_the_definition(as_accurate_as: Check, rows: Any, heads: int, groups: in
     assert (got - truth).abs().max() <= 40 * torch.finfo(torch.float32).eps * v.abs().max()
     mask = documents(ids, None, torch.float32)
     assert isinstance(mask, Tensor)
-    assert torch.equal(got, document_attention(q, k, v, mask).detach())
+    assert torch.equal(got, masked_attention(q, k, v, mask).detach())
 
 
 def test_a_document_is_a_run_of_equal_ids() -> None:
@@ -149,13 +154,13 @@ def test_variable_lengths(
 ) -> None:
     stand_in(without_groups if old else by_documents)
     ids, q, k, v = inputs(rows, heads, groups, dtype=torch.bfloat16)
-    bounds = attention._bounds(ids) if told else None
+    bounds = packed_attention._bounds(ids) if told else None
     given_ = documents(ids, bounds, torch.bfloat16)
     assert isinstance(given_, Documents)
     upstream = torch.randn(q.shape, dtype=torch.bfloat16)
     results = []
     for run in (
-        lambda *x: document_attention(*x, given_),
+        lambda *x: masked_attention(*x, given_),
         lambda *x: document_attention_reference(*x, ids),
         lambda *x: document_attention_reference(*(y.double() for y in x), ids),
     ):
@@ -171,8 +176,8 @@ def test_variable_lengths(
 def test_bounds_are_the_runs(stand_in: Any) -> None:
     ids = torch.tensor([[0, 0, 1, -1, -1], [-1, 2, 2, 2, 3]])
     # the padding that ends a row and the padding that begins the next are two runs
-    assert attention._bounds(ids).tolist() == [0, 2, 3, 5, 6, 9, 10]
-    assert attention._bounds(ids).dtype == torch.int32
+    assert packed_attention._bounds(ids).tolist() == [0, 2, 3, 5, 6, 9, 10]
+    assert packed_attention._bounds(ids).dtype == torch.int32
 
 
 @pytest.mark.parametrize(("rows", "heads", "groups"), [([[3, 2, 4], [1, 7]], 2, 1), ([[5]], 1, 3)])
@@ -187,13 +192,13 @@ def test_blocks(
     from torch.nn.attention.flex_attention import flex_attention
 
     stand_in(by_documents)
-    monkeypatch.setattr(attention, "flex", lambda: (flex_attention, flex_attention))
+    monkeypatch.setattr(packed_attention, "flex", lambda: (flex_attention, flex_attention))
     ids, q, k, v = (x.detach() for x in inputs(rows, heads, groups))
     given_ = documents(ids, None, torch.float32)
     assert isinstance(given_, Documents)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not compiled
-        ours = document_attention(q, k, v, given_)
+        ours = masked_attention(q, k, v, given_)
     theirs = document_attention_reference(q, k, v, ids)
     truth = document_attention_reference(q.double(), k.double(), v.double(), ids)
     as_accurate_as(ours, theirs, truth)
@@ -206,9 +211,9 @@ def test_what_no_kernel_takes_has_the_dense_mask(stand_in: Any, size: int, dropo
     ids, q, k, v = inputs([[3, 2]], 1, 2, size, torch.bfloat16)
     given_ = documents(ids, None, torch.bfloat16)
     torch.manual_seed(0)
-    got = document_attention(q, k, v, given_, dropout)
+    got = masked_attention(q, k, v, given_, dropout=dropout)
     torch.manual_seed(0)
-    wanted = document_attention(q, k, v, document_mask(ids), dropout)
+    wanted = masked_attention(q, k, v, document_mask(ids), dropout=dropout)
     assert torch.equal(got, wanted)
     assert not CALLS
     assert dropout == 0.0 or not torch.equal(got, document_attention_reference(q, k, v, ids))
@@ -219,7 +224,7 @@ def test_queries_of_another_dtype_than_was_said(stand_in: Any) -> None:
     ids, q, k, v = inputs([[3, 2]], 1, 1)
     given_ = documents(ids, None, torch.bfloat16)
     assert torch.equal(
-        document_attention(q, k, v, given_), document_attention_reference(q, k, v, ids)
+        masked_attention(q, k, v, given_), document_attention_reference(q, k, v, ids)
     )
 
 
@@ -249,11 +254,11 @@ def test_a_layer_compiles_with_documents_in_one_graph(stand_in: Any) -> None:
 
     stand_in(traced)
     torch._dynamo.reset()
-    compiled = torch.compile(document_attention, backend="eager", fullgraph=True)
+    compiled = torch.compile(masked_attention, backend="eager", fullgraph=True)
     for rows in ([[3, 2], [4]], [[1, 1, 3], [2, 2]], [[5], [2, 1, 2]]):
         ids, q, k, v = (x.detach() for x in inputs(rows, 1, 1, dtype=torch.bfloat16))
         given_ = documents(ids, None, torch.bfloat16)
-        assert torch.equal(compiled(q, k, v, given_), document_attention(q, k, v, given_))
+        assert torch.equal(compiled(q, k, v, given_), masked_attention(q, k, v, given_))
     assert len(CALLS) == 6
 
 
@@ -270,33 +275,33 @@ def test_which_way_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d, c=capability: c)
         monkeypatch.setenv("LORA_KERNELS", choice)
-        assert attention._fused(gpu) is fused  # type: ignore[arg-type]
+        assert packed_attention._fused(gpu) is fused  # type: ignore[arg-type]
 
 
 def test_pytorch_with_and_without_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "torch.nn.attention.varlen"
     for module, wanted in [
-        (types.SimpleNamespace(varlen_attn=by_documents), (by_documents, True)),
-        (types.SimpleNamespace(varlen_attn=without_groups), (without_groups, False)),
+        (types.SimpleNamespace(varlen_attn=by_documents), (by_documents, True, True)),
+        (types.SimpleNamespace(varlen_attn=without_groups), (without_groups, False, False)),
         (types.SimpleNamespace(varlen_attn=lambda q, k, v, is_causal=False: q), None),
         (None, None),
     ]:
         monkeypatch.setitem(sys.modules, name, module)
-        attention._found.clear()
-        assert attention.varlen() == wanted
-    attention._found.clear()
+        packed_attention._found.clear()
+        assert packed_attention.varlen() == wanted
+    packed_attention._found.clear()
 
 
 def test_this_pytorchs_operator_is_found_and_called_as_it_wants() -> None:
     from torch.nn.attention.varlen import varlen_attn
 
-    assert attention.varlen() == (varlen_attn, True)
+    assert packed_attention.varlen() == (varlen_attn, True, True)
     q = torch.empty(2, 4, 8, 16, device="meta", dtype=torch.bfloat16)
     k = torch.empty(2, 2, 8, 16, device="meta", dtype=torch.bfloat16)
     bounds = torch.empty(5, device="meta", dtype=torch.int32)
-    out = attention._by_length(q, k, k, bounds)
+    out = packed_attention._by_length(q, k, k, bounds)
     assert out.shape == q.shape
-    compiled = torch.compile(attention._by_length, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(packed_attention._by_length, fullgraph=True, backend="aot_eager")
     compiled(q.requires_grad_(), k, k, bounds).sum().backward()
     assert q.grad.shape == q.shape
 

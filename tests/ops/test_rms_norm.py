@@ -180,9 +180,9 @@ def test_x_and_the_weight_are_all_that_is_kept(dtype: torch.dtype, trained: bool
 
 def test_what_is_not_wanted_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, dy = torch.randn(3, 8), torch.randn(8), torch.randn(3, 8)
-    both = OPS.rms_norm_backward(dy, x, w, 1e-6, False, True, True)
+    both = OPS.rms_norm_backward(dy, x, w, 1e-6, False, False, True, True)
     for wants in ((True, False), (False, True), (False, False)):
-        one = OPS.rms_norm_backward(dy, x, w, 1e-6, False, *wants)
+        one = OPS.rms_norm_backward(dy, x, w, 1e-6, False, False, *wants)
         for got, whole, wanted in zip(one, both, wants, strict=True):
             assert torch.equal(got, whole) if wanted else got.numel() == 0
     y = rms_norm(x, w.requires_grad_())
@@ -213,10 +213,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     x, w = torch.randn(2, 3, 16).to(dtype), torch.randn(16)
     for own, offset in ((x, False), (x.transpose(0, 1), True)):
         leaves = own.detach().requires_grad_(), w.detach().requires_grad_()
-        torch.library.opcheck(OPS.rms_norm.default, (*leaves, 1e-6, offset))
+        torch.library.opcheck(OPS.rms_norm.default, (*leaves, 1e-6, offset, offset))
     dy = torch.randn(2, 3, 16)
     for wants in ((True, True), (True, False)):
-        torch.library.opcheck(OPS.rms_norm_backward.default, (dy, x, w, 1e-6, False, *wants))
+        torch.library.opcheck(OPS.rms_norm_backward.default, (dy, x, w, 1e-6, False, False, *wants))
 
 
 def test_it_compiles_in_one_graph() -> None:

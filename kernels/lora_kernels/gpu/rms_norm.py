@@ -54,9 +54,9 @@ def _weight(w_ptr, k, h, x, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _round(x, dtype: tl.constexpr, OFFSET: tl.constexpr):
+def _round(x, dtype: tl.constexpr, WIDE: tl.constexpr):
     """To the dtype of x, before the product with w."""
-    if OFFSET:
+    if WIDE:
         return x
     else:
         return _widen(narrow(x, dtype))
@@ -77,6 +77,7 @@ def _forward_kernel(
     x_stride,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -92,12 +93,12 @@ def _forward_kernel(
             squares += tl.sum(x * x, axis=1)
     r = _root(squares, h, EPS)
     if WHOLE:
-        y = _round(x * r, dtype, OFFSET) * _weight(w_ptr, k, h, x, OFFSET)
+        y = _round(x * r, dtype, WIDE) * _weight(w_ptr, k, h, x, OFFSET)
         _store(y_ptr, y, i, k, m, h)
     else:
         for start in range(0, h, COLUMNS):
             x = _load(x_ptr, i, start + k, m, h, x_stride)
-            y = _round(x * r, dtype, OFFSET) * _weight(w_ptr, start + k, h, x, OFFSET)
+            y = _round(x * r, dtype, WIDE) * _weight(w_ptr, start + k, h, x, OFFSET)
             _store(y_ptr, y, i, start + k, m, h)
 
 
@@ -159,7 +160,7 @@ def _dw_kernel(
     m,
     h,
     x_stride,
-    OFFSET: tl.constexpr,
+    WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -172,19 +173,22 @@ def _dw_kernel(
     for start in range(first, tl.minimum(first + SPLIT, m), ROWS):
         i = start + tl.arange(0, ROWS)  # (ROWS,)
         r = tl.load(r_ptr + i, mask=i < m, other=0.0)[:, None]
-        n = _round(_load(x_ptr, i, k, m, h, x_stride) * r, x_ptr.dtype.element_ty, OFFSET)
+        n = _round(_load(x_ptr, i, k, m, h, x_stride) * r, x_ptr.dtype.element_ty, WIDE)
         total += tl.sum(_load(dy_ptr, i, k, m, h, h) * n, axis=0)
     tl.store(dw_ptr + split * h + k, total, mask=k < h)
 
 
-def forward(x: Tensor, weight: Tensor, eps: float, offset: bool, dtype: torch.dtype) -> Tensor:
-    """`weight * round(x / rms(x))`, or `(1 + weight) * x / rms(x)` with an offset.
+def forward(
+    x: Tensor, weight: Tensor, eps: float, offset: bool, wide: bool, dtype: torch.dtype
+) -> Tensor:
+    """`weight * round(x / rms(x))`, with 1 + weight, or without the rounding.
 
     Args:
         x: (M, H), channels side by side.
         weight: (H,).
         eps: added to the mean square.
-        offset: Gemma's form.
+        offset: multiply by 1 + weight.
+        wide: round once, at the end.
         dtype: of the result.
 
     Returns:
@@ -192,7 +196,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, offset: bool, dtype: torch.dt
     """
     (m, h), y = x.shape, torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        options = _options(h, eps, offset)
+        options = {**_options(h, eps, offset), "WIDE": wide}
         grid = (triton.cdiv(m, options["ROWS"]),)
         _forward_kernel[grid](x, weight, y, m, h, x.stride(0), **options)
     return y
@@ -204,21 +208,23 @@ def backward(
     weight: Tensor,
     eps: float,
     offset: bool,
+    wide: bool,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x (M, H), and, if the second of `wants` says so, of the weight (H,).
 
     Args:
         dy: (M, H) without gaps.
-        x: as `forward`'s, like the next three.
+        x: as `forward`'s, like the next four.
         weight: see there.
         eps: see there.
         offset: see there.
+        wide: see there.
         wants: which are wanted; the first is given in any case.
     """
     (m, h), dx = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    r = torch.empty(m, dtype=wide, device=x.device) if wants[1] else None
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    r = torch.empty(m, dtype=dtype, device=x.device) if wants[1] else None
     if x.numel():
         options = _options(h, eps, offset)
         grid = (triton.cdiv(m, options["ROWS"]),)
@@ -226,12 +232,10 @@ def backward(
     if r is None:
         return dx, None
     splits = triton.cdiv(m, SPLIT)
-    sums = torch.empty((splits, h), dtype=wide, device=x.device)
+    sums = torch.empty((splits, h), dtype=dtype, device=x.device)
     if x.numel():
         grid = (splits * triton.cdiv(h, COLUMNS),)
-        _dw_kernel[grid](
-            dy, x, r, sums, m, h, x.stride(0), **_dw_constants(offset), num_warps=WARPS
-        )
+        _dw_kernel[grid](dy, x, r, sums, m, h, x.stride(0), **_dw_constants(wide), num_warps=WARPS)
     return dx, sums.sum(0)
 
 
@@ -248,27 +252,36 @@ def _constants(h: int, eps: float, offset: bool) -> dict[str, Any]:
     return {"EPS": eps, "OFFSET": offset, "ROWS": rows, "COLUMNS": columns, "WHOLE": whole}
 
 
-def _dw_constants(offset: bool) -> dict[str, Any]:
-    return {"OFFSET": offset, "SPLIT": SPLIT, "ROWS": ROWS, "COLUMNS": COLUMNS}
+def _dw_constants(wide: bool) -> dict[str, Any]:
+    return {"WIDE": wide, "SPLIT": SPLIT, "ROWS": ROWS, "COLUMNS": COLUMNS}
 
 
 def variants() -> list[Variant]:
-    """Rows of 4096 in every dtype; short, long and longest rows, an offset, a trained weight."""
+    """Rows of 4096 in every dtype; short, long and longest rows, each form, a trained weight."""
     kernels = (_forward_kernel, _dx_kernel)
     found = [_variant(k, d, 4096) for k in kernels for d in ("bf16", "fp16", "fp32")]
     found += [_variant(k, "bf16", h) for k in kernels for h in (128, 2048, 8192, 16384, 32768)]
     found += [_variant(k, "bf16", 4096, offset=True) for k in kernels]
+    found.append(_variant(_forward_kernel, "bf16", 4096, wide=True))
     found.append(_variant(_dx_kernel, "bf16", 4096, keeps_r=True))
-    return found + [_variant(_dw_kernel, dtype, 4096) for dtype in ("bf16", "fp16", "fp32")]
+    found += [_variant(_dw_kernel, dtype, 4096) for dtype in ("bf16", "fp16", "fp32")]
+    return [*found, _variant(_dw_kernel, "bf16", 4096, wide=True)]
 
 
 def _variant(
-    kernel: Any, dtype: str, h: int, offset: bool = False, keeps_r: bool = False
+    kernel: Any,
+    dtype: str,
+    h: int,
+    offset: bool = False,
+    wide: bool = False,
+    keeps_r: bool = False,
 ) -> Variant:
     options = _options(h, 1e-5, offset)
     warps, constants = options.pop("num_warps"), options
+    if kernel is _forward_kernel:
+        constants = {**constants, "WIDE": wide or offset}
     if kernel is _dw_kernel:
-        warps, constants = WARPS, _dw_constants(offset)
+        warps, constants = WARPS, _dw_constants(wide)
     if kernel is _dx_kernel and not keeps_r:
         constants = {**constants, "r_ptr": None}
     types = {"r_ptr": "*fp32", "dw_ptr": "*fp32"}
@@ -277,8 +290,9 @@ def _variant(
         for name in kernel.arg_names
     }
     way = {_forward_kernel: "forward", _dx_kernel: "dx", _dw_kernel: "dw"}[kernel]
+    said = {"offset": offset, "wide": wide, "and r": keeps_r}
     return Variant(
-        f"rms_norm/{way}/{dtype}/{h}{'/offset' if offset else ''}{'/and r' if keeps_r else ''}",
+        "/".join(["rms_norm", way, dtype, str(h), *(name for name, on in said.items() if on)]),
         kernel,
         signature | dict.fromkeys(constants, "constexpr"),
         constants,
