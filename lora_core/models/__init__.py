@@ -1,16 +1,30 @@
-"""Decoders built from a Hugging Face configuration, their cache and generation."""
+"""Decoders and encoders built from a Hugging Face configuration, their cache and generation."""
 
+from lora_core.models.build import build_model, read_config
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
 from lora_core.models.decoder import CausalLM, ModelOutput
+from lora_core.models.encoder import Encoder, EncoderModel, EncoderOutput
+from lora_core.models.encoder_config import EncoderConfig
+from lora_core.models.encoder_heads import MaskedLM, SequenceClassifier, SpanFinder, TokenClassifier
 from lora_core.models.generate import generate, generate_ids, left_pad
 
 __all__ = [
     "CausalLM",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderModel",
+    "EncoderOutput",
     "KVCache",
+    "MaskedLM",
     "ModelConfig",
     "ModelOutput",
+    "SequenceClassifier",
+    "SpanFinder",
+    "TokenClassifier",
+    "build_model",
     "generate",
     "generate_ids",
     "left_pad",
+    "read_config",
 ]

@@ -1,0 +1,113 @@
+"""One way in for every kind of model: config.json to a configuration, a configuration to a model.
+
+Which kind it is, decoder or encoder, is told by `model_type` or the architecture's name; what is
+known to neither is refused with the list of all that are. A further head or kind is a line here.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_core.models.config import FAMILIES, ModelConfig
+from lora_core.models.decoder import CausalLM
+from lora_core.models.encoder import Encoder, EncoderModel
+from lora_core.models.encoder_config import EncoderConfig
+from lora_core.models.encoder_families import ENCODERS, architectures
+from lora_core.models.encoder_heads import (
+    MaskedLM,
+    SequenceClassifier,
+    SpanFinder,
+    TokenClassifier,
+)
+
+_HEADED = {
+    "masked": MaskedLM,
+    "sequence": SequenceClassifier,
+    "span": SpanFinder,
+    "token": TokenClassifier,
+}
+
+
+def read_config(directory: str | Path) -> ModelConfig | EncoderConfig:
+    """Read `config.json` of a Hugging Face folder.
+
+    Args:
+        directory: the folder.
+
+    Returns:
+        The configuration of a decoder or of an encoder.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it is no JSON object, or describes what this library cannot run.
+        TypeError: a value in it is of the wrong type.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no config.json: not a Hugging Face folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(raw).__name__}")
+    try:
+        return config_from(raw)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def config_from(raw: Mapping[str, Any]) -> ModelConfig | EncoderConfig:
+    """The configuration that config.json's content describes.
+
+    Args:
+        raw: the content.
+
+    Returns:
+        Of a decoder or of an encoder.
+
+    Raises:
+        ValueError: what neither is, a missing size, a value out of range.
+        TypeError: a value of the wrong type.
+    """
+    kind, names = raw.get("model_type"), raw.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    if kind in ENCODERS or (kind is None and name in architectures()):
+        return EncoderConfig.from_dict(raw)
+    if kind is not None and kind not in FAMILIES:
+        known = ", ".join(sorted({*FAMILIES, *ENCODERS}))
+        raise ValueError(f"model_type {kind!r} is not implemented; known: {known}")
+    return ModelConfig.from_dict(raw)
+
+
+def build_model(
+    config: ModelConfig | EncoderConfig, *, head: str | None = None, num_labels: int | None = None
+) -> CausalLM | EncoderModel:
+    """A model of the shapes that a configuration describes; its weights are PyTorch's random ones.
+
+    Args:
+        config: of a decoder or of an encoder.
+        head: what stands on an encoder: "none", "masked", "sequence", "token" or "span"; None: what
+            the configuration says.
+        num_labels: outputs of that head; None: what the configuration says.
+
+    Returns:
+        A `CausalLM`, or an encoder: `Encoder` without a head, else one of `MaskedLM`,
+        `SequenceClassifier`, `TokenClassifier`, `SpanFinder`.
+
+    Raises:
+        ValueError: a head for a decoder, an unknown one, or labels for one that has none.
+    """
+    if isinstance(config, ModelConfig):
+        if head is not None or num_labels is not None:
+            raise ValueError(
+                f"head and num_labels are for encoders ({', '.join(sorted(ENCODERS))}); "
+                f"{config.model_type} is a decoder"
+            )
+        return CausalLM(config)
+    wanted = config.with_head(head, num_labels)
+    kind = _HEADED.get(wanted.head or "none")
+    model = Encoder(wanted) if kind is None else kind(wanted)
+    model.expect(config)
+    return model
