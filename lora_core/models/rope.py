@@ -196,6 +196,10 @@ def _longrope_attention(parameters: RopeParameters) -> float:
     return math.sqrt(1 + math.log(parameters["factor"]) / math.log(context))
 
 
+def _unscaled(parameters: RopeParameters) -> float:
+    return 1.0
+
+
 class RopeType(NamedTuple):
     """One scaling: its formulas and the keys of `rope_parameters` that they read."""
 
@@ -205,7 +209,7 @@ class RopeType(NamedTuple):
     """Keys that must be there, beside `rope_theta`: positive numbers, or lists of them."""
     optional: tuple[str, ...] = ()
     """Keys that may be there: numbers, `truncate` a boolean."""
-    attention: Callable[[RopeParameters], float] = lambda parameters: 1.0
+    attention: Callable[[RopeParameters], float] = _unscaled
     """What cosine and sine are multiplied by."""
     at_length: Callable[[Tables, RopeParameters, Tensor], Tensor] | None = None
     """The frequencies for a text of so many tokens, an integer tensor (); None: for all alike."""
@@ -263,17 +267,23 @@ class Rotary(nn.Module):
         Returns:
             Two float32 tensors (B or 1, 1, T, R), the angles repeated for both halves.
         """
-        if self.inv_freq.device != position_ids.device:
-            self.tables = tuple(table.to(position_ids.device) for table in self.tables)
-        inv_freq = self.inv_freq
+        tables = self._tables_on(position_ids.device)
+        inv_freq = tables[0]
         if self.kind.at_length is not None:
-            length = position_ids.max() + 1
-            inv_freq = self.kind.at_length(self.tables, self.rope, length)
+            inv_freq = self.kind.at_length(tables, self.rope, position_ids.max() + 1)
         angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, R/2)
         angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, R)
         if self.attention == 1.0:
             return angles.cos(), angles.sin()
         return angles.cos() * self.attention, angles.sin() * self.attention
+
+    def _tables_on(self, device: torch.device) -> Tables:
+        if self.inv_freq.device == device:
+            return self.tables
+        moved = tuple(table.to(device) for table in self.tables)
+        if device.type != "meta":  # there is no way back from there
+            self.tables = moved
+        return moved
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

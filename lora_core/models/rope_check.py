@@ -6,11 +6,13 @@ rotations: with `mrope_section` a "default" is no plain rotation, and a model mu
 something it is not.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from lora_core.models.rope import ROPE_TYPES, RopeParameters, rotary_channels
 
 _CONTEXT = "original_max_position_embeddings"
+_LAYERS = {"full_attention", "sliding_attention"}
 _LISTS = ("short_factor", "long_factor")
 # keys of rotations that are not implemented, which change what a known type would compute
 _FOREIGN = (
@@ -28,43 +30,58 @@ def check_rope(rope: RopeParameters, head_dim: int, *, partial: bool = True) -> 
     """Check a rotation's parameters and leave out keys that its type does not know.
 
     Args:
-        rope: `rope_type` (absent: "default"), `rope_theta` (absent: 10000) and the type's keys.
+        rope: `rope_type` (absent: "default"), `rope_theta` (absent: 10000) and the type's keys; or
+            such a mapping for "full_attention" and for "sliding_attention".
         head_dim: D.
         partial: whether the family can leave channels unturned.
 
     Returns:
-        `rope_type`, `rope_theta`, the type's keys, and `partial_rotary_factor` unless it is 1.
+        `rope_type`, `rope_theta`, the type's keys, and `partial_rotary_factor` unless it is 1;
+        nested as `rope` is.
 
     Raises:
         ValueError: an unknown type, a key that is missing, out of range or of another rotation,
             or values that do not fit together.
     """
-    rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}
-    name = rope["rope_type"]
-    if not isinstance(name, str) or name not in ROPE_TYPES:
+    name = "rope_parameters"
+    if not any(isinstance(value, Mapping) for value in rope.values()):
+        return _check_one(rope, head_dim, partial, name)
+    if set(rope) != _LAYERS or not all(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError(
-            f"rope_type {brief(name)} is not implemented; known: {', '.join(sorted(ROPE_TYPES))}"
+            f"{name} must hold an object each for {', '.join(sorted(_LAYERS))}, or one for all "
+            f"layers; got the keys {brief(sorted(map(str, rope)))}"
+        )
+    return {
+        kind: _check_one(part, head_dim, partial, f"{name}[{kind!r}]")
+        for kind, part in rope.items()
+    }
+
+
+def _check_one(rope: RopeParameters, head_dim: int, partial: bool, name: str) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}
+    which = rope["rope_type"]
+    if not isinstance(which, str) or which not in ROPE_TYPES:
+        raise ValueError(
+            f"rope_type {brief(which)} is not implemented; known: {', '.join(sorted(ROPE_TYPES))}"
         )
     for key in _FOREIGN:
         if rope.get(key) not in (None, False):
             raise ValueError(
-                f"rope_parameters[{key!r}] belongs to a rotation that is not implemented; got "
-                f"{brief(rope[key])} with rope_type {name!r}"
+                f"{name}[{key!r}] belongs to a rotation that is not implemented; got "
+                f"{brief(rope[key])} with rope_type {which!r}"
             )
-    kind = ROPE_TYPES[name]
+    kind = ROPE_TYPES[which]
     keys = ["rope_theta", *kind.needed, *(key for key in kind.optional if _stated(rope, key))]
     channels = _check_partial(rope, head_dim, partial)
     for key in keys:
         fault = _fault(key, rope.get(key), channels)
         if fault:
             wanted, got = fault
-            raise ValueError(
-                f"rope_parameters[{key!r}] must be {wanted} for rope_type {name!r}; got {got}"
-            )
+            raise ValueError(f"{name}[{key!r}] must be {wanted} for rope_type {which!r}; got {got}")
     _check_together(rope, channels)
     checked = {key: rope[key] for key in ("rope_type", *keys)}
     checked |= {key: list(checked[key]) for key in _LISTS if key in checked}
-    if channels != head_dim:
+    if rope.get("partial_rotary_factor", 1) != 1:
         checked["partial_rotary_factor"] = rope["partial_rotary_factor"]
     return checked
 
@@ -77,7 +94,7 @@ def _check_partial(rope: RopeParameters, head_dim: int, partial: bool) -> int:
     """R, after a look at what it follows from."""
     share = rope.get("partial_rotary_factor", 1.0)
     if not is_positive(share) or share > 1:
-        raise ValueError(f"partial_rotary_factor must be a number in (0, 1]; got {share!r}")
+        raise ValueError(f"partial_rotary_factor must be a number in (0, 1]; got {brief(share)}")
     if share != 1 and not partial:
         raise ValueError(
             f"partial_rotary_factor {share} is not implemented for this family; only 1.0"
@@ -130,7 +147,9 @@ def _check_together(rope: RopeParameters, channels: int) -> None:
             f"(rope_type 'llama3'); got {rope['high_freq_factor']}"
         )
     if name == "longrope" and rope[_CONTEXT] <= 1:
-        raise ValueError(f"{_CONTEXT} must be greater than 1 (rope_type 'longrope')")
+        raise ValueError(
+            f"{_CONTEXT} must be greater than 1 (rope_type 'longrope'); got {rope[_CONTEXT]}"
+        )
     if name != "yarn":
         return
     if rope["rope_theta"] <= 1:

@@ -115,7 +115,7 @@ def _object(raw: Mapping[str, Any], key: str, within: str = "") -> Mapping[str, 
     value = raw.get(key)
     if value is not None and not isinstance(value, Mapping):
         name = f"{within}[{key!r}]" if within else key
-        raise TypeError(f"{name} must be an object; got {value!r}")
+        raise TypeError(f"{name} must be an object; got {brief(value)}")
     return value
 
 
@@ -163,7 +163,8 @@ def _type_of(rope: Mapping[str, Any], name: str, aliases: Mapping[str, str]) -> 
     kinds = sorted({aliases.get(kind, kind) for kind in said})
     if len(kinds) > 1:
         raise ValueError(
-            f"{name} says rope_type {rope['rope_type']!r} and type {rope['type']!r}: leave one out"
+            f"{name} says rope_type {brief(rope['rope_type'])} and type {brief(rope['type'])}: "
+            "leave one out"
         )
     scaled = sorted(_OWN & set(rope))
     if not kinds and scaled:
@@ -201,36 +202,38 @@ def rope_to_dict(rope: RopeParameters, max_position_embeddings: int) -> dict[str
     Raises:
         ValueError: a context of type "dynamic" that the file cannot express.
     """
+    context = max_position_embeddings
     if not any(isinstance(value, Mapping) for value in rope.values()):
-        return _flat_to_dict(rope, max_position_embeddings)
-    parts = {kind: _flat_to_dict(part, max_position_embeddings) for kind, part in rope.items()}
+        return _flat_to_dict(rope, context, outside=True)
+    parts = {kind: _flat_to_dict(part, context, outside=False) for kind, part in rope.items()}
     raw: dict[str, Any] = {
         "rope_parameters": {kind: part["rope_parameters"] for kind, part in parts.items()}
     }
-    # the older dialect knows these two types of layer, and a scaling of the full ones alone
-    if parts.keys() == {_FULL, _SLIDING} and "rope_scaling" not in parts[_SLIDING]:
+    # the older dialect knows a scaling of the full layers alone, and one share for both
+    whole = not any("partial_rotary_factor" in part for part in parts.values())
+    if whole and "rope_scaling" not in parts[_SLIDING]:
         raw |= {key: value for key, value in parts[_FULL].items() if key != "rope_parameters"}
         raw["rope_local_base_freq"] = parts[_SLIDING]["rope_theta"]
     return raw
 
 
-def _flat_to_dict(rope: RopeParameters, max_position_embeddings: int) -> dict[str, Any]:
+def _flat_to_dict(rope: RopeParameters, context: int, outside: bool) -> dict[str, Any]:
+    """Keys for one rotation; `outside`: longrope's context beside it, where Phi-3 has it."""
     new = dict(rope)
-    if new["rope_type"] == "dynamic" and new.pop(_CONTEXT) != max_position_embeddings:
+    if new["rope_type"] == "dynamic" and new.pop(_CONTEXT) != context:
         raise ValueError(
             f"{_CONTEXT} {rope[_CONTEXT]} (rope_type 'dynamic') is not max_position_embeddings "
-            f"{max_position_embeddings}, from which config.json's readers take it: make them equal"
+            f"{context}, from which config.json's readers take it: make them equal"
         )
-    raw: dict[str, Any] = {"rope_parameters": new, "rope_theta": new["rope_theta"]}
-    if "partial_rotary_factor" in new:
-        raw["partial_rotary_factor"] = new["partial_rotary_factor"]
+    raw: dict[str, Any] = {"rope_parameters": new}
     apart = ("rope_theta", "partial_rotary_factor")
+    raw |= {key: new[key] for key in apart if key in new}
     scaling = {key: value for key, value in new.items() if key not in apart}
-    if new["rope_type"] == "longrope":
-        # Phi-3's older classes insist on these three keys, and on the context outside
+    if new["rope_type"] == "longrope" and outside:
+        # Phi-3's older classes insist on exactly these: type, short_factor, long_factor
         raw[_CONTEXT] = scaling.pop(_CONTEXT)
         scaling = {"type": scaling.pop("rope_type"), **scaling}
-        if scaling["factor"] == max_position_embeddings / raw[_CONTEXT]:
+        if scaling["factor"] == context / raw[_CONTEXT]:
             del scaling["factor"]
     if new["rope_type"] != "default":
         raw["rope_scaling"] = scaling
