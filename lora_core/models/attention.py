@@ -1,20 +1,24 @@
-"""Which token may see which, and grouped-query attention on PyTorch's fused operator.
+"""Which token may see which, and grouped-query attention.
 
-The mask is boolean, (B, 1, T, S), True where a query may look, and is built once per forward. If
-nothing is padded and nothing is packed there is none: the operator's own causal path is taken, or
-no mask at all when a single new token looks back at a whole cache. Packed rows have `Documents` in
-place of a mask where a GPU has kernels that compute the documents' blocks alone
-(lora_kernels/attention.py).
+The mask is boolean, (B, 1, T, S), True where a query may look, and is built once per forward for
+each type of layer. If nothing is padded and nothing is packed, and no window is shorter than the
+text, there is none: the operator's own causal path is taken, or no mask at all when a single new
+token looks back at a whole cache. Packed rows have `Documents` in place of a mask where a GPU has
+kernels that compute the documents' blocks alone (lora_kernels/attention.py).
+
+A sliding layer of window W sees key s from query t if 0 <= t - s < W, both counted in the row: its
+own token and the W - 1 before it. The cache keeps what has slid out of sight, since the layers
+that see everything, if there are any, are what sets its size.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
+from lora_core.models.norm import norm_of
 from lora_core.models.rope import rotate
-from lora_kernels import Documents, document_attention, document_mask, documents
+from lora_kernels import Documents, document_mask, documents, masked_attention
 
 
 def attention_rule(
@@ -26,6 +30,8 @@ def attention_rule(
     *,
     document_bounds: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+    fixed: tuple[Tensor, int] | None = None,
 ) -> Tensor | Documents | None:
     """The boolean mask of a forward, or None where plain causal attention is meant.
 
@@ -39,27 +45,56 @@ def attention_rule(
         document_bounds: (N + 1,) int32: where the documents begin in the flattened batch, and B T;
             None: they are counted if needed.
         dtype: of the embeddings; autocast's counts where it is active.
+        window: W, tokens that a query sees, its own included; None: all earlier ones.
+        fixed: of a cache of constant shape: where the one new token stands, an int64 scalar, and
+            S; attention_mask (B, S) then says what it sees. No value is read from the device.
 
     Returns:
         (B or 1, 1, T, S) bool, or None; or Documents for a GPU's kernels. A padded query sees
         itself, since a row that sees nothing would be 0/0.
     """
+    if fixed is not None:
+        return _fixed_rule(fixed, attention_mask, window, device)
+    if window is not None and window >= past + tokens:
+        window = None
     if attention_mask is not None and not torch.compiler.is_compiling() and attention_mask.all():
         attention_mask = None
     # several new tokens after a cache: the operator's causal path would align them to its start
-    if attention_mask is None and document_ids is None and (past == 0 or tokens == 1):
+    plain = attention_mask is None and document_ids is None and window is None
+    if plain and (past == 0 or tokens == 1):
         return None
     if attention_mask is None and document_ids is not None and past == 0:
-        return documents(document_ids, document_bounds, _computed_in(dtype, device))
+        kept = _computed_in(dtype, device)
+        return documents(document_ids, document_bounds, kept, window)
     query = torch.arange(past, past + tokens, device=device)[:, None]  # (T, 1)
     key = torch.arange(past + tokens, device=device)  # (S,)
     allowed = (key <= query)[None]  # (1, T, S)
+    if window is not None:
+        allowed = allowed & (query - key < window)
     if document_ids is not None:
         allowed = allowed & document_mask(document_ids)[:, 0]
     if attention_mask is not None:
         allowed = allowed & attention_mask.bool()[:, None, :]  # (B, T, S)
         allowed = allowed | (key == query)
     return allowed[:, None]  # (B, 1, T, S)
+
+
+def _fixed_rule(
+    fixed: tuple[Tensor, int],
+    attention_mask: Tensor | None,
+    window: int | None,
+    device: torch.device | None,
+) -> Tensor:
+    """(B or 1, 1, 1, S) for one new token at a position that only the device knows."""
+    position, size = fixed
+    key = torch.arange(size, device=device)
+    allowed = (key <= position)[None]  # (1, S)
+    if window is not None and window < size:
+        allowed = allowed & (position - key < window)
+    if attention_mask is not None:
+        allowed = allowed & attention_mask.bool()  # (B, S)
+        allowed = allowed | (key == position)  # a row that has ended sees itself: no 0/0
+    return allowed[:, None, None]
 
 
 def default_positions(
@@ -114,25 +149,41 @@ def cast_once(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions: Hugging Face's `self_attn`."""
+    """Grouped-query self-attention with rotary positions: Hugging Face's `self_attn`.
+
+    What a family adds: one matrix for q, k and v; a norm of queries and keys, over each head or
+    over all of them; a factor on the scores, or a cap.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         heads, kv_heads, dim = config.heads
-        hidden, bias = config.hidden_size, config.attention_bias
+        hidden, bias, family = config.hidden_size, config.attention_bias, config.family
+        inward = bias if family.qkv_bias is None else family.qkv_bias
         self.layer = layer
+        self.config = config
         self.head_dim = dim
-        self.groups = heads // kv_heads
         self.dropout = config.attention_dropout
-        self.q_proj = nn.Linear(hidden, heads * dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=bias)
+        self.scale, self.softcap = config.attention_scale, config.attn_logit_softcapping
+        self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
+        self.fused = family.fused_projections
+        if self.fused:
+            self.qkv_proj = nn.Linear(hidden, sum(self.sizes), bias=inward)
+        else:
+            self.q_proj = nn.Linear(hidden, heads * dim, bias=inward)
+            self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=inward)
+            self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=inward)
         self.o_proj = nn.Linear(heads * dim, hidden, bias=bias)
+        self.qk_norm = family.qk_norm
+        if self.qk_norm is not None:
+            by_head = self.qk_norm == "head"
+            self.q_norm = norm_of(config, dim if by_head else self.sizes[0])
+            self.k_norm = norm_of(config, dim if by_head else self.sizes[1])
 
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | Documents | None,
         cache: KVCache | None,
     ) -> Tensor:
@@ -140,34 +191,34 @@ class Attention(nn.Module):
 
         Args:
             x: (B, T, C).
-            rotary: cosine and sine, (B or 1, 1, T, D) float32.
+            rotary: cosine and sine, (B or 1, 1, T, R) float32, of the R channels that turn; None:
+                none do.
             mask: `attention_rule`'s result.
             cache: earlier keys and values; this layer's new ones are appended.
 
         Returns:
             (B, T, C).
         """
-        x = cast_once(x)
-        q, k, v = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, H, T, D), (B, Hkv, T, D)
+        q, k, v = self._project(cast_once(x))  # (B, H, T, D), (B, Hkv, T, D) twice
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, Hkv, S, D)
-        return self.o_proj(self._attend(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, T, C)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None) -> Tensor:
-        """(B, H, T, D); query head h reads key/value head h // groups."""
         dropout = self.dropout if self.training else 0.0
-        if isinstance(mask, Documents):
-            return document_attention(q, k, v, mask, dropout)
-        if q.shape[2] == 1:
-            # one new token: the query heads of a group stand where rows of a sequence would, so
-            # the whole cache is read in place
-            rows = q.reshape(q.shape[0], k.shape[1], self.groups, self.head_dim)  # (B, Hkv, G, D)
-            return F.scaled_dot_product_attention(rows, k, v, mask, dropout).reshape_as(q)
-        if self.groups > 1:
-            # not enable_gqa: the memory-saving kernels of a GPU refuse it in float32 or with a mask
-            k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))  # (B, H, S, D)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        out = masked_attention(
+            q, k, v, mask, scale=self.scale, softcap=self.softcap, dropout=dropout
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, T, C), by head."""
+        if self.fused:
+            q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, T, H, D)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

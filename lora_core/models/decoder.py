@@ -1,40 +1,35 @@
 """A decoder-only language model, built from a `ModelConfig`, with Hugging Face's parameter names.
 
-One model for a family of configurations instead of a file per family: what differs is a field of
-the configuration. The names are those on disk (`model.layers.0.self_attn.q_proj.weight`), so a
-checkpoint loads without a table of names and adapters trained here fit there, and the rotation is
-Hugging Face's half layout, so no weight is permuted. Logits equal transformers' LlamaForCausalLM's
-to rounding, cached or not, padded or not (tests/oracles/test_transformers.py).
+One model for all families instead of a file per family: what differs is a field of the
+configuration or of the family's row (families.py). The names are those on disk
+(`model.layers.0.self_attn.q_proj.weight`), so a checkpoint loads without a table of names and
+adapters trained here fit there, and the rotation is Hugging Face's half layout, so no weight is
+permuted. Logits equal those of transformers' models to rounding, cached or not, padded or not
+(tests/oracles, and the table of docs/models.md).
 
 Against transformers: no attention backends, no cache classes and no output recorders, so that the
 whole path from ids to loss is the few functions below. Activation checkpointing, packing by
 `document_ids` and an explicit cache are arguments, not global state.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_core.losses import linear_token_cross_entropy, token_mean
-from lora_core.models.attention import Attention, attention_rule, cast_once, default_positions
+from lora_core.models.attention import attention_rule, default_positions
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
+from lora_core.models.families import FULL, SLIDING
+from lora_core.models.layers import DecoderLayer, embedding_of
+from lora_core.models.norm import RMSNorm, norm_of
 from lora_core.models.rope import Rotary
-from lora_kernels import Documents, rms_norm, swiglu
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-# what `swiglu` calls those that it has
-_FUSED = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+from lora_kernels import Documents
 
 
 @dataclass
@@ -51,82 +46,24 @@ class ModelOutput:
     """(B, T) float32, without a gradient: each position's loss, 0 where not graded."""
 
 
-class RMSNorm(nn.Module):
-    """w · x / sqrt(mean(x²) + eps), in float32, rounded to x's dtype before the product with w.
-
-    Kept for backward are x and w, which exist anyway.
-
-    Ref: Zhang and Sennrich, arXiv:1910.07467, equation 4.
-    """
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (..., C) along C."""
-        return rms_norm(x, self.weight, self.eps)
-
-
-class MLP(nn.Module):
-    """Gated feed-forward layer: down(act(gate(x)) * up(x)).
-
-    For SiLU and GELU's tanh form what is kept of the product is gate(x) and up(x) alone.
-
-    Ref: Shazeer, arXiv:2002.05202, equation 6.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
-        self.act = _ACTIVATIONS[config.hidden_act]
-        self.fused = _FUSED.get(config.hidden_act)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (B, T, C) to (B, T, C)."""
-        x = cast_once(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)  # (B, T, inner)
-        gated = self.act(gate) * up if self.fused is None else swiglu(gate, up, self.fused)
-        return self.down_proj(gated)
-
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | Documents | None,
-        cache: KVCache | None,
-    ) -> Tensor:
-        """Map x (B, T, C) to (B, T, C); the other arguments are `Attention.forward`'s."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
 class Decoder(nn.Module):
     """Embedding, layers and final norm: everything but the head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding_of(config)
+        self.multiplier = config.embedding_multiplier
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config.heads[2], config.rope_parameters)
+        self.norm = norm_of(config, config.hidden_size)
+        self.kinds, self.window = config.kinds, config.sliding_window
+        self.turns = config.no_rope_layers or (1,) * len(self.layers)
+        # the sliding layers' frequencies where they are their own
+        ropes, size = config.rope_parameters, config.heads[2]
+        local = ropes.get(SLIDING)
+        self.rotary = Rotary(size, ropes.get(FULL, ropes))
+        self.local_rotary = None if local is None else Rotary(size, local)
         self.gradient_checkpointing = False
 
     def forward(
@@ -146,22 +83,23 @@ class Decoder(nn.Module):
             The normed output (B, T, C) as the last entry; with `keep_all`, the layers' inputs in
             order before it, L + 1 tensors in all.
         """
+        if self.multiplier != 1:
+            x = x * self.multiplier
         tokens, past = x.shape[1], 0 if cache is None else cache.length
-        mask = attention_rule(
-            tokens,
-            past,
-            attention_mask,
-            document_ids,
-            x.device,
+        rule = functools.partial(
+            attention_rule,
+            *(tokens, past, attention_mask, document_ids, x.device),
             document_bounds=document_bounds,
             dtype=x.dtype,
+            fixed=None if cache is None else cache.fixed,
         )
         if position_ids is None:
             position_ids = default_positions(tokens, past, attention_mask, document_ids, x.device)
-        rotary = self.rotary(position_ids)
+        masks, angles = self._by_kind(rule, position_ids)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         states = [x]
-        for layer in self.layers:
+        for layer, kind, turns in zip(self.layers, self.kinds, self.turns, strict=True):
+            rotary, mask = angles[kind] if turns else None, masks[kind]
             if recompute:
                 x = checkpoint(layer, x, rotary, mask, None, use_reentrant=False)
             else:
@@ -170,6 +108,22 @@ class Decoder(nn.Module):
         states[-1] = self.norm(x)
         return states
 
+    def _by_kind(
+        self, rule: Callable[..., Tensor | Documents | None], position_ids: Tensor
+    ) -> tuple[dict[str, Tensor | Documents | None], dict[str, tuple[Tensor, Tensor]]]:
+        """Mask and rotary angles for full and for sliding layers, each made once."""
+        masks, angles = {}, {}
+        for kind in dict.fromkeys(self.kinds):
+            slides = kind == SLIDING
+            masks[kind] = rule(window=self.window if slides else None)
+            if slides and self.local_rotary is not None:
+                angles[kind] = self.local_rotary(position_ids)
+            elif not angles or self.local_rotary is not None:
+                angles[kind] = self.rotary(position_ids)
+            else:  # the same frequencies
+                angles[kind] = next(iter(angles.values()))
+        return masks, angles
+
 
 class CausalLM(nn.Module):
     """Decoder and language-model head.
@@ -177,7 +131,7 @@ class CausalLM(nn.Module):
     Args:
         config: sizes and switches.
 
-    Ref: Touvron et al., arXiv:2302.13971, section 2.2.
+    Ref: Touvron et al., arXiv:2302.13971, section 2.2; the families' papers are in families.py.
     """
 
     grades = True
@@ -250,15 +204,24 @@ class CausalLM(nn.Module):
             keep_all=output_hidden_states,
         )
         kept = states[-1] if logits_to_keep is None else states[-1][:, -logits_to_keep:]
-        logits = self.lm_head(kept) if keep_logits else None  # (B, T, V)
+        logits = self._logits(kept) if keep_logits else None  # (B, T, V)
         loss = by_token = None
         grading: dict[str, Any] = {"normalizer": normalizer, "label_smoothing": label_smoothing}
         if labels is not None and logits is not None:
             loss, by_token = token_mean(logits, labels, **grading)
         elif labels is not None:
+            grading |= {"softcap": self.config.final_logit_softcapping}
+            grading |= {"scale": 1 / self.config.logits_scaling}
             loss, by_token = linear_token_cross_entropy(kept, self.lm_head, labels, **grading)
         hidden = tuple(states) if output_hidden_states else None
         return ModelOutput(logits, loss, hidden, by_token)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, V): the head's output, divided and capped as the configuration says."""
+        logits, cap = self.lm_head(hidden), self.config.final_logit_softcapping
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _check(
         self,
@@ -274,6 +237,8 @@ class CausalLM(nn.Module):
         assert given is not None
         batch, tokens = given.shape[:2]
         seen = tokens + (0 if cache is None else cache.length)
+        if cache is not None and cache.fixed is not None:
+            seen = cache.fixed[1]  # a buffer of constant shape: the mask covers all of it
         if attention_mask is not None and attention_mask.shape != (batch, seen):
             raise ValueError(
                 f"attention_mask must have shape ({batch}, {seen}), past and new tokens; "
@@ -287,7 +252,7 @@ class CausalLM(nn.Module):
             )
 
     def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
-        """Fresh weights: normal with deviation `std`, biases 0, norms 1.
+        """Fresh weights: normal with deviation `std`, biases 0, norms that only normalise.
 
         Args:
             std: standard deviation.
@@ -299,7 +264,7 @@ class CausalLM(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
+                nn.init.constant_(module.weight, module.neutral)
 
     def tie_weights(self) -> None:
         """Make the head the embedding's own weight, if the configuration says so."""

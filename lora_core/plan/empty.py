@@ -5,7 +5,6 @@ as `load_model(quantize=…)` does, add the adapter. What a plan counts is then 
 by the same rules: which layers stay dense, how codes and scales are laid out, which targets match.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +49,7 @@ def empty_model(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if layers is not None:
-        config = dataclasses.replace(config, num_hidden_layers=layers)
+        config = config.with_layers(layers)
     with torch.device("meta"):
         model = CausalLM(config)
     model.to(dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_core.models import CausalLM, KVCache, ModelConfig
 from lora_core.models.attention import attention_rule, default_positions
-from lora_core.models.decoder import RMSNorm
+from lora_core.models.norm import RMSNorm
 
 Make = Callable[..., CausalLM]
 Close = Callable[[Tensor, Tensor, Tensor], None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core.models import CausalLM, attention, decoder
+from lora_core.models import CausalLM, attention, layers, norm
 from lora_kernels.cpu import library
 from lora_kernels.rms_norm import rms_norm_reference
 
@@ -19,8 +19,8 @@ BATCH, TOKENS, WIDTH, INNER, HEADS = 2, 64, 64, 160, 4
 
 
 @pytest.fixture
-def layer(make_model: Callable[..., CausalLM]) -> Callable[[torch.dtype], decoder.DecoderLayer]:
-    def make(dtype: torch.dtype) -> decoder.DecoderLayer:
+def layer(make_model: Callable[..., CausalLM]) -> Callable[[torch.dtype], layers.DecoderLayer]:
+    def make(dtype: torch.dtype) -> layers.DecoderLayer:
         model = make_model(
             hidden_size=WIDTH,
             intermediate_size=INNER,
@@ -32,7 +32,7 @@ def layer(make_model: Callable[..., CausalLM]) -> Callable[[torch.dtype], decode
     return make
 
 
-def kept(layer: decoder.DecoderLayer, dtype: torch.dtype) -> int:
+def kept(layer: layers.DecoderLayer, dtype: torch.dtype) -> int:
     """Bytes of the distinct storages that autograd keeps, without parameters and angles."""
     x = torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype, requires_grad=True)
     angles = torch.rand(1, 1, TOKENS, WIDTH // HEADS // 2).repeat(1, 1, 1, 2)
@@ -57,7 +57,7 @@ def formula(size: int) -> int:
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_frozen_layer_keeps_what_the_formula_says(
-    layer: Callable[[torch.dtype], decoder.DecoderLayer],
+    layer: Callable[[torch.dtype], layers.DecoderLayer],
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     backend: str,
@@ -73,8 +73,8 @@ def test_a_frozen_layer_keeps_what_the_formula_says(
         first, second = x.chunk(2, dim=-1)
         return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
-    monkeypatch.setattr(decoder, "rms_norm", rms_norm_reference)
-    monkeypatch.setattr(decoder, "swiglu", lambda gate, up, _: F.silu(gate) * up)
+    monkeypatch.setattr(norm, "rms_norm", rms_norm_reference)
+    monkeypatch.setattr(layers, "swiglu", lambda gate, up, _: F.silu(gate) * up)
     monkeypatch.setattr(attention, "rotate", rotate)
     before, rows = kept(layer(dtype), dtype), BATCH * TOKENS
     copies = 0 if dtype == torch.float32 else 2 * rows * 4 * WIDTH - rows * size * 2 * WIDTH
