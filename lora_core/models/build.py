@@ -9,17 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_core.models.config import FAMILIES, ModelConfig
+from lora_core.models.config import ModelConfig
 from lora_core.models.decoder import CausalLM
 from lora_core.models.encoder import Encoder, EncoderModel
 from lora_core.models.encoder_config import EncoderConfig
 from lora_core.models.encoder_families import ENCODERS, architectures
-from lora_core.models.encoder_heads import (
-    MaskedLM,
-    SequenceClassifier,
-    SpanFinder,
-    TokenClassifier,
-)
+from lora_core.models.encoder_heads import MaskedLM, SequenceClassifier, SpanFinder, TokenClassifier
+from lora_core.models.families import FAMILIES, WRAPPERS
+from lora_core.models.reading import unknown
 
 _HEADED = {
     "masked": MaskedLM,
@@ -73,11 +70,15 @@ def config_from(raw: Mapping[str, Any]) -> ModelConfig | EncoderConfig:
     """
     kind, names = raw.get("model_type"), raw.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
-    if kind in ENCODERS or (kind is None and name in architectures()):
+    encoders = architectures()
+    if kind in ENCODERS or (kind is None and name in encoders):
         return EncoderConfig.from_dict(raw)
-    if kind is not None and kind not in FAMILIES:
-        known = ", ".join(sorted({*FAMILIES, *ENCODERS}))
-        raise ValueError(f"model_type {kind!r} is not implemented; known: {known}")
+    if kind is not None and kind not in FAMILIES and kind not in WRAPPERS:
+        raise ValueError(unknown("model_type", kind, (*FAMILIES, *WRAPPERS, *ENCODERS)))
+    decoders = {family.architecture for family in FAMILIES.values()}
+    decoders |= {wrapper for wrapper, _ in WRAPPERS.values()}
+    if kind is None and name and name not in decoders:
+        raise ValueError(unknown("architecture", name, (*decoders, *encoders)))
     return ModelConfig.from_dict(raw)
 
 
