@@ -72,7 +72,7 @@ def masked_attention(
     if q.shape[2] == 1:
         rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, Hkv, G, D)
         out = F.scaled_dot_product_attention(rows, k, v, mask, dropout, scale=scale)
-        return out.reshape(q.shape)
+        return out.reshape(*q.shape[:3], -1)
     return _dense(q, k, v, mask, scale, dropout)
 
 

@@ -98,7 +98,7 @@ def capped_attention_reference(
     if seen is not None:
         capped = capped.masked_fill(~seen, -torch.inf)
     weights = F.dropout(capped.softmax(-1).to(q.dtype), dropout).flatten(2, 3)
-    return (weights @ v).view(q.shape)
+    return (weights @ v).view(*q.shape[:3], -1)
 
 
 def _grouped(q: Tensor, k: Tensor) -> Tensor:
@@ -155,28 +155,26 @@ def _weights(
 # --- the operators -------------------------------------------------------------------------------
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty (B, H, T, D) whose heads lie side by side in memory."""
-    batch, heads, tokens, size = x.shape
-    return x.new_empty((batch, tokens, heads, size)).transpose(1, 2)
+def _empty(q: Tensor, size: int) -> Tensor:
+    """(B, H, T, size) whose heads lie side by side in memory."""
+    batch, heads, tokens, _ = q.shape
+    return q.new_empty((batch, tokens, heads, size)).transpose(1, 2)
 
 
-@torch.library.impl("lora_kernels::capped_attention", "default")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    y = _like(q)
+    y = _empty(q, v.shape[3])
     with torch.autocast(q.device.type, enabled=False):
         for begin, end, keys in _chunks(q, k, mask):
             rows, some = end - begin, _grouped(q[:, :, begin:end], k)
             seen = _seen(q, k, mask, begin, end, keys)
-            weights, _ = _weights(some, k[:, :, :keys], seen, scale, softcap, rows)
-            out = weights.to(q.dtype) @ v[:, :, :keys]  # (B, Hkv, G t, D)
+            weights = _weights(some, k[:, :, :keys], seen, scale, softcap, rows)[0].to(q.dtype)
+            out = weights @ v[:, :, :keys]  # (B, Hkv, G t, D)
             y[:, :, begin:end] = out.view(*q.shape[:2], rows, -1)
     return y
 
 
-@torch.library.impl("lora_kernels::capped_attention_backward", "default")
 def _backward(
     dy: Tensor,
     q: Tensor,
@@ -186,7 +184,7 @@ def _backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq = _like(q)
+    dq = _empty(q, q.shape[3])
     dk, dv = (torch.zeros_like(t, dtype=wide(q.dtype)) for t in (k, v))
     with torch.autocast(q.device.type, enabled=False):
         for begin, end, keys in _chunks(q, k, mask):
@@ -207,7 +205,7 @@ def _backward(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    return _like(q)
+    return _empty(q, v.shape[3])
 
 
 def _fake_backward(
@@ -220,7 +218,7 @@ def _fake_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dk, dv = (torch.empty_like(t, dtype=wide(q.dtype)).to(t.dtype) for t in (k, v))
-    return _like(q), dk, dv
+    return _empty(q, q.shape[3]), dk, dv
 
 
 # --- derivatives ---------------------------------------------------------------------------------
@@ -253,9 +251,10 @@ def _second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (*through(wanted, (dy, q, k, v), grads), None, None, None)
 
 
-for _name, _shapes, _slope, _setup in (
-    ("capped_attention", _fake, _gradient, _save),
-    ("capped_attention_backward", _fake_backward, _second, _save_backward),
+for _name, _run, _shapes, _slope, _setup in (
+    ("capped_attention", _forward, _fake, _gradient, _save),
+    ("capped_attention_backward", _backward, _fake_backward, _second, _save_backward),
 ):
+    torch.library.impl(f"lora_kernels::{_name}", "default", _run)
     torch.library.register_fake(f"lora_kernels::{_name}", _shapes)
     torch.library.register_autograd(f"lora_kernels::{_name}", _slope, setup_context=_setup)

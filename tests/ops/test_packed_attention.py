@@ -39,17 +39,21 @@ def by_documents(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`varlen_attn` of torch 2.13, one document after another."""
-    assert window_size == (-1, 0)  # causal
+    before, after = window_size
+    assert after == 0  # causal
     assert cu_seq_q.dtype == torch.int32
     assert cu_seq_q[0] == 0
     assert cu_seq_q[-1] == len(query)
-    CALLS.append({"max": (max_q, max_k), "heads": (query.shape[1], key.shape[1])})
+    CALLS.append({"max": (max_q, max_k), "heads": (query.shape[1], key.shape[1]), "before": before})
     assert enable_gqa or query.shape[1] == key.shape[1]
     out = []
     for start, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
         assert 0 < end - start <= max_q
         parts = (x[start:end].transpose(0, 1) for x in (query, key, value))  # (H, n, D)
-        out.append(F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=enable_gqa))
+        index = torch.arange(int(end - start))
+        back = index[:, None] - index
+        near = (back >= 0) & ((back <= before) if before >= 0 else True)
+        out.append(F.scaled_dot_product_attention(*parts, near, scale=scale, enable_gqa=enable_gqa))
     return torch.cat(out, 1).transpose(0, 1)
 
 
@@ -106,9 +110,11 @@ def inputs(
     return ids, q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def document_attention_reference(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-    """SDPA under the mask that defines who sees whom."""
-    return masked_attention(q, k, v, document_mask(ids))
+def document_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, window: int | None = None, **options: Any
+) -> Tensor:
+    """Attention under the mask that defines who sees whom."""
+    return masked_attention(q, k, v, document_mask(ids, window), **options)
 
 
 def written_out(ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -147,30 +153,47 @@ def test_a_document_is_a_run_of_equal_ids() -> None:
     assert seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
-@given(ROWS, st.integers(1, 2), st.integers(1, 2), st.booleans(), st.booleans())
+@given(
+    ROWS,
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, 1, 2, 4, 30]),
+    st.sampled_from([None, 0.1, 1.0]),
+)
 @pytest.mark.usefixtures("stand_in")
 def test_variable_lengths(
-    stand_in: Any, as_accurate_as: Check, rows: Any, heads: int, groups: int, old: bool, told: bool
+    stand_in: Any,
+    as_accurate_as: Check,
+    rows: Any,
+    heads: int,
+    groups: int,
+    old: bool,
+    told: bool,
+    window: int | None,
+    scale: float | None,
 ) -> None:
     stand_in(without_groups if old else by_documents)
     ids, q, k, v = inputs(rows, heads, groups, dtype=torch.bfloat16)
     bounds = packed_attention._bounds(ids) if told else None
-    given_ = documents(ids, bounds, torch.bfloat16)
+    given_ = documents(ids, bounds, torch.bfloat16, window)
     assert isinstance(given_, Documents)
     upstream = torch.randn(q.shape, dtype=torch.bfloat16)
     results = []
     for run in (
-        lambda *x: masked_attention(*x, given_),
-        lambda *x: document_attention_reference(*x, ids),
-        lambda *x: document_attention_reference(*(y.double() for y in x), ids),
+        lambda *x: masked_attention(*x, given_, scale=scale),
+        lambda *x: document_attention_reference(*x, ids, window, scale=scale),
+        lambda *x: document_attention_reference(*(y.double() for y in x), ids, window, scale=scale),
     ):
         out = run(q, k, v)
         results.append((out.detach(), *torch.autograd.grad(out, (q, k, v), upstream.to(out.dtype))))
     for ours, theirs, truth in zip(*results, strict=True):
         as_accurate_as(ours, theirs, truth.double())
-    assert [
-        {"max": (ids.shape[1],) * 2, "heads": (heads * groups, heads * (1 + old * (groups - 1)))}
-    ] == CALLS
+    (call,) = CALLS
+    assert call["max"] == (ids.shape[1],) * 2
+    assert call["heads"] == (heads * groups, heads * (1 + old * (groups - 1)))
+    assert call["before"] == (-1 if window is None else window - 1)
 
 
 def test_bounds_are_the_runs(stand_in: Any) -> None:
@@ -181,6 +204,9 @@ def test_bounds_are_the_runs(stand_in: Any) -> None:
 
 
 @pytest.mark.parametrize(("rows", "heads", "groups"), [([[3, 2, 4], [1, 7]], 2, 1), ([[5]], 1, 3)])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks(
     stand_in: Any,
     as_accurate_as: Check,
@@ -188,20 +214,45 @@ def test_blocks(
     rows: Any,
     heads: int,
     groups: int,
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
 ) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
+    def counted(*args: Any, **how: Any) -> Tensor:
+        runs.append(how)
+        return flex_attention(*args, **how)
+
     stand_in(by_documents)
-    monkeypatch.setattr(packed_attention, "flex", lambda: (flex_attention, flex_attention))
+    runs: list[dict[str, Any]] = []
+    monkeypatch.setattr(packed_attention, "flex", lambda: (None, counted))
     ids, q, k, v = (x.detach() for x in inputs(rows, heads, groups))
-    given_ = documents(ids, None, torch.float32)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    given_ = documents(ids, None, dtype, window, capped=softcap is not None)
     assert isinstance(given_, Documents)
+    if dtype == torch.bfloat16 and softcap is None:
+        assert given_.blocks is None  # variable lengths are for these
+        return
+    options = {"scale": 0.7, "softcap": softcap}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is not compiled
-        ours = masked_attention(q, k, v, given_)
-    theirs = document_attention_reference(q, k, v, ids)
-    truth = document_attention_reference(q.double(), k.double(), v.double(), ids)
+        ours = masked_attention(q, k, v, given_, **options)
+    theirs = document_attention_reference(q, k, v, ids, window, **options)
+    wide = (x.double() for x in (q, k, v))
+    truth = document_attention_reference(*wide, ids, window, **options)
     as_accurate_as(ours, theirs, truth)
+    assert not CALLS
+    assert len(runs) == 1
+
+
+def test_capped_scores_where_only_variable_lengths_were_prepared(stand_in: Any) -> None:
+    stand_in(by_documents)
+    ids, q, k, v = inputs([[3, 2, 4], [1, 7]], 1, 2, dtype=torch.bfloat16)
+    given_ = documents(ids, None, torch.bfloat16, 2)
+    assert isinstance(given_, Documents)
+    got = masked_attention(q, k, v, given_, softcap=0.5)
+    assert torch.equal(got, document_attention_reference(q, k, v, ids, 2, softcap=0.5))
     assert not CALLS
 
 
@@ -301,8 +352,9 @@ def test_this_pytorchs_operator_is_found_and_called_as_it_wants() -> None:
     bounds = torch.empty(5, device="meta", dtype=torch.int32)
     out = packed_attention._by_length(q, k, k, bounds)
     assert out.shape == q.shape
+    assert packed_attention._by_length(q, k, k, bounds, window=3, scale=0.1).shape == q.shape
     compiled = torch.compile(packed_attention._by_length, fullgraph=True, backend="aot_eager")
-    compiled(q.requires_grad_(), k, k, bounds).sum().backward()
+    compiled(q.requires_grad_(), k, k, bounds, 3, 0.1).sum().backward()
     assert q.grad.shape == q.shape
 
 
