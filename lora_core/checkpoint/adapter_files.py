@@ -24,12 +24,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_core.adapters.adapter import Adapter
-from lora_core.checkpoint.safetensors_folder import (
-    Pending,
-    read_header,
-    read_json_object,
-    write_safetensors,
-)
+from lora_core.checkpoint.safetensors_folder import read_header, read_json_object
+from lora_core.checkpoint.safetensors_writing import Pending, write_safetensors
 from lora_core.files import atomic_write, sync
 from lora_core.targets import nearest
 

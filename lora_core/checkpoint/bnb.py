@@ -20,7 +20,7 @@ Python prints so that it reads back to the same float32.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.checkpoint.safetensors_folder import Entry, Pending, SafetensorsFolder
+from lora_core.checkpoint.safetensors_folder import Entry, SafetensorsFolder
+from lora_core.checkpoint.safetensors_writing import Pending
 from lora_core.quant import NF4Linear, NF4Tensor
 from lora_core.quant.codebook import codebook
 from lora_core.quant.double_quant import dynamic_map
@@ -53,13 +54,16 @@ class Packed:
     """What there is besides the codes and the JSON."""
 
 
-def quantization_config(code: str, double_quant: bool, dtype: str) -> dict[str, Any]:
+def quantization_config(
+    code: str, double_quant: bool, dtype: str, dense: Sequence[str] = ("lm_head",)
+) -> dict[str, Any]:
     """The `quantization_config` of config.json.
 
     Args:
         code: "nf4" or "fp4".
         double_quant: whether the scales are nested.
         dtype: what the layers compute in, "bfloat16" for example.
+        dense: names of the linear layers that are not in 4 bits.
     """
     return {
         "quant_method": "bitsandbytes",
@@ -69,7 +73,7 @@ def quantization_config(code: str, double_quant: bool, dtype: str) -> dict[str, 
         "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": list(dense),
     }
 
 
@@ -150,6 +154,34 @@ def names_of(packed: Packed) -> list[str]:
     return [weight, packed.state, *(f"{weight}.{part}" for part in sorted(packed.parts))]
 
 
+def is_packed(raw: Mapping[str, Any], where: object, quantize: str | None) -> bool:
+    """Whether config.json says that the weights are bitsandbytes' 4-bit ones.
+
+    Args:
+        raw: content of config.json.
+        where: the file, for messages.
+        quantize: what the caller asks for on top, or None.
+
+    Raises:
+        ValueError: another quantization, or one on top of it is asked for.
+    """
+    told = raw.get("quantization_config")
+    if told is None:
+        return False
+    method = told.get("quant_method") if isinstance(told, dict) else told
+    if method != "bitsandbytes" or not told.get("load_in_4bit"):
+        raise ValueError(
+            f"{where}: quantization_config names {method!r}; known is bitsandbytes in 4 bits "
+            "alone, so load the 16-bit original, with quantize="
+        )
+    if quantize is not None:
+        raise ValueError(
+            f"{where} says that the weights are already quantized (quantization_config): "
+            "leave quantize out, or load the 16-bit original"
+        )
+    return True
+
+
 def read_layer(
     folder: SafetensorsFolder,
     packed: Packed,
@@ -157,33 +189,47 @@ def read_layer(
     bias: Tensor | None,
     device: torch.device,
 ) -> NF4Linear:
-    """Make a 4-bit layer of its entries.
+    """Make a 4-bit layer of its entries in a folder; arguments as `read_weight`'s, and the bias."""
+    entries = {name: folder.read(name) for name in names_of(packed)}
+    return NF4Linear.from_tensor(
+        read_weight(entries, packed, shape, folder.directory, device), bias
+    )
+
+
+def read_weight(
+    entries: Mapping[str, Tensor],
+    packed: Packed,
+    shape: tuple[int, int],
+    directory: object,
+    device: torch.device,
+) -> NF4Tensor:
+    """Make a 4-bit weight of its entries: codes and scales are taken over as they are.
 
     Args:
-        folder: the open folder.
+        entries: what `names_of` lists, on the CPU; on a CPU they become the weight's memory.
         packed: what `packed_layers` found.
         shape: (N, K), as config.json calls for.
-        bias: (N,) or None.
-        device: where the layer goes.
+        directory: the folder, for messages.
+        device: where the weight goes.
 
     Raises:
         ValueError: entries that do not fit the shape or each other.
     """
     name = packed.layer
-    where = f"{folder.directory}: the 4-bit weight of {name}"
+    where = f"{directory}: the 4-bit weight of {name}"
     nested = "nested_absmax" in packed.parts
-    block_size, offset = _read_state(folder.tensor(packed.state), where, shape, nested)
+    block_size, offset = _read_state(entries[packed.state], where, shape, nested)
 
     def part(suffix: str, size: int, dtype: torch.dtype) -> Tensor:
-        tensor = folder.tensor(f"{name}.weight{suffix}")
+        tensor = entries[f"{name}.weight{suffix}"]
         if suffix == "":  # stored under any dtype, the bytes are the codes
-            tensor = tensor.contiguous().view(-1).view(torch.uint8)
+            tensor = tensor.reshape(-1).view(torch.uint8)
         if tensor.dtype != dtype or tensor.numel() != size:
             raise ValueError(
                 f"{where}: {suffix.removeprefix('.') or 'codes'} should be {size} of {dtype}; got "
                 f"{tensor.numel()} of {tensor.dtype}"
             )
-        return tensor.reshape(-1).to(device, copy=True)
+        return tensor.reshape(-1).to(device)
 
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
@@ -198,7 +244,7 @@ def read_layer(
             raise ValueError(f"{where}: its nested_quant_map is not the signed dynamic map")
         scale_absmax = part(".nested_absmax", -(-blocks // SCALE_GROUP), torch.float32)
         scale_offset = torch.tensor(offset, dtype=torch.float32, device=device)
-    weight = NF4Tensor(
+    return NF4Tensor(
         part("", (numel + 1) // 2, torch.uint8),
         part(".absmax", blocks, torch.uint8 if nested else torch.float32),
         torch.Size(shape),
@@ -208,7 +254,6 @@ def read_layer(
         scale_absmax,
         scale_offset,
     )
-    return NF4Linear.from_tensor(weight, bias)
 
 
 def _read_state(

@@ -11,14 +11,15 @@ file, which the safetensors library makes: memory that the kernel can drop, not 
 Those that are kept are read into memory of their own instead. The library checks the same rules,
 but file by file and with messages that name the rule alone.
 
-`write_safetensors` takes tensors one at a time where the library's writer needs all of them in
-memory: a model of 4-bit layers is written dense without ever being dense.
+The format is written in `safetensors_writing.py`.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from torch import Tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # bytes, the format's own bound
+AHEAD_BYTES = 1 << 26  # enough to keep the disk busy, little beside any model
+READERS = 4  # threads that read; they wait for the disk or copy, and hold no lock of Python's
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 DTYPES = {
@@ -45,13 +48,14 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Entry:
     """What a header says of one tensor."""
 
+    name: str
+    """What it is called in the file."""
     file: str
     """Name of the file it lies in."""
     dtype: str
@@ -60,6 +64,8 @@ class Entry:
     """Sizes."""
     offset: int
     """Where its bytes begin in the file."""
+    nbytes: int
+    """How many they are."""
 
 
 class SafetensorsFolder:
@@ -71,7 +77,7 @@ class SafetensorsFolder:
         directory: the folder.
 
     Attributes:
-        entries: {tensor's name: Entry}, in the order of the files.
+        entries: {tensor's name: Entry}, in the order of the files; `rename` changes the names.
 
     Raises:
         FileNotFoundError: no safetensors file, or a shard that the index names is not there.
@@ -93,11 +99,11 @@ class SafetensorsFolder:
         """One tensor on the CPU: a view of the mapped file, not to be written to."""
         from safetensors import safe_open
 
-        file = self.entries[name].file
-        if file not in self._open:
-            handle = safe_open(self.directory / file, framework="pt", device="cpu")
-            self._open[file] = self._stack.enter_context(handle)
-        return self._open[file].get_tensor(name)
+        entry = self.entries[name]
+        if entry.file not in self._open:
+            handle = safe_open(self.directory / entry.file, framework="pt", device="cpu")
+            self._open[entry.file] = self._stack.enter_context(handle)
+        return self._open[entry.file].get_tensor(entry.name)
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU, in memory of its own.
@@ -110,15 +116,61 @@ class SafetensorsFolder:
         """
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        self._fill(tensor, entry)
+        return tensor
+
+    def read_ahead(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """`read` each in turn, the next ones already while the caller works on one.
+
+        At most `AHEAD_BYTES` are held at once, the caller's tensor included, or that one and the
+        next if they are larger; but never more than twice the folder's largest tensor in float32.
+
+        Args:
+            names: in the order in which they are wanted.
+
+        Yields:
+            The tensors, in that order; let go of one before asking for the next.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        elements = max((math.prod(entry.shape) for entry in self.entries.values()), default=0)
+        most = max(AHEAD_BYTES, 2 * 4 * elements)
+        held, waiting = 0, deque[tuple[Tensor, Future[None]]]()
+        with ThreadPoolExecutor(READERS) as pool:
+            for name in names:
+                entry = self.entries[name]
+                held += entry.nbytes
+                while waiting and held > (most if len(waiting) == 1 else AHEAD_BYTES):
+                    held -= waiting[0][0].nbytes
+                    yield _finished(waiting.popleft())
+                # allocated here: a thread's own arena would keep what others free
+                tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+                waiting.append((tensor, pool.submit(self._fill, tensor, entry)))
+                del tensor
+            while waiting:
+                yield _finished(waiting.popleft())
+
+    def rename(self, files: Mapping[str, str]) -> None:
+        """Call tensors by other names from here on.
+
+        Args:
+            files: {new name: name in the files}; tensors that are not listed are forgotten.
+        """
+        by_file = {entry.name: entry for entry in self.entries.values()}
+        self.entries = {name: by_file[known] for name, known in files.items()}
+
+    def _fill(self, tensor: Tensor, entry: Entry) -> None:
+        """Read an entry's bytes into a contiguous tensor."""
         left = tensor.reshape(-1).view(torch.uint8).numpy().data
         with (self.directory / entry.file).open("rb", buffering=0) as stream:
             stream.seek(entry.offset)
             while left:
                 count = stream.readinto(left)
                 if not count:
-                    raise ValueError(f"{self.directory / entry.file} ends within tensor {name}")
+                    path = self.directory / entry.file
+                    raise ValueError(f"{path} ends within tensor {entry.name}")
                 left = left[count:]
-        return tensor
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.tensor(name)) for name in self.entries)
@@ -173,6 +225,13 @@ def load_state(directory: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]
     """
     with SafetensorsFolder(directory) as folder:
         yield from folder
+
+
+def _finished(read: tuple[Tensor, "Future[None]"]) -> Tensor:
+    """The tensor, once its bytes are there."""
+    tensor, done = read
+    done.result()
+    return tensor
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -283,61 +342,4 @@ def _entry(path: Path, name: str, told: Any, start: int) -> tuple[Entry, int, in
             f"{path}: tensor {name} of shape {shape} and dtype {code} takes "
             f"{math.prod(shape) * DTYPES[code].itemsize} bytes, its header gives it {end - begin}"
         )
-    return Entry(path.name, code, shape, start + begin), begin, end
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A tensor to write: what the header needs, and how to make it when its turn comes."""
-
-    name: str
-    """Name in the file."""
-    shape: tuple[int, ...]
-    """Sizes."""
-    dtype: torch.dtype
-    """Dtype on disk."""
-    make: Callable[[], Tensor]
-    """Returns the tensor, on any device."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write_safetensors(path: Path, tensors: Iterable[Pending]) -> None:
-    """Write one safetensors file, holding one tensor in memory at a time.
-
-    Args:
-        path: the file, overwritten.
-        tensors: what to write, in the order of the buffer.
-
-    Raises:
-        TypeError: a dtype that the format does not know.
-        ValueError: `make` returned a tensor of another shape or dtype.
-    """
-    tensors = list(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for item in tensors:
-        if item.dtype not in _CODES:
-            raise TypeError(f"tensor {item.name}: safetensors files here hold no {item.dtype}")
-        header[item.name] = {
-            "dtype": _CODES[item.dtype],
-            "shape": list(item.shape),
-            "data_offsets": [position, position + item.nbytes],
-        }
-        position += item.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the buffer starts on a multiple of 8
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for item in tensors:
-            tensor = item.make().detach()
-            if tuple(tensor.shape) != item.shape or tensor.dtype != item.dtype:
-                raise ValueError(
-                    f"tensor {item.name} was announced as {item.shape} {item.dtype}; "
-                    f"got {tuple(tensor.shape)} {tensor.dtype}"
-                )
-            flat = tensor.cpu().contiguous().reshape(-1)
-            stream.write(flat.view(torch.uint8).numpy().data)
+    return Entry(name, path.name, code, shape, start + begin, end - begin), begin, end

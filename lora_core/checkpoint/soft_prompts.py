@@ -30,7 +30,8 @@ from lora_core.adapters.config import build_all
 from lora_core.adapters.prefix import Prefix, PrefixTokens, PrefixTuningConfig
 from lora_core.adapters.prompt import Prompt, PromptTuningConfig
 from lora_core.checkpoint.adapter_files import AdapterFormat, check_tensors
-from lora_core.checkpoint.safetensors_folder import Pending, read_header, write_safetensors
+from lora_core.checkpoint.safetensors_folder import read_header
+from lora_core.checkpoint.safetensors_writing import Pending, write_safetensors
 from lora_core.checkpoint.soft_prompt_config import (
     KINDS,
     SoftPromptConfig,

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from lora_core.checkpoint import folder
+from lora_core.checkpoint import folder, saving
 from lora_core.models import CausalLM, ModelConfig
 
 torch.set_num_threads(1)
 CONFIG = ModelConfig(8, 8, 8, num_hidden_layers=1, num_attention_heads=2)
-STEPS = (("replace", os), ("sync", folder), ("write_safetensors", folder))
+STEPS = (("replace", os), ("sync", saving), ("write_safetensors", saving))
 
 
 def dying(real: Callable[..., Any], count: list[int]) -> Callable[..., Any]:
@@ -65,7 +65,7 @@ def what_is_left(target: Path, models: dict[str, CausalLM]) -> str:
 
 def main(root: Path) -> None:
     """Crash at step 1, 2, 3, … until a save gets through."""
-    folder.sync = lambda path: None  # what was written outlives a killed process without it
+    saving.sync = lambda path: None  # what was written outlives a killed process without it
     models = {letter: CausalLM(CONFIG) for letter in "on"}
     target, at, finished = root / "model", 0, False
     while not finished:

@@ -453,7 +453,7 @@ def test_options(model: CausalLM, tmp_path: Path) -> None:
             save_model(model, tmp_path, dtype=dtype)
     with pytest.raises(ValueError, match="max_shard_size must be at least 1; got 0"):
         save_model(model, tmp_path, max_shard_size=0)
-    with pytest.raises(TypeError, match="this library's CausalLM; got Linear"):
+    with pytest.raises(TypeError, match="this library's models; got Linear"):
         save_model(nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="nothing to copy a tokenizer from"):
         save_model(model, tmp_path / "b", source=tmp_path / "absent")
@@ -496,7 +496,7 @@ def test_a_failed_save_leaves_the_old_model(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_core.checkpoint.folder.write_safetensors", full)
+    monkeypatch.setattr("lora_core.checkpoint.saving.write_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
         save_model(CausalLM(model.config), tmp_path)
     monkeypatch.undo()

@@ -1,13 +1,15 @@
 """Tensors of a folder in memory of their own: what the mapped file holds, nothing of it kept."""
 
 import gc
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_core.checkpoint.safetensors_folder import DTYPES, SafetensorsFolder
+from lora_core.checkpoint import safetensors_folder
+from lora_core.checkpoint.safetensors_folder import DTYPES, Entry, SafetensorsFolder
 
 SHAPES = [(), (0, 3), (1,), (7, 5)]
 
@@ -51,3 +53,71 @@ def test_a_file_cut_after_its_header_was_read(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(ValueError, match="ends within tensor a"):
             folder.read("a")
+
+
+@pytest.mark.parametrize("ahead", [1, 50_000, 1 << 26])
+def test_reading_ahead_keeps_order_and_bound(
+    ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_folder, "AHEAD_BYTES", ahead)
+    sizes = [10, 0, 5000, 5000, 1, 4000, 7000]
+    tensors = {f"t{i}": torch.randn(n, dtype=torch.float64) for i, n in enumerate(sizes)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+    real = SafetensorsFolder._fill
+
+    def counted(self: SafetensorsFolder, tensor: torch.Tensor, entry: Entry) -> None:
+        nonlocal most
+        alive.add(tensor)
+        real(self, tensor, entry)
+        most = max(most, sum(t.nbytes for t in list(alive)))
+
+    monkeypatch.setattr(SafetensorsFolder, "_fill", counted)
+    names = sorted(tensors, reverse=True)
+    with SafetensorsFolder(tmp_path) as folder:
+        reader = folder.read_ahead(names)
+        for name in names:
+            tensor = next(reader)
+            assert torch.equal(tensor, tensors[name])
+            del tensor
+        assert next(reader, None) is None
+    # 56,000 bytes, the largest, are two of its size in float32: none beside it
+    assert most <= max(ahead, 56_000)
+    assert list(folder.read_ahead([])) == []
+
+
+def test_what_is_read_ahead_is_read_while_the_caller_works(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.randn(100) for i in range(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    begun: list[str] = []
+    folder = SafetensorsFolder(tmp_path)
+    real = folder._fill
+
+    def noted(tensor: torch.Tensor, entry: Entry) -> None:
+        begun.append(entry.name)
+        real(tensor, entry)
+
+    folder._fill = noted  # type: ignore[method-assign]
+    reader = folder.read_ahead(tensors)
+    next(reader)
+    assert len(begun) > 1
+
+
+def test_an_error_of_a_reading_thread_reaches_the_caller(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1000), "b": torch.ones(1000)}, path)
+    with SafetensorsFolder(tmp_path) as folder:
+        reader = folder.read_ahead(["a", "b"])
+        path.write_bytes(path.read_bytes()[:-1])
+        assert torch.equal(next(reader), torch.ones(1000))
+        with pytest.raises(ValueError, match="ends within tensor b"):
+            next(reader)
+
+
+def test_tensors_by_other_names(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1), "b": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with SafetensorsFolder(tmp_path) as folder:
+        folder.rename({"x": "b", "a": "a"})
+        assert list(folder.entries) == ["x", "a"]
+        assert folder.tensor("x") == folder.read("x") == 0
