@@ -7,6 +7,7 @@ from lora_core.models.decoder import CausalLM, ModelOutput
 from lora_core.models.encoder import Encoder, EncoderModel, EncoderOutput
 from lora_core.models.encoder_config import EncoderConfig
 from lora_core.models.encoder_heads import MaskedLM, SequenceClassifier, SpanFinder, TokenClassifier
+from lora_core.models.families import Family, register_family
 from lora_core.models.generate import generate, generate_ids, left_pad
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderModel",
     "EncoderOutput",
+    "Family",
     "KVCache",
     "MaskedLM",
     "ModelConfig",
@@ -27,4 +29,5 @@ __all__ = [
     "generate_ids",
     "left_pad",
     "read_config",
+    "register_family",
 ]
