@@ -2,7 +2,8 @@
 
 from lora_core.data.batch import collate, find_duplicates, find_overlap, split
 from lora_core.data.chat import BUILTIN_TEMPLATES, builtin_template, load_template
-from lora_core.data.grading import ControlTextError, Graded, Grader
+from lora_core.data.control_text import ControlTextError
+from lora_core.data.grading import Graded, Grader
 from lora_core.data.mixing import mix
 from lora_core.data.packing import collate_packed, pack
 from lora_core.data.records import (
@@ -22,6 +23,7 @@ from lora_core.data.sft import IGNORED, Rows, SFTDataset
 from lora_core.data.text import TextWindows, encode_documents
 from lora_core.data.tokenizer import Tokenizer
 from lora_core.data.tokenizer_folder import load_tokenizer
+from lora_core.data.vocabulary import check_vocabulary, missing_template_tokens
 
 __all__ = [
     "BUILTIN_TEMPLATES",
@@ -41,6 +43,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "builtin_template",
+    "check_vocabulary",
     "collate",
     "collate_packed",
     "encode_documents",
@@ -48,6 +51,7 @@ __all__ = [
     "find_overlap",
     "load_template",
     "load_tokenizer",
+    "missing_template_tokens",
     "mix",
     "pack",
     "parse_columns",

@@ -4,28 +4,27 @@ What it does: `render_chat` turns messages into text; `render_spans` also says w
 lie in `{% generation %}` blocks, the parts an assistant wrote. `load_template` finds a template by
 built-in name, by file or as text.
 
-How: a template comes out of a downloaded folder, so it runs in jinja2's immutable sandbox with the
-names transformers provides (`raise_exception`, `strftime_now`, `tojson` without HTML escapes, loop
-controls, `trim_blocks`, `lstrip_blocks`). A `{% generation %}` block writes a marker before and
-after its body; the markers are cut out of the finished text and their places are the spans. They
-carry a random number drawn for each render, so no content can imitate them.
+How: a template comes out of a downloaded folder, so it runs in a sandbox (`sandbox.py`) and sees
+plain data. A `{% generation %}` block writes a marker before and after its body; the markers are
+cut out of the finished text and their places are the spans. They carry a random number drawn for
+each render, so no content can imitate them.
 
-How it differs from transformers: there the position is counted while the text streams out, which
-is wrong when a template filters or captures a block; here the template runs twice, with and without
-markers, and different texts are an error. The trade-off is a second render, some tens of
-microseconds.
+How it differs from transformers: there the position of a marked block is counted while the text
+streams out, which is wrong when a template filters or captures a block; here the template runs
+twice, with and without markers, and different texts are an error. The trade-off is a second render,
+some tens of microseconds. Values that JSON does not know are refused here, where transformers shows
+the template a placeholder such as "<ndarray>"; a tool is a JSON schema, never a Python function.
 """
 
-import json
 import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from lora_core.data.sandbox import compile_template
 
 Span = tuple[int, int]
 Messages = Sequence[Mapping[str, Any]]
@@ -85,21 +84,34 @@ def render_chat(
     add_generation_prompt: bool = False,
     tools: Sequence[Any] | None = None,
     variables: Mapping[str, Any] | None = None,
+    continue_final_message: bool | str = False,
 ) -> str:
     """Text of a conversation.
 
     Args:
         template: Jinja text.
-        messages: dictionaries with `role` and `content`; further keys reach the template.
+        messages: dictionaries with `role` and `content`; further keys reach the template, except
+            those whose value is None.
         add_generation_prompt: end with the header of an assistant turn.
         tools: JSON schemas of tools.
-        variables: special tokens (`bos_token`) and whatever else the template reads.
+        variables: special tokens (`bos_token`), `documents`, and whatever else the template reads.
+        continue_final_message: leave the last message open, so that the model writes on: the text
+            ends with its `content`, or with the field of this name.
 
     Raises:
-        ValueError: the template is not valid Jinja, or refuses the conversation.
+        ValueError: the template is not valid Jinja, or refuses the conversation; or the last
+            message cannot be left open.
     """
     names = {**(variables or {}), "add_generation_prompt": add_generation_prompt}
-    return _render(template, messages, tools, names)
+    if not continue_final_message:
+        return _render(template, messages, tools, names)
+    if add_generation_prompt:
+        raise ValueError(
+            "continue_final_message and add_generation_prompt exclude each other: the text ends "
+            "inside the last message or with a new header"
+        )
+    field = continue_final_message if isinstance(continue_final_message, str) else "content"
+    return _render_open(template, messages, tools, names, field)
 
 
 def render_spans(
@@ -138,6 +150,47 @@ def render_spans(
     return text, spans
 
 
+def _render_open(
+    template: str,
+    messages: Messages,
+    tools: Sequence[Any] | None,
+    variables: Mapping[str, Any],
+    field: str,
+) -> str:
+    """Text up to the end of the last message's `field`: a tag there says where to cut.
+
+    The tag ends with a blank. A template that trims takes the blank away, and with it would have
+    taken the blanks that end the field: they are cut off too.
+    """
+    if not messages:
+        raise ValueError("continue_final_message needs a message; the conversation is empty")
+    tag = f"\ue000{secrets.token_hex(8)}"
+    last, said = _tagged(_message(messages[-1]), field, f"{tag} ")
+    if not any(name in template for name in last if tag[1:] in str(last[name])):
+        raise ValueError(f"the chat template reads no {field!r}, so it cannot be continued")
+    text = _render(template, [*messages[:-1], last], tools, variables)
+    if tag not in text or said.strip() not in text:
+        raise ValueError(f"the chat template leaves out or changes the {field!r} to be continued")
+    place = text.rindex(tag)
+    return text[:place] if text.startswith(f"{tag} ", place) else text[:place].rstrip()
+
+
+def _tagged(message: dict[str, Any], field: str, tag: str) -> tuple[dict[str, Any], str]:
+    """A message with a tag after the text of a field, and that text."""
+    said = message.get(field)
+    if isinstance(said, list):  # parts: the last one with text
+        place = max((i for i, part in enumerate(said) if "text" in part), default=None)
+        if place is not None:
+            part = {**said[place], "text": said[place]["text"] + tag}
+            parts = [*said[:place], part, *said[place + 1 :]]
+            return {**message, field: parts}, said[place]["text"]
+    if not isinstance(said, str):
+        raise ValueError(f"the last message has no text in {field!r} to continue; got {said!r}")
+    # reasoning goes by several names; the template reads one of them
+    names = _REASONING if field in _REASONING else (field,)
+    return {**message, **{k: said + tag for k in names if message.get(k) == said}}, said
+
+
 def _render(
     template: str,
     messages: Messages,
@@ -147,81 +200,26 @@ def _render(
 ) -> str:
     from jinja2 import TemplateError
 
-    chat = [_with_reasoning(_plain(message)) for message in messages]
     names = {"documents": None, **_plain(variables)}
+    for what, items in (("tools", tools), ("documents", names["documents"])):
+        if items is not None and not all(isinstance(item, Mapping) for item in items):
+            raise ValueError(f"{what} must be a list of dictionaries; got {items!r:.80}")
+    chat = [_message(message) for message in messages]
     try:
-        compiled = _compile(template)
+        compiled = compile_template(template)
         return str(compiled.render(messages=chat, tools=_plain(tools), _marks=marks, **names))
     except TemplateError as error:
         line = getattr(error, "lineno", None)
         place = f" (line {line} of the template)" if line else ""
-        raise ValueError(f"the chat template refuses: {error.message}{place}") from None
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        raise ValueError(f"the chat template fails on this conversation: {error}") from None
+        raise ValueError(f"the chat template refuses: {_one_line(error.message)}{place}") from None
+    except Exception as error:  # noqa: BLE001 - a template is a program and can fail in any way
+        raise ValueError(
+            f"the chat template fails on this conversation: {_one_line(error)}"
+        ) from None
 
 
-@lru_cache(maxsize=64)
-def _compile(template: str) -> Any:
-    """A compiled template in its own sandbox."""
-    from jinja2 import ext, nodes, parser, runtime
-    from jinja2.exceptions import SecurityError, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(ext.Extension):
-        tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-        def parse(self, parser: parser.Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_mark", [nodes.ContextReference()])
-            return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _mark(self, context: runtime.Context, caller: Any) -> str:
-            opening, closing = context.resolve("_marks")
-            return f"{opening}{caller()}{closing}"
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    class PublicNamespace(Namespace):
-        """A namespace without underscore names, which could reach the interpreter's insides."""
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if str(name).startswith("_"):
-                raise SecurityError(f"a chat template may not store the attribute {name!r}")
-            super().__setitem__(name, value)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.globals["namespace"] = PublicNamespace
-    return environment.from_string(template)
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
 
 
 def _plain(value: Any) -> Any:
@@ -232,21 +230,27 @@ def _plain(value: Any) -> Any:
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
-    if isinstance(value, str):
-        return str.__str__(value)
+    for plain in (str, int, float):
+        if isinstance(value, plain):  # an enumeration's member, say: its value without its methods
+            return plain.__str__(value) if plain is str else plain(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
     raise ValueError(
         "a chat template takes strings, numbers, lists and dictionaries; "
         f"got {type(value).__name__}"
     )
 
 
-def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Give reasoning under every name that templates read, as transformers does."""
-    found = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates see it: what is None is absent, reasoning under every name."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message is a dictionary with role and content; got {message!r:.80}")
+    present = {key: item for key, item in _plain(message).items() if item is not None}
+    found = next((present[key] for key in _REASONING if key in present), None)
     if found is None:
-        return message
-    return {"thinking": found, **message, "reasoning_content": found}
+        return present
+    return {"thinking": found, **present, "reasoning_content": found}

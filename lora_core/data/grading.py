@@ -6,12 +6,13 @@ ends its turn, never a header, never another role.
 
 How the assistant's characters are found, in this order:
 
-1. marks: the template has `{% generation %}` blocks;
+1. marks: the template has `{% generation %}` blocks (a header at a block's start and white space
+   after its end token, as SmolLM3's blocks have, are cut off);
 2. family: a built-in marked template renders the very same text for this conversation;
 3. difference: for each graded turn the text up to its header and up to its end are rendered, and
    each must be a prefix of the next longer one and of the whole, else the conversation is refused;
    so is a template whose generation prompt leaves out the header that it writes before an answer.
-   The turn then ends at its last control token (a line break after it is not graded).
+   The turn then ends at its first stop token (what the template writes after it is not graded).
 
 A token is graded if and only if its first character lies in such a span. A token that starts in a
 header and reaches into the answer is not graded and is counted (`straddles`).
@@ -22,9 +23,8 @@ fallback to grading everything. The trade-off: templates that rewrite earlier tu
 past reasoning) are refused beyond the last turn, unless the template has marks.
 """
 
-import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +37,12 @@ from lora_core.data.chat import (
     load_template,
     render_chat,
     render_spans,
-    template_markers,
 )
+from lora_core.data.control_text import any_of, check_control_text, control_pattern, strings_of
 from lora_core.data.tokenizer import Tokenizer
+from lora_core.data.vocabulary import template_fit
 
 TRAIN_ON = ("assistant", "last", "all")
-
-
-class ControlTextError(ValueError):
-    """A message's content holds the text of a control token, which would become that token."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +88,20 @@ class Grader:
                 f"({', '.join(BUILTIN_TEMPLATES)}, a file or Jinja text)"
             )
         self.tok = tok
+        with_tools = tok.template_for([])
+        self._with_tools: Grader | None = None
+        if template is None and with_tools is not None and with_tools != chosen:
+            self._with_tools = Grader(tok, with_tools, train_on, control_text)
         self.template = chosen
         self.train_on = train_on
         self.control_text = control_text
-        self.stop_ids = {*tok.eos_ids, tok.end_of_turn_id(chosen)} - {None}
-        markers = {marker: tok.is_token(marker) for marker in self._markers()}
-        self._missing = [marker for marker, known in markers.items() if not known]
-        # a template's marker that is one token forges turns, declared special or not
-        self._control = control_pattern(tok, [m for m, known in markers.items() if known])
+        ends = {*tok.eos_ids, tok.end_of_turn_id(chosen)}
+        self.stop_ids = {index for index in ends if index is not None}
+        known, self._missing = template_fit(tok, chosen)
+        # a template's marker forges turns, declared special or not
+        self._control = control_pattern(tok, known)
+        stops = (tok.control_tokens.get(i) or tok.decode([i]) for i in self.stop_ids)
+        self._stop = any_of(filter(None, stops))
         self._family: str | None = None
 
     def __call__(self, messages: Messages, tools: Sequence[Any] | None = None) -> Graded:
@@ -109,6 +112,8 @@ class Grader:
             ValueError: the template refuses the conversation, its spans cannot be told, a marker
                 is not one token, BOS stands twice, or a graded turn holds no stop token.
         """
+        if tools is not None and self._with_tools is not None:
+            return self._with_tools(messages, tools)
         if self.control_text == "refuse":
             self._refuse_control_text(messages, tools)
         # `train` is an instruction to this library, not a part of the conversation
@@ -145,6 +150,7 @@ class Grader:
             raise ValueError("train_on='all' grades every message; remove the `train: false` marks")
         if has_marks(self.template):
             text, spans = self._marked(self.template, chat, tools)
+            spans = self._without_headers(text, spans, chat, tools)
             return text, self._pick(spans, turns, wanted), "marks"
         text = self._render(chat, tools)
         known = self._family_spans(chat, text, tools)
@@ -189,7 +195,8 @@ class Grader:
                 raise ValueError(
                     f"message {turn} cannot be told from the rest: {error}; {_MARK_IT}"
                 ) from None
-            if not (after.startswith(before) and text.startswith(after)):
+            end = self._end_of_turn(after, len(before))
+            if not (after.startswith(before) and text.startswith(after[:end])):
                 raise ValueError(
                     f"the template writes the text up to message {turn} differently when more "
                     f"messages follow, so its graded part cannot be told; {_MARK_IT}"
@@ -199,7 +206,7 @@ class Grader:
                     f"the template writes a header before message {turn}, but not as the "
                     f"generation prompt, so it cannot be told from the answer; {_MARKS}"
                 )
-            spans.append((len(before), self._end_of_turn(after, len(before))))
+            spans.append((len(before), end))
         return spans
 
     def _prompts(self, chat: Messages, before: str, tools: Sequence[Any] | None) -> bool:
@@ -210,20 +217,35 @@ class Grader:
         return probe[len(before) :].lstrip().startswith("x")
 
     def _end_of_turn(self, text: str, start: int) -> int:
-        """End of the turn's last control token, if only white space follows it."""
+        """End of the first stop token; of the last control token where content may hold stops."""
+        stop = None if self.control_text == "keep" else self._stop.search(text, start)
+        return self._last_control(text, start) if stop is None else stop.end()
+
+    def _last_control(self, text: str, start: int) -> int:
+        """End of the last control token, if only white space follows it; else of the text."""
         ends = [match.end() for match in self._control.finditer(text, start)]
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
 
-    def _markers(self) -> set[str]:
-        """Markers the template spells out, and those it puts together for the three usual roles."""
-        chat = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
-        found = set(template_markers(self.template))
-        for messages in (chat, chat[1:]):
-            try:
-                found.update(template_markers(self._render(messages, None)))
-            except ValueError:  # not every template has a system role
-                continue
-        return found
+    def _without_headers(
+        self, text: str, spans: list[Span], chat: Messages, tools: Sequence[Any] | None
+    ) -> list[Span]:
+        """Marked spans without a turn's header before and white space after them."""
+        spans = [(start, self._last_control(text[:end], start)) for start, end in spans]
+        if not any(self._control.match(text, start) for start, _ in spans):
+            return spans
+        plain, prompt = (self._render(chat, tools, add) for add in (False, True))
+        header = prompt[len(plain) :] if prompt.startswith(plain) else ""
+        opening = self._control.match(header)
+        cut = []
+        for start, end in spans:
+            found = text.startswith(header, start, end)
+            if not found and opening and text.startswith(opening.group(), start, end):
+                raise ValueError(
+                    f"a {{% generation %}} block starts with the header {opening.group()!r} that "
+                    "the generation prompt writes; mark the assistant's text alone"
+                )
+            cut.append((start + len(header) if found else start, end))
+        return cut
 
     def _render(
         self, chat: Messages, tools: Sequence[Any] | None, add_generation_prompt: bool = False
@@ -244,7 +266,7 @@ class Grader:
     # --- guards ---
 
     def _refuse_control_text(self, messages: Messages, tools: Sequence[Any] | None) -> None:
-        for key, text in _strings({"messages": list(messages), "tools": list(tools or ())}):
+        for key, text in strings_of({"messages": list(messages), "tools": list(tools or ())}):
             check_control_text(text, self._control, key)
 
     def _check_markers(self, text: str) -> None:
@@ -282,23 +304,6 @@ _MARKS = "pass a template with {% generation %} around the assistant's text (tem
 _MARK_IT = f"{_MARKS}, or train_on='last'"
 
 
-def control_pattern(tok: Tokenizer, markers: Iterable[str] = ()) -> re.Pattern[str]:
-    """A pattern that finds the text of any control token or further marker, longest first."""
-    texts = sorted({*tok.control_tokens.values(), *markers}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts)) or "(?!)")  # (?!) never matches
-
-
-def check_control_text(text: str, pattern: re.Pattern[str], key: str) -> None:
-    """Refuse text that would be encoded as a control token.
-
-    Raises:
-        ControlTextError: names the key and the token.
-    """
-    found = pattern.search(text)
-    if found is not None:
-        raise ControlTextError(f"{key} holds the control token {found.group()!r} as text")
-
-
 def grade_offsets(
     offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
 ) -> tuple[list[bool], int]:
@@ -330,16 +335,3 @@ def grade_offsets(
                 break
             straddles += not graded[before]  # in the span before: graded there
     return graded, straddles
-
-
-def _strings(message: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Every string in a message with the path of keys that leads to it."""
-    found = []
-    for key, value in message.items():
-        if isinstance(value, str):
-            found.append((f"{prefix}{key}", value))
-        elif isinstance(value, Mapping):
-            found += _strings(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            found += _strings(dict(enumerate(value)), f"{prefix}{key}.")
-    return found

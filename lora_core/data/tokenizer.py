@@ -35,6 +35,8 @@ NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 class Tokenizer:
@@ -43,15 +45,18 @@ class Tokenizer:
     Args:
         backend: a `tokenizers.Tokenizer`.
         config: the content of tokenizer_config.json; kept, and written again by `save`.
-        chat_template: Jinja text, or None. May be assigned to later.
+        chat_template: Jinja text; or several by name, among them "default"; or None.
         stop_ids: further ids that end a generation (from generation_config.json).
+
+    Raises:
+        ValueError: a special token that `config` names is not in the vocabulary.
     """
 
     def __init__(
         self,
         backend: Any,
         config: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         stop_ids: Sequence[int] = (),
     ) -> None:
         self._trimmed = _set_trim_offsets(backend, False)
@@ -59,14 +64,16 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.config = dict(config or {})
-        self.chat_template = chat_template
+        named = chat_template if isinstance(chat_template, Mapping) else {"default": chat_template}
+        self.templates = {name: text for name, text in named.items() if text is not None}
         self.stop_ids = tuple(stop_ids)
         self.special_tokens = {
-            name: text for name in NAMED_TOKENS if (text := _token_text(self.config.get(name)))
+            name: text
+            for name in NAMED_TOKENS
+            if (text := _token_text(self.config.get(name))) is not None
         }
-        for name in ("bos_token", "eos_token"):
-            text = self.special_tokens.get(name)
-            if text is not None and backend.token_to_id(text) is None:
+        for name, text in self.special_tokens.items():
+            if text and backend.token_to_id(text) is None:
                 raise ValueError(
                     f"tokenizer_config.json names {name} {text!r}, which is not in tokenizer.json; "
                     "correct the name or add the token"
@@ -100,35 +107,58 @@ class Tokenizer:
 
     # --- chat ---
 
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template as Jinja text; of several the "default". Assigning replaces all."""
+        return self.templates.get("default")
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self.templates = {} if template is None else {"default": template}
+
+    def template_for(self, tools: Sequence[Any] | None) -> str | None:
+        """The template of a conversation: where tools are given the one named "tool_use"."""
+        if tools is not None and "tool_use" in self.templates:
+            return self.templates["tool_use"]
+        return self.chat_template
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = False,
         tools: Sequence[Any] | None = None,
+        continue_final_message: bool | str = False,
         **variables: Any,
     ) -> str:
-        """The text of a conversation under `chat_template`, as transformers renders it.
+        """The text of a conversation under its template, as transformers renders it.
 
         Args:
-            messages: dictionaries with `role` and `content`.
+            messages: dictionaries with `role` and `content`, at least one.
             add_generation_prompt: end with the header of an assistant turn, to be continued.
             tools: JSON schemas that the template may list.
-            **variables: further names the template may read (`enable_thinking=False`).
+            continue_final_message: end inside the last message instead: after its `content`, or
+                after the field of this name.
+            **variables: further names the template may read (`enable_thinking=False`,
+                `documents=[{"title": …, "text": …}]`).
 
         Raises:
-            ValueError: there is no template, or the template refuses the conversation.
+            ValueError: there is no template, no message, or the template refuses the conversation.
         """
-        if self.chat_template is None:
+        template = self.template_for(tools)
+        if template is None:
             raise ValueError(
                 "the tokenizer has no chat template; set tok.chat_template or pass template= "
                 "(chatml, llama3, llama2, mistral, gemma, phi3, alpaca, a file or Jinja text)"
             )
+        if not messages:
+            raise ValueError("a chat template renders at least one message; got none")
         return render_chat(
-            self.chat_template,
+            template,
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             variables={**self.special_tokens, **variables},
+            continue_final_message=continue_final_message,
         )
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
@@ -182,16 +212,20 @@ class Tokenizer:
         template = template or self.chat_template
         if template is None:
             return None
+        special = self.control_tokens
+        ends = [index for index in self.encode(self.answer_tail(template)) if index in special]
+        return ends[0] if ends else None
+
+    def answer_tail(self, template: str) -> str:
+        """What a template writes after an assistant's text; "" where it cannot be told."""
         said = "ANSWER"
         chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": said}]
         try:
             text = render_chat(template, chat, variables=self.special_tokens)
         except ValueError:  # a template may ask for more than this conversation has
-            return None
-        special = self.control_tokens
+            return ""
         _, found, tail = text.rpartition(said)
-        ends = [index for index in self.encode(tail) if index in special] if found else []
-        return ends[0] if ends else None
+        return tail if found else ""
 
     @property
     def pad_id(self) -> int:
@@ -235,7 +269,11 @@ class Tokenizer:
         return [int(self.backend.token_to_id(token)) for token in new]
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+        """Write tokenizer.json, tokenizer_config.json and the chat templates.
+
+        Templates go to chat_template.jinja and additional_chat_templates/NAME.jinja, and once more
+        into tokenizer_config.json, for programs that read them there.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         _set_trim_offsets(self.backend, self._trimmed)
@@ -243,20 +281,34 @@ class Tokenizer:
         _set_trim_offsets(self.backend, False)
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-        template_file = folder / "chat_template.jinja"
-        if self.chat_template is None:
-            template_file.unlink(missing_ok=True)  # another template would be read from it
-        else:
+        if self.templates.keys() == {"default"}:
             config["chat_template"] = self.chat_template
-            atomic_write(template_file, self.chat_template)
+        elif self.templates:
+            config["chat_template"] = [
+                {"name": name, "template": text} for name, text in self.templates.items()
+            ]
+        self._save_templates(folder)
         text = json.dumps(config, indent=2, ensure_ascii=False)
         atomic_write(folder / "tokenizer_config.json", text + "\n")
+
+    def _save_templates(self, folder: Path) -> None:
+        """A file each; files of templates that are no more would be read again, so they go."""
+        default, further = folder / TEMPLATE_FILE, folder / TEMPLATE_FOLDER
+        files = {
+            default if name == "default" else further / f"{name}.jinja": text
+            for name, text in self.templates.items()
+        }
+        for file in {default, *further.glob("*.jinja")} - files.keys():
+            file.unlink(missing_ok=True)
+        for file, text in files.items():
+            file.parent.mkdir(exist_ok=True)
+            atomic_write(file, text)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tokenizer":
         from tokenizers import Tokenizer as Backend
 
         backend = Backend.from_str(self.backend.to_str())
-        twin = Tokenizer(backend, copy.deepcopy(self.config), self.chat_template, self.stop_ids)
+        twin = Tokenizer(backend, copy.deepcopy(self.config), self.templates, self.stop_ids)
         twin._trimmed = self._trimmed
         return twin
 
@@ -269,7 +321,7 @@ def _token_text(entry: object) -> str | None:
     """A special token is written as a string or as an object with its `content`."""
     if isinstance(entry, dict):
         entry = entry.get("content")
-    return entry if isinstance(entry, str) and entry else None
+    return entry if isinstance(entry, str) else None
 
 
 def _set_trim_offsets(backend: Any, value: bool) -> bool:

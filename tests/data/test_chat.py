@@ -1,5 +1,6 @@
 """Templates render as transformers renders them, in a sandbox, with spans nothing can confuse."""
 
+import enum
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -209,6 +210,9 @@ def test_a_new_number_in_every_render(monkeypatch: pytest.MonkeyPatch) -> None:
     ("template", "message"),
     [
         ("{% for %}", r"the chat template refuses: .*\(line 1 of the template\)"),
+        ("{{ 1 }}\n{% if 1 %}\n{% endfor %}", r"unknown tag 'endfor'.*\(line 3 of the template\)"),
+        ("{{ raise_exception('no\nway') }}", "refuses: no way$"),
+        ("{{ messages | tojson(bad=1) }}", r"fails on this conversation: .*argument 'bad'"),
         ("{{ raise_exception('no tools here') }}", "the chat template refuses: no tools here"),
         ("{{ '{}'.format() }}", "the chat template fails on this conversation: .*index"),
         ("{{ 'a' + 1 }}", "the chat template fails on this conversation: can only concatenate"),
@@ -245,6 +249,60 @@ def test_only_plain_data_reaches_a_template() -> None:
             return "out"
 
     assert render_chat("{{ messages[0].content.reach_out }}", [{"content": Text("x")}]) == ""
+
+
+def test_numbers_and_tuples_reach_a_template_as_they_are() -> None:
+    class Level(enum.IntEnum):
+        LOW = 1
+
+    values = {"t": (1, 2.5), "level": Level.LOW, 3: None}
+    assert render_chat("{{ messages[0].v }}", [{"v": values}]) == str(
+        {"t": (1, 2.5), "level": 1, 3: None}
+    )
+
+
+def test_none_is_absent() -> None:
+    template = "{{ 'content' in messages[0] }} {{ messages[0].tool_calls is defined }}"
+    message = {"role": "assistant", "content": None, "tool_calls": None}
+    assert render_chat(template, [message]) == "False False"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tools": ["f"]}, r"tools must be a list of dictionaries; got \['f'\]"),
+        ({"variables": {"documents": [1]}}, r"documents must be a list of dictionaries; got \[1\]"),
+        ({"messages": ["q"]}, "a message is a dictionary with role and content; got 'q'"),
+    ],
+)
+def test_what_is_no_dictionary(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render_chat("x", **{"messages": CHAT, **given})
+
+
+def test_continuing_the_last_message(tok: Tokenizer) -> None:
+    open_turn = [*CHAT[:3], {"role": "assistant", "content": "so far "}]
+    assert tok.render(open_turn, continue_final_message=True).endswith("assistant\nso far ")
+    template = "{% for m in messages %}{{ m.thinking }}[{{ m.content | trim }}]{% endfor %}"
+    options: dict[str, Any] = {"continue_final_message": True}
+    assert render_chat(template, open_turn, **options).endswith("[q2][so far")
+    parts = [{"content": [{"type": "text", "text": "a"}, {"type": "image"}]}]
+    assert render_chat("{{ messages[0].content[0].text }}]", parts, **options) == "a"
+    thought = [{"content": "c", "reasoning": "well"}]
+    assert render_chat(template, thought, continue_final_message="reasoning") == "well"
+    for messages, field, message in [
+        ([], True, "continue_final_message needs a message; the conversation is empty"),
+        ([{"role": "assistant"}], True, "no text in 'content' to continue; got None"),
+        ([{"content": [{"type": "image"}]}], True, "no text in 'content' to continue; got"),
+        ([{"other": "x"}], "other", "reads no 'other', so it cannot be continued"),
+        ([{"content": "x", "name": "n"}], "name", "reads no 'name', so it cannot be continued"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            render_chat(template, messages, continue_final_message=field)
+    with pytest.raises(ValueError, match="leaves out or changes the 'content' to be continued"):
+        render_chat("{{ messages[0].content | upper }}", open_turn, **options)
+    with pytest.raises(ValueError, match="add_generation_prompt exclude each other"):
+        tok.render(open_turn, add_generation_prompt=True, **options)
 
 
 def test_where_templates_come_from(tmp_path: Path) -> None:

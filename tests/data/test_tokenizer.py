@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.data import SFTDataset, Tokenizer, load_tokenizer
+from lora_core.data.tokenizer import NAMED_TOKENS
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<end>"]
 
@@ -106,7 +107,8 @@ def test_pad_falls_back_to_eos_then_zero(folder: Callable[..., Path]) -> None:
     ],
 )
 def test_template_entries(folder: Callable[..., Path], entry: object) -> None:
-    assert load_tokenizer(folder(tokenizer_config={"chat_template": entry})).render([]) == "1"
+    tok = load_tokenizer(folder(tokenizer_config={"chat_template": entry}))
+    assert tok.render([{"role": "user", "content": "q"}]) == "1"
 
 
 def test_template_file_goes_before_the_entry(folder: Callable[..., Path]) -> None:
@@ -232,12 +234,28 @@ def test_errors(folder: Callable[..., Path], tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({"tokenizer_config": []}, r"tokenizer_config\.json: expected a JSON object; got list"),
-        ({"generation_config__json": "{"}, r"generation_config\.json: not valid JSON"),
-        ({"generation_config": {"eos_token_id": ["2"]}}, r"a list of ids; got \['2'\]"),
-        (
-            {"tokenizer_config": {"eos_token": "<none>"}},
-            "names eos_token '<none>', which is not in",
+        ({"tokenizer_config__json": "{"}, r"tokenizer_config\.json: not valid JSON"),
+        ({"tokenizer_config__json": "[" * 100_000}, r"tokenizer_config\.json: not valid JSON"),
+        ({"generation_config": 3}, r"generation_config\.json: expected a JSON object; got int"),
+        *(
+            ({name: {"eos_token_id": value}}, rf"{name}\.json: eos_token_id {message}")
+            for name in ("config", "generation_config")
+            for value, message in [
+                (["2"], r"must be an id or a list of ids; got \['2'\]"),
+                (2.0, r"must be an id or a list of ids; got 2\.0"),
+                (True, "must be an id or a list of ids; got True"),
+                (-1, r"-1 is no id of the tokenizer, which has \d+; correct it"),
+                ([2, 100_000], "100000 is no id of the tokenizer, which has"),
+            ]
         ),
+        *(
+            ({"tokenizer_config": {name: "<none>"}}, f"names {name} '<none>', which is not in")
+            for name in NAMED_TOKENS
+        ),
+        ({"tokenizer_config": {"pad_token": 3}}, r"pad_token must be a string, an object .*got 3"),
+        ({"tokenizer_config": {"unk_token": {"id": 1}}}, r"unk_token must be .*got \{'id': 1\}"),
+        ({"tokenizer_config": {"chat_template": {"default": 3}}}, "names to text; got 'default'"),
+        ({"tokenizer_config": {"chat_template": {"../x": ""}}}, r"names to text; got '\.\./x'"),
         ({"tokenizer_config": {"chat_template": 3}}, "must be a string or a list .*; got int"),
         (
             {"tokenizer_config": {"chat_template": [{"name": "rag", "template": ""}]}},
@@ -254,6 +272,63 @@ def test_errors_in_files(folder: Callable[..., Path], files: dict[str, Any], mes
         load_tokenizer(folder(**files))
 
 
+def test_an_invalid_generation_config_is_forgiven(folder: Callable[..., Path]) -> None:
+    """Published checkpoints have one; config.json and the template say the same."""
+    files = {"generation_config__json": '{"eos_token_id": [1],}', "config": {"eos_token_id": 3}}
+    with pytest.warns(UserWarning, match=r"generation_config\.json: not valid JSON: .*not used"):
+        tok = load_tokenizer(folder(**files))
+    assert tok.eos_ids == [3]
+
+
+def test_empty_vocabulary(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    made = Backend(models.BPE())
+    made.add_special_tokens(["<s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the vocabulary is empty"):
+        load_tokenizer(tmp_path)
+
+
+def test_special_tokens_that_are_empty(folder: Callable[..., Path]) -> None:
+    """ "" is defined in a template, unlike null, and names no token."""
+    tok = load_tokenizer(folder(tokenizer_config={"bos_token": "", "eos_token": "</s>"}))
+    assert (tok.bos_id, tok.eos_ids) == (None, [2])
+    tok.chat_template = "{{ bos_token is defined }} {{ pad_token is defined }}"
+    assert tok.render([{"role": "user", "content": "q"}]) == "True False"
+
+
+def test_templates_by_name(folder: Callable[..., Path], tmp_path: Path) -> None:
+    message = [{"role": "user", "content": "q"}]
+    named = {"default": "plain", "tool_use": "tools {{ tools | length }}"}
+    tok = load_tokenizer(folder(tokenizer_config={"chat_template": named}))
+    assert (tok.chat_template, tok.render(message)) == ("plain", "plain")
+    assert tok.render(message, tools=[{"name": "f"}]) == "tools 1"
+    tok.save(tmp_path / "saved")
+    (tmp_path / "saved/tokenizer_config.json").write_text("{}")  # the files are enough
+    assert load_tokenizer(tmp_path / "saved").templates == named
+    tok.chat_template = "one"
+    assert tok.render(message, tools=[{"name": "f"}]) == "one"
+    tok.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").templates == {"default": "one"}
+    (tmp_path / "saved/additional_chat_templates").mkdir(exist_ok=True)
+    (tmp_path / "saved/additional_chat_templates/rag.jinja").write_text("r")
+    (tmp_path / "saved/chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"chat_template has no 'default' among \['rag'\]"):
+        load_tokenizer(tmp_path / "saved")
+
+
+def test_template_of_an_older_multimodal_folder(folder: Callable[..., Path]) -> None:
+    directory = folder(chat_template={"chat_template": "old"})
+    assert load_tokenizer(directory).chat_template == "old"
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: not UTF-8 text"):
+        load_tokenizer(directory)
+
+
 def test_no_template(folder: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match="the tokenizer has no chat template; set tok"):
-        load_tokenizer(folder()).render([])
+        load_tokenizer(folder()).render([{"role": "user", "content": "q"}])
+    with pytest.raises(ValueError, match="renders at least one message; got none"):
+        load_tokenizer(folder(chat_template__jinja="x")).render([])
