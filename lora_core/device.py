@@ -9,7 +9,8 @@ float16 needs loss scaling, as its smallest normal number is 6e-5 against bfloat
 import contextlib
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,6 +205,71 @@ class Lanes:
         with torch.cuda.stream(stream):
             to.copy_(source, non_blocking=True)
         return stream.record_event()
+
+
+class Recorded:
+    """A call that works on fixed memory, captured as a CUDA graph and replayed from then on.
+
+    The first call runs as it is, on a stream of its own: libraries make their handles and
+    workspaces then, which capturing forbids. The second is captured, which computes nothing, and
+    replayed; further ones are replayed. So each call has its effect once.
+
+    A call that cannot be captured is made as it is each time, and a warning says why.
+
+    Args:
+        call: reads no number back to the host, and finds its tensors where they were each time.
+        device: a CUDA device.
+    """
+
+    def __init__(self, call: Callable[[], None], device: torch.device) -> None:
+        self.call, self.device = call, device
+        self.warm = False
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        """Make the call."""
+        if self.replay is not None:
+            self.replay()
+        elif not self.warm:
+            self._on_a_stream_of_its_own()
+        else:
+            self.replay = self._captured()
+            self.replay()
+
+    def _on_a_stream_of_its_own(self) -> None:
+        current = torch.cuda.current_stream(self.device)
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch's
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            self.call()
+        current.wait_stream(side)
+        self.warm = True
+
+    def _captured(self) -> Callable[[], None]:
+        graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.graph(graph):
+                self.call()
+        except RuntimeError as problem:
+            torch.cuda.set_stream(outside)
+            first = problem.__context__ or problem  # what broke it, not that it is broken
+            said = next(iter(str(first).strip().splitlines()), type(first).__name__)
+            warnings.warn(f"generating without a CUDA graph: {said}", stacklevel=2)
+            return self.call
+        return graph.replay
+
+
+def recorded(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A call that is to be made many times on the same memory, in the device's fastest way.
+
+    Args:
+        call: see `Recorded`.
+        device: where its tensors are.
+
+    Returns:
+        A `Recorded` on a CUDA device, elsewhere the call itself.
+    """
+    return Recorded(call, device) if device.type == "cuda" else call
 
 
 @dataclass(frozen=True)

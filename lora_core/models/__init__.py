@@ -3,15 +3,20 @@
 from lora_core.models.build import build_model, read_config
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
+from lora_core.models.decode_step import DecodeStep
 from lora_core.models.decoder import CausalLM, ModelOutput
 from lora_core.models.encoder import Encoder, EncoderModel, EncoderOutput
 from lora_core.models.encoder_config import EncoderConfig
 from lora_core.models.encoder_heads import MaskedLM, SequenceClassifier, SpanFinder, TokenClassifier
 from lora_core.models.families import Family, register_family
-from lora_core.models.generate import generate, generate_ids, left_pad
+from lora_core.models.generate import generate, generate_batch, generate_ids, left_pad
+from lora_core.models.sampling import Sampling
+from lora_core.models.session import Session
+from lora_core.models.stopping import TextStream
 
 __all__ = [
     "CausalLM",
+    "DecodeStep",
     "Encoder",
     "EncoderConfig",
     "EncoderModel",
@@ -21,11 +26,15 @@ __all__ = [
     "MaskedLM",
     "ModelConfig",
     "ModelOutput",
+    "Sampling",
     "SequenceClassifier",
+    "Session",
     "SpanFinder",
+    "TextStream",
     "TokenClassifier",
     "build_model",
     "generate",
+    "generate_batch",
     "generate_ids",
     "left_pad",
     "read_config",

@@ -171,7 +171,7 @@ class KVCache:
     def _grow(self, layer: int, total: int) -> tuple[Tensor, Tensor]:
         """Move a layer to buffers for at least `total` tokens."""
         past, old = self._lengths[layer], self._layers[layer]
-        room = self._blocks(max(total, old[0].shape[2] * 5 // 4))
+        room = self._blocks(max(total, -(-old[0].shape[2] * 5 // 4)))
         keys, values = (_buffer(tensor, room) for tensor in old)
         keys[:, :, :past] = old[0][:, :, :past]
         values[:, :, :past] = old[1][:, :, :past]

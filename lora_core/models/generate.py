@@ -3,36 +3,56 @@
 Prompts of a batch are padded on the left, so that the next token of every row stands in the last
 column; the attention mask hides the padding and positions are counted over real tokens, which is
 why a batch gives the tokens that its rows give one by one. Each new token costs one position:
-earlier keys and values come from the model's `cache` (this library's models) or `past_key_values`
-(transformers'). Any other module that returns `.logits` is run on the whole text again at every
-step: right, but quadratic.
+earlier keys and values come from a cache. The work is in three parts that know little of each
+other:
 
-Sampling is by nucleus: of the tokens sorted by probability the shortest head that reaches `top_p`
-is kept. Ref: Holtzman et al., arXiv:1904.09751, section 3.1.
+    sampling.py, rows.py          which token comes next: tensors on the device, no loop over rows
+    decode_step.py, growing.py    the model's part of a step: on fixed memory, as a CUDA graph where
+                                  there are such; or any module whatever, as far as it can
+    stopping.py                   text from tokens, whole characters only, up to a stop string
+
+The loop here reads one flag a step, whether all rows have ended; where somebody looks on
+(`on_text`, stop strings) it reads the step's tokens in its place. transformers' `generate` has the
+same options and some sixty more; beam search is not here.
+
+Adapters need nothing: `adapter_rows(model, names)` around a call lets each row of its batch name
+its adapter. Rows that have ended stay in the batch, so that such names go on fitting.
 """
 
-import inspect
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.models.cache import KVCache
+from lora_core.models.decode_step import DecodeStep
+from lora_core.models.growing import GrowingStep, can_be_fixed
+from lora_core.models.rows import Rows
+from lora_core.models.sampling import Sampling
+from lora_core.models.session import Session
+from lora_core.models.stopping import Answers, stop_strings
 
 Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Messages
+OnTokens = Callable[[list[int | None]], Iterable[int] | None]
 
 
-def generate(
+def generate(  # noqa: PLR0913  # the contract's arguments, then options by name
     model: nn.Module,
     tok: Any,
-    prompt_or_messages: str | Messages,
+    prompt_or_messages: Prompt,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    *,
+    top_k: int | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    on_text: Callable[[str], object] | None = None,
+    session: Session | None = None,
 ) -> str:
     """Continue a prompt, or answer a conversation.
 
@@ -44,30 +64,111 @@ def generate(
         max_new_tokens: at most so many tokens.
         temperature: 0 takes the likeliest token, 1 samples from the model's own distribution.
         top_p: sample only from the likeliest tokens that together reach this probability.
-        seed: makes sampling repeatable; None draws from torch's global generator.
+        seed: makes sampling repeatable; None draws one from torch's global generator.
+        top_k: sample only from the so many likeliest tokens; None: from all.
+        min_p: sample only from tokens at least this share as probable as the likeliest.
+        repetition_penalty: above 1 makes tokens of the text so far less likely; 1 is off.
+        stop: strings that end the text; it is returned without them.
+        on_text: called with each piece of text as soon as it is certain; whole characters.
+        session: of a conversation whose next turn this is.
 
     Returns:
-        The new text, without the token that ended it.
+        The new text, without the token or the stop string that ended it.
 
     Raises:
         ValueError: an empty prompt, or an option out of range.
     """
-    input_ids, mask = left_pad([_prompt_ids(tok, prompt_or_messages)])
-    stop = frozenset(tok.eos_ids)
-    (ids,) = generate_ids(
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    (text,) = _texts(
         model,
-        input_ids,
-        mask,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        eos_ids=stop,
+        tok,
+        [prompt_or_messages],
+        max_new_tokens,
+        sampling,
+        seed,
+        stop,
+        None if on_text is None else lambda _, piece: on_text(piece),
+        session,
     )
-    return tok.decode(ids[:-1] if ids[-1] in stop else ids)
+    return text
 
 
-def _prompt_ids(tok: Any, prompt: str | Messages) -> list[int]:
+def generate_batch(  # noqa: PLR0913
+    model: nn.Module,
+    tok: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    *,
+    top_k: int | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: str | Sequence[str] = (),
+    on_text: Callable[[int, str], object] | None = None,
+) -> list[str]:
+    """Continue several prompts, of any lengths, together; arguments as `generate`'s, and:
+
+    Args:
+        model: any module that returns `.logits` and takes an attention mask. Inside
+            `adapter_rows(model, names)` each prompt is answered under the adapter of its name.
+        tok: the tokenizer.
+        prompts: texts, conversations, or both.
+        max_new_tokens: at most so many tokens each.
+        temperature: of the sampling.
+        top_p: likewise.
+        seed: one for the batch, or one a prompt: which then draws what it would draw alone.
+        top_k: of the sampling.
+        min_p: likewise.
+        repetition_penalty: likewise.
+        stop: strings that end a text.
+        on_text: called with the number of a prompt and a piece of its answer.
+
+    Returns:
+        The new texts, in the order of the prompts.
+
+    Raises:
+        ValueError: no prompts, an empty one, or an option out of range.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    return _texts(model, tok, prompts, max_new_tokens, sampling, seed, stop, on_text)
+
+
+def _texts(
+    model: nn.Module,
+    tok: Any,
+    prompts: Sequence[Prompt],
+    limit: int,
+    sampling: Sampling,
+    seed: int | Sequence[int] | None,
+    stop: str | Sequence[str],
+    on_text: Callable[[int, str], object] | None,
+    session: Session | None = None,
+) -> list[str]:
+    """The answers as text; tokens are only looked at on the way if somebody asks."""
+    ends, stops = frozenset(tok.eos_ids), stop_strings(stop)
+    ids, mask = left_pad([_prompt_ids(tok, prompt) for prompt in prompts])
+    _check(ids, mask, limit)
+    answers = Answers(tok, len(ids), ends, stops, on_text or (lambda row, piece: None))
+    watched = on_text is not None or bool(stops)
+    found = _generate(
+        model,
+        ids,
+        mask,
+        limit,
+        sampling,
+        seed,
+        ends,
+        on_tokens=answers.take if watched else None,
+        session=session,
+    )
+    if watched:
+        return answers.finish()
+    return [tok.decode(row[:-1] if row[-1] in ends else row) for row in found]
+
+
+def _prompt_ids(tok: Any, prompt: Prompt) -> list[int]:
     """Ids of a prompt; this library's tokenizer also puts its BOS before them where it has one."""
     if hasattr(tok, "encode_prompt"):
         return tok.encode_prompt(prompt)
@@ -104,8 +205,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor,
     return ids, mask
 
 
-@torch.no_grad()
-def generate_ids(
+def generate_ids(  # noqa: PLR0913
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
@@ -113,22 +213,34 @@ def generate_ids(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     eos_ids: Collection[int] = (),
     pad_id: int = 0,
+    top_k: int | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    on_tokens: OnTokens | None = None,
 ) -> list[list[int]]:
     """Continue a batch of prompts, in evaluation mode and without gradients.
 
     Args:
-        model: any module that returns `.logits`; see this module's docstring for its cache.
+        model: any module that returns `.logits`; see growing.py for its cache.
         input_ids: (B, T) prompts, padded on the left.
         attention_mask: (B, T), nonzero for real tokens; None: nothing is padded.
         max_new_tokens: at most so many tokens a row.
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_p: share of the probability that is kept, in (0, 1].
-        seed: makes sampling repeatable; None draws from torch's global generator.
+        seed: makes sampling repeatable: one number, of which rows draw by their places, or one a
+            row, which then draws what it would draw alone. None draws one from torch's global
+            generator. What a row draws does not depend on the other rows.
         eos_ids: tokens that end a row.
         pad_id: what is fed to a row that has ended while others go on.
+        top_k: the so many likeliest tokens are kept; None: all.
+        min_p: tokens less than this share as probable as the likeliest are left out, in [0, 1].
+        repetition_penalty: logits of tokens in prompt or answer are divided by it where they are
+            positive, multiplied where they are negative; 1 is off.
+        on_tokens: called after each step with every row's new token, None for rows that had ended;
+            rows whose numbers it returns end there.
 
     Returns:
         The new tokens of each row, the one that ended it included.
@@ -137,80 +249,72 @@ def generate_ids(
         ValueError: an option out of range, padding on the right, or padding given to a model that
             takes no attention mask.
     """
-    _check(input_ids, attention_mask, max_new_tokens, temperature, top_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    _check(input_ids, attention_mask, max_new_tokens)
+    return _generate(
+        model, input_ids, attention_mask, max_new_tokens, sampling, seed, eos_ids, pad_id, on_tokens
+    )
+
+
+@torch.no_grad()
+def _generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    limit: int,
+    sampling: Sampling,
+    seed: int | Sequence[int] | None,
+    eos_ids: Collection[int],
+    pad_id: int = 0,
+    on_tokens: OnTokens | None = None,
+    session: Session | None = None,
+) -> list[list[int]]:
+    """As `generate_ids`, whose arguments are checked."""
     device = next(model.parameters()).device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     padded = attention_mask is not None and not attention_mask.all()
     mask = attention_mask.to(device) if attention_mask is not None and padded else None
-    steps = _Steps(model, padded=mask is not None)
     ids = input_ids.to(device)  # (B, T)
-    rows: list[list[int]] = [[] for _ in range(len(ids))]
-    open_rows = set(range(len(ids)))
-    with _evaluating(model):
-        for _ in range(max_new_tokens):
-            logits = steps(ids, mask)  # (B, V)
-            new = _choose(logits.float(), temperature, top_p, generator)  # (B,)
-            for row, token in enumerate(new.tolist()):
-                if row in open_rows:
-                    rows[row].append(token)
-                    if token in eos_ids:
-                        open_rows.discard(row)
-                else:
-                    new[row] = pad_id
-            if not open_rows:
+    rows = Rows(ids, mask, limit, sampling, seed, eos_ids, pad_id)
+    steps: DecodeStep | GrowingStep
+    with _evaluating(model), _kept(session, ids, rows, fixed := can_be_fixed(model)):
+        if fixed:
+            steps = DecodeStep(model, rows, None if session is None else session.cache)
+        else:
+            steps = GrowingStep(model, rows)
+        steps.start(ids, mask)
+        going = _goes_on(rows, on_tokens, [True] * len(ids))
+        for _ in range(limit - 1):
+            if not any(going):
                 break
-            ids = torch.cat((ids, new[:, None]), dim=1)  # (B, T + 1)
-            if mask is not None:
-                mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
-    return rows
+            steps.step()
+            going = _goes_on(rows, on_tokens, going)
+    return rows.answers()
 
 
-class _Steps:
-    """Logits of the last position of a growing text, by whichever cache the model has."""
-
-    def __init__(self, model: nn.Module, *, padded: bool) -> None:
-        self.model = model
-        self.takes = inspect.signature(model.forward).parameters
-        self.cache = KVCache() if "cache" in self.takes else None
-        self.past: Any = None  # transformers' own cache
-        # not the cache's length: a soft prompt's virtual tokens are in it too
-        self.seen = 0
-        if padded and "attention_mask" not in self.takes:
-            raise ValueError(
-                f"{type(model).__name__}.forward takes no attention_mask: give its prompts one by "
-                "one, without padding"
-            )
-
-    def __call__(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        options: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
-        if self.cache is not None:
-            options["cache"] = self.cache
-        elif "past_key_values" in self.takes:
-            options |= {"past_key_values": self.past, "use_cache": True}
-            if mask is not None:
-                options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, self.seen :]
-        if "logits_to_keep" in self.takes:
-            options["logits_to_keep"] = 1
-        output = self.model(ids[:, self.seen :], **options)
-        self.past = getattr(output, "past_key_values", None)
-        if self.cache is not None or self.past is not None:
-            self.seen = ids.shape[1]
-        return output.logits[:, -1]  # (B, V)
+def _goes_on(rows: Rows, on_tokens: OnTokens | None, before: list[bool]) -> list[bool]:
+    """Which rows go on after a step: one number if nobody looks on, else one a row."""
+    if on_tokens is None:
+        return [not rows.all_ended()]
+    tokens, ended = rows.last()
+    shown = [token if going else None for token, going in zip(tokens, before, strict=True)]
+    stopped = list(on_tokens(shown) or ())
+    if stopped:
+        rows.end(stopped)
+    return [not flag and row not in stopped for row, flag in enumerate(ended)]
 
 
-def _choose(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
-) -> Tensor:
-    """One token id a row, (B,), from float32 logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # from the largest down, and no smaller divisor: the quotients may not overflow upwards
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
-    probability, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-    before = probability.cumsum(dim=-1) - probability  # probability of all likelier tokens
-    kept = probability.masked_fill(before >= top_p, 0.0)  # the first is always kept
-    drawn = torch.multinomial(kept, 1, generator=generator)  # (B, 1)
-    return order.gather(-1, drawn)[:, 0]
+@contextmanager
+def _kept(session: Session | None, ids: Tensor, rows: Rows, fixed: bool) -> Iterator[None]:
+    """Let a session begin with what it holds of a prompt, and keep what is computed inside."""
+    if session is None:
+        yield
+        return
+    prompt = ids[0].tolist()
+    session.begin(prompt if fixed else ())
+    try:
+        yield
+    finally:  # an interrupted answer is kept as far as it came
+        session.end([*prompt, *rows.answers()[0]])
 
 
 @contextmanager
@@ -225,13 +329,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> None:
+def _check(input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(
             f"input_ids must have shape (B, T) with T at least 1; got {tuple(input_ids.shape)}"
@@ -246,7 +344,3 @@ def _check(
             raise ValueError("prompts must be padded on the left: a row ends in padding")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be finite and not negative; got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
