@@ -59,7 +59,8 @@ def text_part(raw: Mapping[str, Any]) -> dict[str, Any]:
         raw: config.json's content.
 
     Returns:
-        What describes the decoder, with the wrapper's tokens and dtype where it names none.
+        What describes the decoder, with the wrapper's tokens and dtype where it names none, and the
+        wrapper's word on whether the head is tied.
 
     Raises:
         TypeError: `text_config` is no object.
@@ -79,7 +80,10 @@ def text_part(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError(f"text_config of a {kind} model must be an object; got {inner!r}")
     outer = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")
     shared = {key: raw[key] for key in outer if key in raw}
-    return {**WRAPPERS[kind][1], **shared, **inner, "architectures": None}
+    # the head is the wrapper's, and so is the word on it
+    said = raw.get("tie_word_embeddings")
+    head = {} if said is None else {"tie_word_embeddings": said}
+    return {**WRAPPERS[kind][1], **shared, **inner, **head, "architectures": None}
 
 
 def family_of(raw: Mapping[str, Any]) -> str:
@@ -128,6 +132,9 @@ def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name in (*COMMON, *family.keys):
         key = family.renamed.get(name, name)
         if key in raw and (raw[key] is not None or name in _NULLABLE):
+            values[name] = raw[key]
+    for name, key in family.also.items():
+        if raw.get(key) is not None:
             values[name] = raw[key]
     if family.optional_window and not raw.get("use_sliding_window"):
         values["sliding_window"] = None
