@@ -25,6 +25,7 @@ from torch import nn
 
 __all__ = [
     "Targets",
+    "in_head",
     "nearest",
     "output_head_name",
     "pattern_value",
@@ -69,21 +70,39 @@ def sites(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def output_head_name(model: nn.Module) -> str | None:
-    """Name of the output head, as `get_output_embeddings()` of the model or of a part tells it.
+    """Name of the output head, as the model or a part of it tells it.
+
+    A layer that ends in the vocabulary is what `get_output_embeddings()` returns, in transformers'
+    models and this library's. A classifier is no embedding, and would be grown with the vocabulary
+    if it were called one: this library's encoders have `get_output_head()` for it.
 
     Args:
-        model: any module; transformers' models and this library's have the method.
+        model: any module.
 
     Returns:
-        The head's name, or None when there is no such method or it returns None.
+        The head's name, or None when there are no such methods or they return None.
     """
     for _, part in sites(model):
-        ask = getattr(unwrap(part), "get_output_embeddings", None)
-        head = ask() if callable(ask) else None
-        if isinstance(head, nn.Module):
-            wanted = unwrap(head)
-            return next((name for name, m in sites(model) if unwrap(m) is wanted), None)
+        for method in ("get_output_embeddings", "get_output_head"):
+            ask = getattr(unwrap(part), method, None)
+            head = ask() if callable(ask) else None
+            if isinstance(head, nn.Module):
+                wanted = unwrap(head)
+                return next((name for name, m in sites(model) if unwrap(m) is wanted), None)
     return None
+
+
+def in_head(name: str, head: str | None) -> bool:
+    """Whether a module is the output head or, as in RoBERTa's classifier, a layer of it.
+
+    Args:
+        name: the module's name.
+        head: what `output_head_name` returned.
+
+    Returns:
+        Whether it is.
+    """
+    return head is not None and (name == head or name.startswith(f"{head}."))
 
 
 def nearest(wanted: str, names: Sequence[str]) -> str:
@@ -219,7 +238,7 @@ def _matching(
 def _string_test(model: nn.Module, targets: str, option: str) -> Callable[[str], bool]:
     if targets == "all-linear":
         head = output_head_name(model)
-        return lambda name: name != head
+        return lambda name: not in_head(name, head)
     try:
         expression = re.compile(targets)
     except re.error as error:

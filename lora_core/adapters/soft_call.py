@@ -132,6 +132,9 @@ def _prepended(
         if labels.shape != given.shape[:2]:
             raise ValueError(_pooled(model))
         changed["labels"] = _wider(labels, count, IGNORED)
+    for end in ("start_positions", "end_positions"):  # a span's labels count tokens
+        if isinstance(position := call.get(end), Tensor):
+            changed[end] = position.clamp(min=0) + count
     keep = call.get("logits_to_keep")
     if isinstance(keep, Tensor):
         changed["logits_to_keep"] = torch.where(keep < 0, keep, keep + count)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lora_core.models.encoder_config import EncoderConfig
 from lora_core.models.encoder_files import file_rules
 from lora_core.models.encoder_layers import Embeddings, Layers, Pooler, padding_mask
+from lora_core.targets import unwrap
 
 
 @dataclass
@@ -79,7 +80,7 @@ class EncoderModel(nn.Module):
     @property
     def trunk(self) -> "Encoder":
         """The encoder under the head."""
-        trunk = self.get_submodule(self.config.family.prefix)
+        trunk = unwrap(self.get_submodule(self.config.family.prefix))
         assert isinstance(trunk, Encoder)
         return trunk
 

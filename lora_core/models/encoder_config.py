@@ -19,19 +19,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from lora_core.models.config import DTYPES
+from lora_core.models.config import DTYPES, LARGEST
 from lora_core.models.encoder_families import (
     ENCODERS,
     HEADS,
     LABELLED,
     EncoderFamily,
     encoder_of,
-    unknown,
 )
+from lora_core.models.reading import unknown
 
 ENCODER_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
-_LARGEST = 2**31 - 1  # of any size: a larger one is no model's
 _LAYERS = 10_000
 
 
@@ -171,7 +170,9 @@ class EncoderConfig:
             raise ValueError(
                 f"num_labels is for the heads {', '.join(LABELLED)}; this one is {wanted or 'none'}"
             )
-        count = num_labels or (2 if wanted == "span" else self.num_labels)
+        count = num_labels
+        if count is None:
+            count = 2 if wanted == "span" else self.num_labels
         if wanted == self.head and count == self.num_labels:
             return self
         same_kind = wanted == self.head
@@ -249,7 +250,7 @@ def _check_sizes(config: EncoderConfig) -> None:
     sizes = [f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
     for key in (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels"):
         size = getattr(config, key)
-        most = _LAYERS if key == "num_hidden_layers" else _LARGEST
+        most = _LAYERS if key == "num_hidden_layers" else LARGEST
         if not 1 <= size <= most:
             rule = "at least 1" if size < 1 else f"at most {most}"
             raise ValueError(f"{key} must be {rule}; got {size}")

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_core.models.reading import unknown
+
 # a head -> how transformers' name of an architecture ends
 HEADS = {
     "none": "Model",
@@ -89,8 +91,3 @@ def encoder_of(raw: Mapping[str, Any]) -> tuple[str, str | None]:
             "one of them"
         )
     return told, head
-
-
-def unknown(key: str, value: object, known: Mapping[str, Any] | tuple[str, ...]) -> str:
-    """The line that refuses a name and lists those that are known."""
-    return f"{key} {value!r} is not implemented; known: {', '.join(sorted(known))}"

@@ -24,6 +24,7 @@ from lora_core.models.encoder_config import EncoderConfig
 from lora_core.models.encoder_files import has_pooler, head_attribute
 from lora_core.models.encoder_layers import ACTIVATIONS
 from lora_core.models.encoder_losses import class_loss, sequence_loss, span_loss
+from lora_core.targets import unwrap
 
 
 class _WithHead(EncoderModel):
@@ -71,7 +72,8 @@ class _WithHead(EncoderModel):
         Raises:
             ValueError: what `Encoder.forward` refuses, or labels that do not fit.
         """
-        out = self.trunk(
+        trunk = self.get_submodule(self.config.family.prefix)  # or a host around it
+        out = trunk(
             input_ids,
             attention_mask,
             token_type_ids=token_type_ids,
@@ -234,7 +236,7 @@ class Transform(nn.Module):
         return self.LayerNorm(self.act(self.dense(x)))
 
 
-class BertMaskedHead(nn.Module):
+class BertPredictions(nn.Module):
     """decoder(transform(x)): what `cls.predictions` is."""
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -246,6 +248,18 @@ class BertMaskedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, C) to (B, T, V)."""
         return self.decoder(self.transform(x))
+
+
+class BertMaskedHead(nn.Module):
+    """What `cls` is: a name around the predictions."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.predictions = BertPredictions(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, T, C) to (B, T, V)."""
+        return self.predictions(x)
 
 
 class RobertaMaskedHead(nn.Module):
@@ -275,24 +289,21 @@ class MaskedLM(_WithHead):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
-        if config.family.masked_head == "cls":
-            self.cls = nn.Module()
-            self.cls.predictions = BertMaskedHead(config)
-        else:
-            self.lm_head = RobertaMaskedHead(config)
+        kind = BertMaskedHead if config.family.masked_head == "cls" else RobertaMaskedHead
+        self.add_module(config.family.masked_head, kind(config))
         self.tie_weights()
 
     @property
-    def predictions(self) -> BertMaskedHead | RobertaMaskedHead:
-        """The head that holds the decoder."""
-        head = self.cls.predictions if hasattr(self, "cls") else self.lm_head
-        assert isinstance(head, BertMaskedHead | RobertaMaskedHead)
+    def predictions(self) -> BertPredictions | RobertaMaskedHead:
+        """What holds the decoder, inside any hosts."""
+        head = unwrap(self.get_submodule(self.config.family.masked_head))
+        head = unwrap(head.predictions) if isinstance(head, BertMaskedHead) else head
+        assert isinstance(head, BertPredictions | RobertaMaskedHead)
         return head
 
     def score(self, out: EncoderOutput) -> Tensor:
         """(B, T, V)."""
-        assert out.last_hidden_state is not None
-        return self.predictions(out.last_hidden_state)
+        return self.get_submodule(self.config.family.masked_head)(out.last_hidden_state)
 
     def tie_weights(self) -> None:
         """Make the decoder's weight the embedding's own, and its bias the head's, if so configured.

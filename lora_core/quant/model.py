@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from lora_core.quant.codebook import Codebook, codebook
 from lora_core.quant.linear import NF4Linear
 from lora_core.quant.nf4 import quantize_4bit
-from lora_core.targets import Targets, output_head_name, select_modules, sites, unwrap
+from lora_core.targets import (
+    Targets,
+    in_head,
+    output_head_name,
+    select_modules,
+    sites,
+    unwrap,
+)
 from lora_kernels.blockwise4 import check_block_size
 from lora_kernels.expand4 import FLOATS
 
@@ -165,8 +172,9 @@ def _kept(model: nn.Module, skip: Targets | None) -> dict[str, str]:
         if owners[id(linear.weight)] > 1:
             kept.setdefault(name, "its weight is shared with another module")
     head = output_head_name(model)
-    if head in linears:
-        kept.setdefault(head, "the output head")
+    for name in linears:
+        if in_head(name, head):
+            kept.setdefault(name, "the output head")
     return {name: kept[name] for name in linears if name in kept}
 
 
