@@ -17,6 +17,9 @@ How the assistant's characters are found, in this order:
 A token is graded if and only if its first character lies in such a span. A token that starts in a
 header and reaches into the answer is not graded and is counted (`straddles`).
 
+Left out of this: a template that drops what it has no form for. transformers renders such
+conversations; here a graded tool call that does not appear in the text is an error.
+
 How it differs from the usual ways: no search for header token ids (they tokenise differently in
 context), no length of a separately tokenised prompt (the last token may merge with the answer), no
 fallback to grading everything. The trade-off: templates that rewrite earlier turns (Qwen3 removes
@@ -24,7 +27,7 @@ past reasoning) are refused beyond the last turn, unless the template has marks.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +42,7 @@ from lora_core.data.chat import (
     render_spans,
 )
 from lora_core.data.control_text import any_of, check_control_text, control_pattern, strings_of
+from lora_core.data.offsets import grade_offsets
 from lora_core.data.tokenizer import Tokenizer
 from lora_core.data.vocabulary import template_fit
 
@@ -121,6 +125,7 @@ class Grader:
         wanted = self._wanted(messages)
         text, spans, method = self._spans(chat, wanted, tools)
         self._check_markers(text)
+        self._check_calls(chat, wanted, text, spans)
         ids, offsets = self.tok.encode_with_offsets(text)
         self._check_bos(ids)
         graded, straddles = grade_offsets(offsets, spans)
@@ -199,7 +204,8 @@ class Grader:
             if not (after.startswith(before) and text.startswith(after[:end])):
                 raise ValueError(
                     f"the template writes the text up to message {turn} differently when more "
-                    f"messages follow, so its graded part cannot be told; {_MARK_IT}"
+                    f"messages follow, so its graded part cannot be told; "
+                    f"{_MARKS if turn == len(chat) - 1 else _MARK_IT}"
                 )
             if not self._prompts(chat[:turn], before, tools):
                 raise ValueError(
@@ -278,6 +284,18 @@ class Grader:
                 f"--add-tokens '{','.join(missing)}' (tok.add_tokens), or choose another template"
             )
 
+    def _check_calls(self, chat: Messages, wanted: list[int], text: str, spans: list[Span]) -> None:
+        """Refuse a template that leaves tool calls out: it would grade an answer of nothing."""
+        apart = len(spans) == len(wanted)
+        parts = [text[start:end] for start, end in spans] if apart else [text] * len(wanted)
+        for turn, part in zip(wanted, parts, strict=True):
+            for name in _called(chat[turn]):
+                if name not in part:
+                    raise ValueError(
+                        f"the template leaves out the tool call {name!r} of message {turn}; choose "
+                        "a template with a form for tool calls"
+                    )
+
     def _check_bos(self, ids: list[int]) -> None:
         if self.tok.bos_id is not None and ids[:2] == [self.tok.bos_id] * 2:
             raise ValueError(
@@ -300,38 +318,13 @@ class Grader:
                 )
 
 
+def _called(message: Mapping[str, Any]) -> list[str]:
+    """Names of the functions that a message calls, written as OpenAI does or flat."""
+    calls = [call for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    functions = [call.get("function", call) for call in calls]
+    names = [function.get("name") for function in functions if isinstance(function, Mapping)]
+    return [name for name in names if isinstance(name, str)]
+
+
 _MARKS = "pass a template with {% generation %} around the assistant's text (template=)"
 _MARK_IT = f"{_MARKS}, or train_on='last'"
-
-
-def grade_offsets(
-    offsets: Sequence[tuple[int, int]], spans: Sequence[Span]
-) -> tuple[list[bool], int]:
-    """Grade tokens by where they start.
-
-    Args:
-        offsets: (start, end) in characters, per token.
-        spans: (start, end) in characters, ascending, apart from each other.
-
-    Returns:
-        Per token whether its start lies in a span; and how many tokens start before a span and
-        reach into it.
-
-    Raises:
-        ValueError: token starts run backwards (offsets of a broken tokenizer).
-    """
-    starts = [start for start, _ in offsets]
-    if starts != sorted(starts):
-        raise ValueError(
-            "the tokenizer's offsets run backwards; they cannot tell which tokens are graded"
-        )
-    graded = [False] * len(starts)
-    straddles = 0
-    for start, end in spans:
-        first, stop = bisect_left(starts, start), bisect_left(starts, end)
-        graded[first:stop] = [True] * (stop - first)
-        for before in range(first - 1, -1, -1):
-            if offsets[before][1] <= start:
-                break
-            straddles += not graded[before]  # in the span before: graded there
-    return graded, straddles

@@ -20,8 +20,9 @@ from typing import Any, overload
 
 from lora_core.data.control_text import ControlTextError, check_control_text, control_pattern
 from lora_core.data.fit import split_text, truncate
-from lora_core.data.grading import Graded, Grader, grade_offsets
+from lora_core.data.grading import Graded, Grader
 from lora_core.data.mixing import mix
+from lora_core.data.offsets import grade_offsets
 from lora_core.data.records import (
     Chat,
     Completion,

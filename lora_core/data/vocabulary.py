@@ -8,7 +8,7 @@ or on a GPU a crash without a cause. Both are found here by asking, before anyth
 What is not an error: an embedding larger than the vocabulary (rows are padded to round numbers);
 control tokens beyond the embedding that no template writes (Gemma 3's text models share the
 tokenizer of the multimodal ones, one image token too long); headers that are plain text on purpose
-(OLMo 2's `<|user|>`), told by this: no marker of the template is a token, and yet a token follows
+(OLMo 2's `<|user|>`), told by this: no marker that the template spells is a token, yet one follows
 the answer.
 """
 
@@ -24,7 +24,8 @@ def template_fit(tok: Tokenizer, template: str) -> tuple[list[str], list[str]]:
     A marker counts whether the template spells it out or puts it together from a role's name. Plain
     headers (see the module) count as known: they forge turns as tokens do.
     """
-    markers = dict.fromkeys(template_markers(template))
+    spelled = template_markers(template)
+    markers = dict.fromkeys(spelled)
     chat = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
     for messages in (chat, chat[1:]):
         try:
@@ -33,7 +34,7 @@ def template_fit(tok: Tokenizer, template: str) -> tuple[list[str], list[str]]:
             continue
         markers.update(dict.fromkeys(template_markers(text)))
     missing = [marker for marker in markers if not tok.is_token(marker)]
-    headers = set(markers) - set(tok.special_tokens.values())
+    headers = {m for m in markers if m in spelled or m not in tok.special_tokens.values()}
     end = tok.encode(tok.answer_tail(template).lstrip())[:1]
     if headers == set(missing) and end and end[0] in tok.control_tokens:
         return list(markers), []

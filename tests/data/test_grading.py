@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.data import BUILTIN_TEMPLATES, ControlTextError, Grader, Tokenizer, builtin_template
-from lora_core.data.grading import grade_offsets
+from lora_core.data.offsets import grade_offsets
 
 SYSTEM = {"role": "system", "content": "be short"}
 CHAT = [
