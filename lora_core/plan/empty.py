@@ -86,9 +86,10 @@ def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a model's modules hold, plain attributes included, with its name."""
     for name, module in model.named_modules():
         for held in (module._parameters, module._buffers, vars(module)):
-            for key, tensor in held.items():
-                if isinstance(tensor, Tensor):
-                    yield f"{name}.{key}", tensor
+            for key, value in held.items():
+                for tensor in value if isinstance(value, tuple) else (value,):
+                    if isinstance(tensor, Tensor):
+                        yield f"{name}.{key}", tensor
 
 
 def give_fake_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -107,10 +108,16 @@ def give_fake_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
             done[id(tensor)] = nn.Parameter(plain, tensor.requires_grad) if is_parameter else plain
         return done[id(tensor)]
 
+    def replaced(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return fake(value)
+        if type(value) is tuple and any(isinstance(part, Tensor) for part in value):
+            return tuple(map(replaced, value))
+        return value
+
     with mode:
         for module in model.modules():
             kinds: Any = (module._parameters, module._buffers, vars(module))
             for held in kinds:
-                for key, tensor in list(held.items()):
-                    if isinstance(tensor, Tensor):
-                        held[key] = fake(tensor)
+                for key, value in list(held.items()):
+                    held[key] = replaced(value)
