@@ -301,17 +301,20 @@ def _by_block(
     assert found is not None  # `documents` asked
     in_graph, compiled = found
     operator = in_graph if torch.compiler.is_compiling() else compiled
-    cap: dict[str, Any] = {} if softcap is None else {"score_mod": _cap(softcap)}
+    cap: dict[str, Any] = {} if softcap is None else {"score_mod": _cap(softcap, q)}
     groups = q.shape[1] != k.shape[1]
     out: Tensor = operator(q, k, v, block_mask=blocks, scale=scale, enable_gqa=groups, **cap)
     return out
 
 
-def _cap(softcap: float) -> Callable[..., Tensor]:
+def _cap(softcap: float, q: Tensor) -> Callable[..., Tensor]:
     """Flex attention's `score_mod`."""
+    # a tensor, one entry a head: a second number would be no constant to torch.compile any more,
+    # and of what is not constant flex attention takes tensors alone
+    caps = torch.full(q.shape[1:2], softcap, dtype=torch.float32, device=q.device)
 
     def capped(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return caps[h] * torch.tanh(score / caps[h])
 
     return capped
 

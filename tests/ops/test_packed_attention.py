@@ -246,6 +246,33 @@ def test_blocks(
     assert len(runs) == 1
 
 
+def test_a_graph_takes_more_than_one_cap(stand_in: Any, monkeypatch: Any) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    stand_in(by_documents)
+    monkeypatch.setattr(packed_attention, "flex", lambda: (flex_attention, None))
+    ids, q, k, v = (x.detach() for x in inputs([[20, 12]], 1, 2, 16))
+    given_ = documents(ids, None, torch.float32, 5, capped=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(masked_attention, backend="eager", fullgraph=True)
+    for cap in (2.0, 3.0):
+        wanted = document_attention_reference(q, k, v, ids, 5, softcap=cap)
+        torch.testing.assert_close(compiled(q, k, v, given_, softcap=cap), wanted)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_the_compiled_kernel(stand_in: Any, full_run: bool, window: int | None) -> None:
+    if not full_run:
+        pytest.skip("a minute of compiling: LORA_TEST_FULL=1")
+    stand_in(by_documents)  # which is not called: PyTorch compiles flex attention for CPUs too
+    ids, q, k, v = (x.detach() for x in inputs([[100, 60]], 2, 2, 32))
+    given_ = documents(ids, None, torch.float32, window, capped=True)
+    with torch.no_grad():
+        for options in ({}, {"softcap": 2.0}, {"softcap": 3.0, "scale": 0.3}):
+            wanted = document_attention_reference(q, k, v, ids, window, **options)
+            torch.testing.assert_close(masked_attention(q, k, v, given_, **options), wanted)
+
+
 def test_capped_scores_where_only_variable_lengths_were_prepared(stand_in: Any) -> None:
     stand_in(by_documents)
     ids, q, k, v = inputs([[3, 2, 4], [1, 7]], 1, 2, dtype=torch.bfloat16)

@@ -8,12 +8,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import rms_norm
 from lora_kernels.gpu import rms_norm as gpu
 from lora_kernels.rms_norm import rms_norm_reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+FORMS: list[dict[str, bool]] = [{}, {"offset": True}, {"wide": True}]
 OPS = torch.ops.lora_kernels
 Judge = Callable[..., None]
 
@@ -47,29 +49,30 @@ def judge(accurate: Judge, x: Tensor, w: Tensor, dy: Tensor, **k: Any) -> list[T
     lead=st.sampled_from([(), (1,), (3,), (2, 5), (2, 0), (17, 1)]),
     h=st.sampled_from([1, 2, 15, 16, 31, 64, 100, 257]),
     dtype=st.sampled_from(DTYPES),
-    wide=st.booleans(),
-    offset=st.booleans(),
+    single=st.booleans(),
+    form=st.sampled_from(FORMS),
     eps=st.sampled_from([1e-6, 1e-2]),
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
     seed=st.integers(0, 2**31),
 )
-@example((3,), 31, torch.bfloat16, True, False, 1e-6, 1.0, 0)
+@example((3,), 31, torch.bfloat16, True, {}, 1e-6, 1.0, 0)
+@example((5,), 64, torch.bfloat16, True, {"wide": True}, 1e-6, 1.0, 0)
 def test_it_is_as_accurate_as_pytorch(
     as_accurate_as: Judge,
     lead: tuple[int, ...],
     h: int,
     dtype: torch.dtype,
-    wide: bool,
-    offset: bool,
+    single: bool,
+    form: dict[str, bool],
     eps: float,
     scale: float,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     x, w, dy = (torch.randn(*lead, h) * scale).to(dtype), torch.randn(h), torch.randn(*lead, h)
-    w = w if wide else w.to(dtype)
-    result = dtype if offset else torch.promote_types(dtype, w.dtype)
-    ours = judge(as_accurate_as, x, w, dy.to(result), eps=eps, offset=offset)
+    w = w if single else w.to(dtype)
+    result = dtype if form else torch.promote_types(dtype, w.dtype)
+    ours = judge(as_accurate_as, x, w, dy.to(result), eps=eps, **form)
     assert [t.dtype for t in ours] == [result, dtype, w.dtype]
 
 
@@ -117,6 +120,63 @@ def test_it_rounds_before_the_product_with_the_weight() -> None:
     quotient = rms_norm(x, torch.ones(64).bfloat16())
     assert torch.equal(rms_norm(x, w), w * quotient)
     assert not torch.equal(rms_norm(x, w - 1, offset=True), (w * quotient).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_wide_form_rounds_once(dtype: torch.dtype) -> None:
+    x, w, dy = torch.randn(200, 64).to(dtype), torch.rand(64) + 0.5, torch.randn(200, 64).to(dtype)
+    exact = rms_norm_reference(x.double(), w.double()).to(dtype)
+    once = (rms_norm(x, w, wide=True) == exact).double().mean()
+    twice = (rms_norm(x, w.to(dtype)) == exact).double().mean()
+    assert once > 0.99  # float32's own errors move a number over the middle now and then
+    assert twice < 0.9
+    assert rms_norm(x, w, wide=True).dtype == dtype
+    # backward knows it: the weight's gradient is that of the quotient as it was, not rounded
+    r = x.double().square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    wanted = (dy.double() * (x.double() * r)).sum(0)
+    (_, _, dw), (_, _, rounded) = (step(rms_norm, x, w, dy, wide=k) for k in (True, False))
+    assert (dw - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (rounded - wanted).abs().max() > 1e-4 * wanted.abs().max()
+
+
+def test_the_offset_is_wide_by_itself() -> None:
+    x, w, dy = torch.randn(9, 32).bfloat16(), torch.randn(32), torch.randn(9, 32).bfloat16()
+    said = step(rms_norm, x, w, dy, offset=True, wide=True)
+    assert all(
+        torch.equal(a, b) for a, b in zip(step(rms_norm, x, w, dy, offset=True), said, strict=True)
+    )
+    apart = step(rms_norm, x, w + 1, dy, wide=True)
+    assert all(torch.equal(a, b) for a, b in zip(apart, said, strict=True))
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "offset", "wide"])
+def test_heads_are_normalised_where_a_projection_wrote_them(
+    as_accurate_as: Judge, backend: str, size: int, form: dict[str, bool]
+) -> None:
+    heads, kv = 4, 2
+    fused = torch.randn(2, 5, (heads + 2 * kv) * size).bfloat16()
+    w, dy = torch.rand(size).bfloat16(), torch.randn(2, 5, heads, size).bfloat16()
+    q = fused[..., : heads * size].view(2, 5, heads, size)  # between its rows lie k and v
+    assert not q.is_contiguous()
+    wanted = judge(as_accurate_as, q.contiguous(), w, dy, **form)
+    turned = step(rms_norm, q.transpose(1, 2), w, dy.transpose(1, 2), **form)  # (B, H, T, D)
+    for got in (step(rms_norm, q, w, dy, **form), [t.transpose(1, 2) for t in turned[:2]]):
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=False))
+    # rows add up in another order
+    assert (turned[2] - wanted[2]).abs().max() <= 0.02 * wanted[2].abs().max()
+
+
+def test_many_short_rows(as_accurate_as: Judge, backend: str) -> None:
+    x, w, dy = torch.randn(3, 101, 7, 64), torch.rand(64), torch.randn(3, 101, 7, 64)
+    first = judge(as_accurate_as, x, w, dy, wide=True)
+    for threads in (2, 3) if backend == "native" else ():
+        torch.set_num_threads(threads)
+        try:
+            again = step(rms_norm, x, w, dy, wide=True)
+        finally:
+            torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.usefixtures("poison")
@@ -190,10 +250,10 @@ def test_what_is_not_wanted_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(dw, both[1])
 
 
-@pytest.mark.parametrize("offset", [False, True])
-def test_higher_derivatives(offset: bool) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "offset", "wide"])
+def test_higher_derivatives(form: dict[str, bool]) -> None:
     x, w = (torch.randn(n, 5, dtype=torch.float64).requires_grad_() for n in (3, 1))
-    function = lambda x, w: rms_norm(x, w[0], 1e-3, offset)  # noqa: E731
+    function = lambda x, w: rms_norm(x, w[0], 1e-3, **form)  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, w), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, (x, w), fast_mode=True)
 
@@ -224,6 +284,13 @@ def test_it_compiles_in_one_graph() -> None:
     compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
     pairs: Iterator = zip(step(compiled, x, w, dy), step(rms_norm, x, w, dy), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "offset", "wide"])
+def test_fake_tensors_have_the_results_dtype(form: dict[str, bool]) -> None:
+    with FakeTensorMode():
+        x, w = torch.empty(2, 3, 8, dtype=torch.bfloat16), torch.empty(8)
+        assert rms_norm(x, w, **form).dtype == (torch.bfloat16 if form else torch.float32)
 
 
 def test_autocast_changes_nothing() -> None:
