@@ -70,6 +70,9 @@ def config_from(raw: Mapping[str, Any]) -> ModelConfig | EncoderConfig:
     """
     kind, names = raw.get("model_type"), raw.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
+    for key, value in (("model_type", kind), ("architectures", name)):
+        if not isinstance(value, str | None):
+            raise TypeError(f"{key} must be a name; got {value!r}")
     encoders = architectures()
     if kind in ENCODERS or (kind is None and name in encoders):
         return EncoderConfig.from_dict(raw)

@@ -109,6 +109,8 @@ def test_absent_keys_have_the_familys_defaults() -> None:
         ({"model_type": "distilbert"}, "llama, .*xlm-roberta"),
         ({"model_type": None, "architectures": ["T5Model"]}, "'T5Model' is not .*BertModel.*Llama"),
         ({"model_type": None}, "the key model_type is missing"),
+        ({"model_type": ["bert"]}, r"model_type must be a name; got \['bert'\]"),
+        ({"architectures": [{}]}, "architectures must be a name; got {}"),
         (
             {"architectures": ["BertForMultipleChoice"]},
             "'BertForMultipleChoice' is not implemented",

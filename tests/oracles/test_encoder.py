@@ -4,7 +4,10 @@ Both run in one dtype and are compared with transformers in float64: ours may be
 far off as theirs, plus two roundings of the largest value.
 """
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lora_core.adapters import LoRAConfig, add_adapter
+from lora_core.checkpoint import load_adapter, load_model, save_adapter, save_model
 from lora_core.models import EncoderConfig, EncoderModel, build_model
+from lora_core.quant import NF4Linear
 
 pytestmark = pytest.mark.oracle
 
@@ -27,7 +33,12 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 40,
     "pad_token_id": 1,
 }
-FAMILIES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
+FAMILIES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+}
 ENDINGS = {
     "none": "Model",
     "masked": "ForMaskedLM",
@@ -270,3 +281,176 @@ def test_any_small_configuration(
         ]
     for parts in zip(*outs, strict=True):
         within(*parts)
+
+
+# --- folders ---
+
+
+def tell(model: Any, head: str = "sequence") -> list[Tensor]:
+    ids = torch.arange(2, 20).view(2, 9)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    with torch.no_grad():
+        return [t.to(dtype) for t in outputs(model(input_ids=ids), head)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_folders_go_both_ways(
+    transformers: ModuleType, family: str, head: str, tmp_path: Path
+) -> None:
+    more = {"num_labels": 3} if head in ("sequence", "token") else {}
+    ours, theirs, truth = triple(transformers, family, head, **more)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    read = load_model(tmp_path / "theirs")
+    assert type(read) is type(ours)
+    assert read.config.num_labels == ours.config.num_labels
+    for one, other in zip(ours.named_parameters(), read.named_parameters(), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1])
+    save_model(ours, tmp_path / "ours", max_shard_size=20_000)
+    kind = getattr(transformers, FAMILIES[family] + ENDINGS[head])
+    back, report = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values())
+    for parts in zip(tell(ours, head), tell(back, head), tell(truth, head), strict=True):
+        within(*parts)
+    raw = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert back.config.num_labels == ours.config.num_labels
+    assert raw["architectures"] == back.config.architectures
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_pretrained_folder_gets_another_head(
+    transformers: ModuleType, family: str, tmp_path: Path
+) -> None:
+    ours, theirs, _ = triple(transformers, family, "masked")
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="left out|made anew") as told:
+        read = load_model(tmp_path, head="sequence", num_labels=4)
+    said = [str(warning.message) for warning in told]
+    assert "left out (cls)" in said[0] or "left out (lm_head)" in said[0]
+    assert "made anew, to be trained before use" in said[1]
+    assert read.config.num_labels == 4
+    trunk = dict(ours.trunk.named_parameters())
+    fresh = []
+    for name, parameter in read.named_parameters():
+        known = trunk.get(name.partition(".")[2])
+        if known is None:
+            fresh.append(name)
+            assert parameter.isfinite().all()
+            assert parameter.abs().max() < 0.2
+        else:
+            assert torch.equal(parameter, known)
+    pooled = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight"]
+    dense = ["classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight"]
+    assert fresh[:3] == (pooled if family == "bert" else dense)
+
+
+def test_a_folder_that_says_it_has_a_head_must_have_it(
+    transformers: ModuleType, tmp_path: Path
+) -> None:
+    _, theirs, _ = triple(transformers, "bert", "none")
+    theirs.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["architectures"] = ["BertForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        ValueError, match=r"lacks 2 tensors \(classifier\.weight, classifier\.bias\)"
+    ):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+@pytest.mark.parametrize("head", ["none", "sequence"])
+def test_old_files(transformers: ModuleType, tmp_path: Path, prefixed: bool, head: str) -> None:
+    """gamma and beta, buffers among the weights, the trunk with or without its prefix."""
+    from safetensors.torch import save_file
+
+    ours, theirs, _ = triple(transformers, "bert", head)
+    theirs.save_pretrained(tmp_path)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in ours.state_dict().items():
+        old = re.sub(r"LayerNorm\.weight$", "LayerNorm.gamma", name)
+        old = re.sub(r"LayerNorm\.bias$", "LayerNorm.beta", old).removeprefix("bert.")
+        outer = name.startswith("classifier")
+        tensors[old if outer or not prefixed else f"bert.{old}"] = tensor
+    where = "bert." if prefixed else ""
+    tensors[f"{where}embeddings.position_ids"] = torch.arange(40)[None]
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = load_model(tmp_path)
+    for one, other in zip(tell(ours, head), tell(read, head), strict=True):
+        assert torch.equal(one, other)
+    kind = getattr(transformers, "Bert" + ENDINGS[head])
+    for one, other in zip(
+        tell(kind.from_pretrained(tmp_path), head), tell(read, head), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_quantized_on_load(transformers: ModuleType, family: str, tmp_path: Path) -> None:
+    """Against transformers holding the dequantized weights; the head stays dense."""
+    _, theirs, truth = triple(transformers, family, "sequence")
+    theirs.save_pretrained(tmp_path / "dense")
+    ours = load_model(tmp_path / "dense", quantize="nf4")
+    layers = {name: m for name, m in ours.named_modules() if isinstance(m, NF4Linear)}
+    assert len(layers) == 12 + (family == "bert")  # the pooler
+    assert not any(name.startswith("classifier") for name in layers)
+    for model in (theirs, truth):
+        weights = {f"{name}.weight": layer.dense_weight() for name, layer in layers.items()}
+        _, extra = model.load_state_dict(weights, strict=False)
+        assert not extra
+    for parts in zip(tell(ours), tell(theirs), tell(truth), strict=True):
+        within(*parts)
+    save_model(ours, tmp_path / "packed", quantized=True)
+    again = load_model(tmp_path / "packed")
+    assert torch.equal(tell(again)[0], tell(ours)[0])
+
+
+# --- adapters ---
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], "all-linear"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_peft_reads_the_adapter(
+    transformers: ModuleType,
+    oracle: Callable[[str], ModuleType],
+    family: str,
+    targets: Any,
+    tmp_path: Path,
+    shake: Callable[..., Any],
+) -> None:
+    peft = oracle("peft")
+    ours, theirs, truth = triple(transformers, family, "sequence")
+    before = tell(ours)[0]
+    add_adapter(ours, LoRAConfig(r=2, targets=targets, modules_to_save=["classifier"]))
+    shake(ours)
+    save_adapter(ours, tmp_path / "ours")
+    wrapped = [peft.PeftModel.from_pretrained(m, tmp_path / "ours").eval() for m in (theirs, truth)]
+    keys = [name for name, _ in wrapped[0].named_parameters() if "lora_A" in name]
+    prefix = ours.config.family.prefix
+    assert keys[0].startswith(f"base_model.model.{prefix}.encoder.layer.0.attention.self.query")
+    within(tell(ours)[0], *(tell(model)[0] for model in wrapped))
+    assert not torch.allclose(tell(ours)[0], before, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_pefts_adapter_is_read(
+    transformers: ModuleType,
+    oracle: Callable[[str], ModuleType],
+    family: str,
+    tmp_path: Path,
+) -> None:
+    peft = oracle("peft")
+    ours, theirs, truth = triple(transformers, family, "sequence")
+    options = peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+    wrapped = peft.get_peft_model(theirs, options).eval()
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape), alpha=0.3)
+    wrapped.save_pretrained(tmp_path)
+    exact = peft.PeftModel.from_pretrained(truth, tmp_path).eval()
+    before = tell(ours)[0]
+    load_adapter(ours, tmp_path)
+    within(tell(ours)[0], tell(wrapped)[0], tell(exact)[0])
+    assert not torch.allclose(tell(ours)[0], before, atol=1e-2)
