@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_core.adapters import LoRAConfig, PromptTuningConfig, add_adapter, grow_vocabulary
+from lora_core.adapters import LoRAConfig, PromptTuningConfig, add_adapter
 from lora_core.checkpoint import adapter_state_dict, load_model, save_adapter, save_model
 from lora_core.checkpoint.peft import read_adapter
 from lora_core.cli.finetune_flags import FinetuneConfig, add_arguments, settings
@@ -25,6 +25,8 @@ from lora_core.cli.opening import (
     TEMPLATE_FILE,
     AdapterConfig,
     device_named,
+    fit_notes,
+    grow_to,
     resident_dtype,
 )
 from lora_core.data import (
@@ -180,7 +182,9 @@ def _finetune(
     home = torch.device("cpu") if training.shard else device
     model = load_model(config.model, quantize=code, dtype=dtype, device=home)
     if new_ids:
-        grow_vocabulary(model, tok.vocab_size)
+        grow_to(model, tok)  # an embedding padded to a round number may have room
+    for note in fit_notes(model, tok):
+        ranks.say(f"note: {note}")
     report = attach(model, config.method, _with_tokens(adapter, tok), new_ids)
     ranks.say(report)
     ranks.say(f"learning rate {training.lr:g} ({config.method})")

@@ -19,7 +19,13 @@ from lora_core.adapters import (
 )
 from lora_core.checkpoint import load_adapter, load_model
 from lora_core.checkpoint.safetensors_folder import read_json_object
-from lora_core.data import Tokenizer, load_template, load_tokenizer
+from lora_core.data import (
+    Tokenizer,
+    check_vocabulary,
+    load_template,
+    load_tokenizer,
+    missing_template_tokens,
+)
 from lora_core.device import default_device
 from lora_core.models import CausalLM
 
@@ -110,7 +116,9 @@ def _template_of(adapter: Path | None, tok: Tokenizer, notes: list[str]) -> None
     if file is None or not file.is_file():
         return
     template = load_template(file)
-    if tok.chat_template is not None and tok.chat_template != template:
+    if tok.chat_template == template:
+        return
+    if tok.chat_template is not None:
         notes.append("the base's chat template differs; using the one saved with the adapter")
     tok.chat_template = template
 
@@ -162,10 +170,27 @@ def open_model(
         tok.stop_ids = tuple({*tok.stop_ids, *base.stop_ids})
     loaded = load_model(source, quantize=code, dtype=resident_dtype(place), device=place)
     _template_of(where, tok, notes)
-    if where is not None:
+    if own:
         grow_to(loaded, tok)
+    notes += fit_notes(loaded, tok)
+    if where is not None:
         load_adapter(loaded, where)
     return Opened(loaded.eval(), tok, source, code, notes)
+
+
+def fit_notes(model: CausalLM, tok: Tokenizer) -> list[str]:
+    """Lines on what does not fit between a model, its tokenizer and their chat template.
+
+    Raises:
+        ValueError: the tokenizer gives ids that the model has no embedding for.
+    """
+    found = check_vocabulary(tok, model.config.vocab_size)
+    missing = missing_template_tokens(tok)
+    notes = [] if found is None else [found]
+    if missing:
+        names = ", ".join(map(repr, missing))
+        notes.append(f"the chat template writes {names}, not one token each in this tokenizer")
+    return notes
 
 
 def grow_to(model: CausalLM, tok: Tokenizer) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from lora_core.checkpoint import load_model, save_model
 from lora_core.cli.merge import probe_logits
-from lora_core.cli.opening import resident_dtype
+from lora_core.cli.opening import fit_notes, resident_dtype
 from lora_core.data import load_tokenizer
 from lora_core.quant import NF4Linear
 
@@ -33,7 +34,11 @@ def run(args: argparse.Namespace) -> int:
     dtype = resident_dtype(torch.device("cpu"))
     tok = load_tokenizer(args.model)
     ids = tok.encode("def add(a, b):\n    return a + b\n")
-    dense = probe_logits(load_model(args.model, dtype=dtype), ids)
+    original = load_model(args.model, dtype=dtype)
+    for note in fit_notes(original, tok):
+        print(f"note: {note}", file=sys.stderr)
+    dense = probe_logits(original, ids)
+    del original
     model = load_model(args.model, quantize=args.code)
     save_model(model, out, source=args.model, quantized=True)
     again = load_model(out, dtype=dtype)
