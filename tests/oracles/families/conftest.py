@@ -9,8 +9,8 @@ column of the table in docs/models.md it is a proof of, and leaves out the rows 
         ours, theirs, truth, folder = make_pair(family)
 
 `ours` is what `load_model` made of the folder, `theirs` the model of transformers that wrote it,
-`truth` the same in float64, throughout: transformers' own casts to float32 are lifted. All three are
-the caller's to change. The folder is not: it is written once a session. `make_pair(family,
+`truth` the same in float64, throughout: transformers' own casts to float32 are lifted. All three
+are the caller's to change. The folder is not: it is written once a session. `make_pair(family,
 torch.bfloat16)` gives both in bfloat16, and the truth of the rounded weights.
 
 `draw(family)` gives token ids, `parameters_of(model)` the decoder's parameters by the names that
