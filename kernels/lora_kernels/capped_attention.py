@@ -165,13 +165,17 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
     y = _empty(q, v.shape[3])
+
+    def chunk(begin: int, end: int, keys: int) -> None:
+        rows, some = end - begin, _grouped(q[:, :, begin:end], k)
+        seen = _seen(q, k, mask, begin, end, keys)
+        weights = _weights(some, k[:, :, :keys], seen, scale, softcap, rows)[0].to(q.dtype)
+        out = weights @ v[:, :, :keys]  # (B, Hkv, G t, D)
+        y[:, :, begin:end] = out.view(*q.shape[:2], rows, -1)
+
     with torch.autocast(q.device.type, enabled=False):
-        for begin, end, keys in _chunks(q, k, mask):
-            rows, some = end - begin, _grouped(q[:, :, begin:end], k)
-            seen = _seen(q, k, mask, begin, end, keys)
-            weights = _weights(some, k[:, :, :keys], seen, scale, softcap, rows)[0].to(q.dtype)
-            out = weights @ v[:, :, :keys]  # (B, Hkv, G t, D)
-            y[:, :, begin:end] = out.view(*q.shape[:2], rows, -1)
+        for piece in _chunks(q, k, mask):
+            chunk(*piece)  # a function, so that nothing of one lives on into the next
     return y
 
 
@@ -186,19 +190,23 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq = _empty(q, q.shape[3])
     dk, dv = (torch.zeros_like(t, dtype=wide(q.dtype)) for t in (k, v))
+
+    def chunk(begin: int, end: int, keys: int) -> None:
+        rows = end - begin
+        some, some_dy = (_grouped(t[:, :, begin:end], k) for t in (q, dy))
+        seen, near = _seen(q, k, mask, begin, end, keys), k[:, :, :keys]
+        weights, tanh = _weights(some, near, seen, scale, softcap, rows)
+        dv[:, :, :keys] += weights.to(q.dtype).mT @ some_dy
+        slope = (some_dy @ v[:, :, :keys].mT).to(weights.dtype)  # dP (B, Hkv, G t, keys)
+        slope -= (weights * slope).sum(-1, keepdim=True)
+        slope.mul_(weights).mul_(1 - tanh.square_()).mul_(scale)
+        slope = slope.to(q.dtype)
+        dq[:, :, begin:end] = (slope @ near).view(*q.shape[:2], rows, -1)
+        dk[:, :, :keys] += slope.mT @ some
+
     with torch.autocast(q.device.type, enabled=False):
-        for begin, end, keys in _chunks(q, k, mask):
-            rows = end - begin
-            some, some_dy = (_grouped(t[:, :, begin:end], k) for t in (q, dy))
-            seen, near = _seen(q, k, mask, begin, end, keys), k[:, :, :keys]
-            weights, tanh = _weights(some, near, seen, scale, softcap, rows)
-            dv[:, :, :keys] += weights.to(q.dtype).mT @ some_dy
-            slope = (some_dy @ v[:, :, :keys].mT).to(weights.dtype)  # dP (B, Hkv, G t, keys)
-            slope -= (weights * slope).sum(-1, keepdim=True)
-            slope.mul_(weights).mul_(1 - tanh.square_()).mul_(scale)
-            slope = slope.to(q.dtype)
-            dq[:, :, begin:end] = (slope @ near).view(*q.shape[:2], rows, -1)
-            dk[:, :, :keys] += slope.mT @ some
+        for piece in _chunks(q, k, mask):
+            chunk(*piece)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 

@@ -1,8 +1,9 @@
 """What operators hold inside themselves, which a run on fake tensors does not show.
 
 A product with a 4-bit weight expands it a panel (CPU) or a slice (GPU) at a time; the loss holds a
-chunk of logits; a low-rank update is written out in PyTorch on a CPU. The rules follow those
-operators' code and use their constants; a test compares each with what its operator allocates.
+chunk of logits, capped attention one of scores; a low-rank update is written out in PyTorch on a
+CPU. The rules follow those operators' code and use their constants; a test compares each with what
+its operator allocates.
 
 PyTorch's own operators are taken to need nothing beside their results: what its matrix libraries
 hold is theirs, not the allocator's, but for cuBLAS's workspace.
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import expansions, head_chunks
+from lora_kernels import capped_attention, expansions, head_chunks, operands
 from lora_kernels.cpu.matmul4 import FEW_ROWS, PANEL_BYTES, PANEL_COLUMNS
 from lora_kernels.dispatch import backend_for
 from lora_kernels.matmul4 import BACKENDS
@@ -169,6 +170,26 @@ def _cross_entropy_dweight(inside: Inside, args: tuple[Any, ...]) -> int:
     return slice_ + block * features * narrow + 8 * len(hidden) + _cast(weight, dtype)
 
 
+def _capped_attention(inside: Inside, args: tuple[Any, ...]) -> int:
+    """A chunk's tanh, its capped scores, and their softmax."""
+    return 3 * _scores(*args[:2])
+
+
+def _capped_attention_backward(inside: Inside, args: tuple[Any, ...]) -> int:
+    """A chunk's tanh, softmax, slope and a product of them; the sums, if they are to be cast."""
+    q, k, v = args[1:4]
+    dtype = operands.wide(q.dtype)
+    sums = 0 if dtype == q.dtype else (k.numel() + v.numel()) * dtype.itemsize
+    return 4 * _scores(q, k) + sums
+
+
+def _scores(q: Tensor, k: Tensor) -> int:
+    """Bytes of a chunk of scores in float32."""
+    row = q.shape[0] * q.shape[1] * k.shape[2]
+    rows = min(max(1, capped_attention.CHUNK // max(1, row)), q.shape[2])
+    return rows * row * operands.wide(q.dtype).itemsize
+
+
 def _mixed(inside: Inside, args: tuple[Any, ...]) -> int:
     """Casts to the wider dtype, which PyTorch makes on a CPU before it adds or multiplies."""
     tensors = [t for t in args[:2] if isinstance(t, Tensor) and t.dim()]
@@ -194,6 +215,8 @@ _RULES: dict[str, Callable[[Inside, tuple[Any, ...]], int]] = {
     "lora_kernels::lora_linear4": _lora_linear4,
     "lora_kernels::lora_linear4_backward": _lora_linear4_backward,
     "lora_kernels::lora_update": _lora_update,
+    "lora_kernels::capped_attention": _capped_attention,
+    "lora_kernels::capped_attention_backward": _capped_attention_backward,
     "lora_kernels::linear_cross_entropy": _cross_entropy,
     "lora_kernels::linear_cross_entropy_dweight": _cross_entropy_dweight,
     **{f"aten::{name}": _mixed for name in ("add", "add_", "sub", "mul", "mul_")},

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from lora_core.plan.counting import LiveBytes, storage_bytes
 from lora_core.plan.inside import GPU_SLICE, Inside
 from lora_core.quant import NF4Linear
-from lora_kernels import matmul4
+from lora_kernels import masked_attention, matmul4
 from lora_kernels.linear_cross_entropy import linear_cross_entropy
 from lora_kernels.lora_linear import lora_linear4
 from lora_kernels.lora_update import lora_update
@@ -186,6 +186,26 @@ def test_inside_of_the_loss_is_what_it_allocates(
         return total
 
     tensors = {"hidden": hidden, "targets": targets, "head": head}
+    assert fake_peak(run, tensors) == pytest.approx(real_peak(run, tensors), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backward", [False, True])
+def test_inside_of_capped_attention_is_what_it_allocates(
+    dtype: torch.dtype, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_kernels.capped_attention.CHUNK", 1 << 20)
+    sizes = {"q": (1, 4, 2048, 32), "k": (1, 2, 2048, 32), "v": (1, 2, 2048, 32)}
+
+    def run(t: dict[str, Tensor]) -> Tensor:
+        y = masked_attention(t["q"], t["k"], t["v"], None, softcap=5.0)
+        if backward:
+            y.backward(torch.empty_like(y))
+        return y
+
+    tensors = {
+        name: torch.randn(size, dtype=dtype, requires_grad=True) for name, size in sizes.items()
+    }
     assert fake_peak(run, tensors) == pytest.approx(real_peak(run, tensors), rel=0.1)
 
 
