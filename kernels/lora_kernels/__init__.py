@@ -1,6 +1,6 @@
 """Operators with one plain PyTorch definition each and, where they exist, faster backends."""
 
-from lora_kernels.attention import document_attention, masked_attention
+from lora_kernels.attention import masked_attention
 from lora_kernels.blockwise4 import (
     decode_scales,
     dequantize4,
@@ -10,6 +10,7 @@ from lora_kernels.blockwise4 import (
     quantize4,
 )
 from lora_kernels.dispatch import backend_for, describe
+from lora_kernels.grouped import grouped_linear, grouped_matmul4, groups_of
 from lora_kernels.linear_cross_entropy import linear_cross_entropy
 from lora_kernels.lora_linear import lora_linear4
 from lora_kernels.lora_update import lora_update
@@ -32,12 +33,14 @@ __all__ = [
     "decode_scales",
     "dequantize4",
     "describe",
-    "document_attention",
     "document_mask",
     "documents",
     "encode_scales",
     "expand4",
     "expand4_slice",
+    "grouped_linear",
+    "grouped_matmul4",
+    "groups_of",
     "linear_cross_entropy",
     "lora_linear4",
     "lora_update",

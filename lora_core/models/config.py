@@ -101,7 +101,9 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     """Layers without experts, by number."""
     router_aux_loss_coef: float = 0.001
-    """Weight of the load-balancing loss in training, where it is asked for."""
+    """Weight of the load-balancing loss."""
+    output_router_logits: bool = False
+    """Whether the load-balancing loss is computed, and added to the loss."""
     tie_word_embeddings: bool = False
     """Whether the head is the embedding's own weight."""
     bos_token_id: int | None = 1

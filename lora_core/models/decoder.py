@@ -25,6 +25,7 @@ from lora_core.losses import linear_token_cross_entropy, token_mean
 from lora_core.models.attention import attention_rule, default_positions
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
+from lora_core.models.experts import Experts, balance_loss
 from lora_core.models.families import FULL, SLIDING
 from lora_core.models.layers import DecoderLayer, embedding_of
 from lora_core.models.norm import RMSNorm, norm_of
@@ -44,6 +45,8 @@ class ModelOutput:
     """On request (B, T, C) each: the embeddings, then every layer's output, the last one normed."""
     token_losses: Tensor | None = None
     """(B, T) float32, without a gradient: each position's loss, 0 where not graded."""
+    aux_loss: Tensor | None = None
+    """With `output_router_logits`: how unevenly experts are used, a scalar; see `balance_loss`."""
 
 
 class Decoder(nn.Module):
@@ -76,6 +79,7 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         document_bounds: Tensor | None = None,
         keep_all: bool = False,
+        router_logits: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """Run the layers; arguments as `CausalLM.forward`'s, x (B, T, C) being the embeddings.
 
@@ -101,9 +105,9 @@ class Decoder(nn.Module):
         for layer, kind, turns in zip(self.layers, self.kinds, self.turns, strict=True):
             rotary, mask = angles[kind] if turns else None, masks[kind]
             if recompute:
-                x = checkpoint(layer, x, rotary, mask, None, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, mask, None, router_logits, use_reentrant=False)
             else:
-                x = layer(x, rotary, mask, cache)
+                x = layer(x, rotary, mask, cache, router_logits)
             states = [*states, x] if keep_all else [x]
         states[-1] = self.norm(x)
         return states
@@ -157,6 +161,7 @@ class CausalLM(nn.Module):
         document_bounds: Tensor | None = None,
         logits_to_keep: int | None = None,
         output_hidden_states: bool = False,
+        output_router_logits: bool | None = None,
         normalizer: float | None = None,
         label_smoothing: float = 0.0,
         keep_logits: bool = True,
@@ -176,6 +181,8 @@ class CausalLM(nn.Module):
                 spares a GPU the wait of counting them.
             logits_to_keep: only for the last so many positions; not with labels.
             output_hidden_states: also return the hidden states.
+            output_router_logits: also return the experts' load-balancing loss, and add it to the
+                loss, times `router_aux_loss_coef`; None: what the configuration says.
             normalizer: what the summed loss is divided by; None: the graded tokens of this batch.
             label_smoothing: of the loss; see `token_cross_entropy`.
             keep_logits: False with labels: the loss alone, and logits are never held whole.
@@ -193,6 +200,7 @@ class CausalLM(nn.Module):
             raise ValueError("without labels the logits are all there is: leave keep_logits True")
         if logits_to_keep is not None and logits_to_keep < 1:
             raise ValueError(f"logits_to_keep must be at least 1; got {logits_to_keep}")
+        routed = self._routed(output_router_logits)
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         states = self.model(
             x,
@@ -202,6 +210,7 @@ class CausalLM(nn.Module):
             document_ids=document_ids,
             document_bounds=document_bounds,
             keep_all=output_hidden_states,
+            router_logits=routed,
         )
         kept = states[-1] if logits_to_keep is None else states[-1][:, -logits_to_keep:]
         logits = self._logits(kept) if keep_logits else None  # (B, T, V)
@@ -214,7 +223,22 @@ class CausalLM(nn.Module):
             grading |= {"scale": 1 / self.config.logits_scaling}
             loss, by_token = linear_token_cross_entropy(kept, self.lm_head, labels, **grading)
         hidden = tuple(states) if output_hidden_states else None
-        return ModelOutput(logits, loss, hidden, by_token)
+        aux = None
+        if routed:
+            mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :]
+            aux = balance_loss(routed, self.config.num_experts_per_tok, mask)
+        if aux is not None and loss is not None and labels is not None:
+            share = 1.0 if normalizer is None else (labels[:, 1:] != -100).sum() / normalizer
+            loss = loss + self.config.router_aux_loss_coef * share * aux
+        return ModelOutput(logits, loss, hidden, by_token, aux)
+
+    def _routed(self, asked: bool | None) -> list[Tensor] | None:
+        """Where the layers put their routers' outputs, if these are asked for."""
+        if not (self.config.output_router_logits if asked is None else asked):
+            return None
+        if not any(layer.has_experts for layer in self.model.layers):
+            raise ValueError(f"output_router_logits: this {self.config.model_type} has no experts")
+        return []
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(B, T, V): the head's output, divided and capped as the configuration says."""
@@ -263,6 +287,8 @@ class CausalLM(nn.Module):
                 nn.init.normal_(module.weight, std=std, generator=generator)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+            if isinstance(module, Experts):
+                module.init_weights(std, generator)
             if isinstance(module, RMSNorm):
                 nn.init.constant_(module.weight, module.neutral)
 

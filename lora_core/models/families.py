@@ -96,6 +96,8 @@ class Family:
     """Values of absent keys, where they differ from ModelConfig's."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """{field: key in config.json}, where they differ."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """{field: a further key that is read in its place where there is one}."""
     refused: tuple[str, ...] = ()
     """Keys that would make it another model: refused unless absent, null, false or 0."""
     optional_window: bool = False
@@ -133,6 +135,16 @@ class Family:
 
 
 _WINDOW = ("sliding_window", "layer_types")
+_EXPERTS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "router_aux_loss_coef",
+    "output_router_logits",
+)
 _QWEN: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
@@ -176,6 +188,22 @@ FAMILIES: dict[str, Family] = {
         defaults=_QWEN | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
         optional_window=True,
         layer_types=upper_layers,
+        qk_norm="head",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        keys=("sliding_window", "attention_bias", *_EXPERTS),
+        defaults=_QWEN
+        | {
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        also={"num_experts": "num_local_experts"},  # what transformers 5 writes
+        optional_window=True,
+        layer_types=all_alike,
         qk_norm="head",
     ),
     "gemma": Family(

@@ -1,27 +1,18 @@
 """The layers of a decoder: attention and a gated feed-forward part, with norms around them."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_core.models.attention import Attention, cast_once
 from lora_core.models.cache import KVCache
 from lora_core.models.config import DTYPES, ModelConfig
+from lora_core.models.experts import ExpertMLP
 from lora_core.models.families import PLACES
+from lora_core.models.gating import gated
 from lora_core.models.norm import norm_of
-from lora_kernels import Documents, swiglu
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-# what `swiglu` calls those that it has
-_FUSED = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+from lora_kernels import Documents
 
 
 class MLP(nn.Module):
@@ -42,8 +33,7 @@ class MLP(nn.Module):
             self.gate_proj = nn.Linear(hidden, inner, bias=bias)
             self.up_proj = nn.Linear(hidden, inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
-        self.act = _ACTIVATIONS[config.hidden_act]
-        self.fused = _FUSED.get(config.hidden_act)
+        self.act = config.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, C) to (B, T, C)."""
@@ -52,8 +42,7 @@ class MLP(nn.Module):
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (B, T, inner)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        gated = self.act(gate) * up if self.fused is None else swiglu(gate, up, self.fused)
-        return self.down_proj(gated)
+        return self.down_proj(gated(gate, up, self.act))
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -94,7 +83,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.has_experts = config.has_experts(layer)
+        self.mlp = ExpertMLP(config) if self.has_experts else MLP(config)
         self.multiplier = config.residual_multiplier
         self.places = PLACES[config.family.placement]
         for name in filter(None, self.places):
@@ -106,10 +96,16 @@ class DecoderLayer(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | Documents | None,
         cache: KVCache | None,
+        router_logits: list[Tensor] | None = None,
     ) -> Tensor:
-        """Map x (B, T, C) to (B, T, C); the other arguments are `Attention.forward`'s."""
+        """Map x (B, T, C) to (B, T, C).
+
+        The next three arguments are `Attention.forward`'s; `router_logits`, if given, gets the
+        router's output where the layer has experts.
+        """
         x = self._add(x, 1, self.self_attn(self._norm(0, x), rotary, mask, cache))
-        return self._add(x, 3, self.mlp(self._norm(2, x)))
+        asked = () if router_logits is None or not self.has_experts else (router_logits,)
+        return self._add(x, 3, self.mlp(self._norm(2, x), *asked))
 
     def _norm(self, place: int, x: Tensor) -> Tensor:
         name = self.places[place]
