@@ -96,7 +96,7 @@ def save_model(
     aside.mkdir(parents=True)
     try:
         raw = _copy_from(Path(source), aside) if source is not None else {}
-        _write_weights(aside, tensors, max_shard_size)
+        write_weights(aside, tensors, max_shard_size)
         own: Any = model.config
         config = dataclasses.replace(own, dtype=dtype_name(tensors[0].dtype))
         text = json.dumps(raw | config.to_dict() | packing, indent=2)
@@ -219,7 +219,7 @@ def _told(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def _write_weights(folder: Path, tensors: list[Pending], max_shard_size: int) -> None:
+def write_weights(folder: Path, tensors: list[Pending], max_shard_size: int) -> None:
     """One file, or shards of at most `max_shard_size` bytes (one tensor at least) and an index."""
     shards: list[list[Pending]] = [[]]
     room = max_shard_size
