@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lora_core.device import DtypePolicy
 from lora_core.losses import IGNORE, count_graded, token_mean
+from lora_core.models import EncoderModel
 from lora_core.train.batches import Batch, to_device, tokens_in
 from lora_core.train.parts import whole
 from lora_core.train.ranks import RankError, Ranks
@@ -52,6 +53,13 @@ class CausalLoss:
         other the logits are taken whole.
         """
         inputs = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+        inner = getattr(model, "module", model)
+        if isinstance(inner, EncoderModel):
+            raise ValueError(
+                f"next-token cross-entropy is no loss of an encoder ({type(inner).__name__}): give "
+                "loss=, a function (model, batch, normalizer) that returns the batch's sum divided "
+                "by the normalizer"
+            )
         if "document_ids" in inputs:
             inputs = _packed(model, inputs)
         grading: dict[str, Any] = {

@@ -15,6 +15,7 @@ from lora_core.models import (
     Encoder,
     EncoderConfig,
     EncoderModel,
+    EncoderOutput,
     MaskedLM,
     ModelConfig,
     SequenceClassifier,
@@ -23,6 +24,7 @@ from lora_core.models import (
     build_model,
     read_config,
 )
+from lora_core.models.encoder_layers import padding_mask
 from lora_core.models.encoder_losses import class_loss, sequence_loss, span_loss
 
 SIZES: dict[str, Any] = {
@@ -247,6 +249,19 @@ def test_a_row_of_padding_has_numbers_and_gradients(family: str) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_where_queries_may_look() -> None:
+    """Also where a kernel would divide 0 by 0: a row of padding sees all of itself."""
+    assert padding_mask(None) is None
+    assert padding_mask(torch.ones(2, 3)) is None
+    seen = padding_mask(torch.tensor([[1, 1, 0], [0, 0, 0], [0.0, 0.5, 1.0]]))
+    assert seen.shape == (3, 1, 3, 3)
+    assert seen[:, 0].tolist() == [
+        [[True, True, False]] * 3,
+        [[True, True, True]] * 3,
+        [[False, True, True]] * 3,
+    ]
+
+
 @pytest.mark.parametrize(("family", "room"), [("bert", 40), ("roberta", 38)])
 def test_a_text_beyond_the_table_is_refused(family: str, room: int) -> None:
     model = make(family)
@@ -359,24 +374,59 @@ def test_the_pooler_alone_may_be_absent_below_no_head() -> None:
 # --- training ---
 
 
+OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+
+
 @pytest.mark.parametrize("head", list(CLASSES))
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_dropout_is_for_training(family: str, head: str) -> None:
-    model, ids = make(family, head), ids_of()
+    """Each rate by itself changes what comes out, in training alone."""
+    ids = ids_of()
+    for name in OFF:
+        model = make(family, head, **OFF | {name: 0.5})
 
-    def tell() -> Tensor:
-        out = model(ids)
-        return out.last_hidden_state if head == "none" else out.logits
+        def tell(model: EncoderModel = model) -> Tensor:
+            out = model(ids)
+            return out.last_hidden_state if head == "none" else out.logits
 
-    assert torch.equal(tell(), tell())
-    model.train()
-    assert not torch.equal(tell(), tell())
-    for part in model.modules():  # every dropout that there is, one at a time
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        elif hasattr(part, "rate"):
-            part.rate = 0.0
-    assert torch.equal(tell(), tell())
+        assert torch.equal(tell(), tell())
+        model.train()
+        drops = name != "classifier_dropout" or head in ("sequence", "token")
+        assert torch.equal(tell(), tell()) is not drops
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_dropout_stands_where_it_was_in_pretraining(family: str) -> None:
+    """A dropout of everything leaves the rest: of a layer, the residual stream."""
+    model = make(family, "none")
+    layer, x = model.trunk.encoder.layer[0], torch.randn(2, 5, 32)
+    for part, width in ((layer.attention.output, 32), (layer.output, 48)):
+        part.train().dropout.p = 1.0
+        found = part(torch.randn(2, 5, width), x)
+        assert torch.equal(found, part.LayerNorm(x))
+    embeddings = model.trunk.embeddings.train()
+    embeddings.dropout.p = 1.0
+    assert not embeddings(ids_of(), None, None, None).any()
+
+
+def test_dropout_stands_before_each_layer_of_the_head() -> None:
+    out = torch.randn(2, 5, 32)
+    plain = make("bert", "token").train()
+    plain.dropout.p = 1.0
+    assert torch.equal(
+        plain.score(EncoderOutput(last_hidden_state=out)),
+        plain.classifier.bias.expand(2, 5, -1),
+    )
+    head = make("roberta").classifier.train()
+    for layer in (head.dense, head.out_proj):
+        nn.init.ones_(layer.bias)
+    seen: list[Tensor] = []
+    head.dropout.register_forward_hook(lambda _module, args, _out: seen.append(args[0]))
+    head(out)
+    assert torch.equal(seen[0], out[:, 0])
+    assert seen[1].shape == (2, 32)
+    head.dropout.p = 1.0
+    assert torch.equal(head(out), torch.ones(2, 2))
 
 
 def test_each_dropout_has_its_rate() -> None:
