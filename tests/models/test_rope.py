@@ -112,9 +112,13 @@ def test_yarn_whole_and_fractional_bounds_differ() -> None:
     whole, exact = (inverse_frequencies(128, YARN | {"truncate": on}) for on in (True, False))
     assert torch.equal(whole, inverse_frequencies(128, YARN))
     assert not torch.equal(whole, exact)
-    # 17 turns in between: both bounds are one pair, and the ramp is a step
-    step = YARN | {"truncate": False, "beta_fast": 17.0, "beta_slow": 17.0}
-    assert inverse_frequencies(128, step).isfinite().all()
+
+
+def test_yarn_at_the_ends_of_its_ramp() -> None:
+    # no pair turns once in 6 tokens: both bounds are pair 0, and the ramp is a step behind it
+    plain, step = inverse_frequencies(128, DEFAULT), inverse_frequencies(128, YARN | {CONTEXT: 6})
+    assert torch.equal(step[:1], plain[:1])
+    torch.testing.assert_close(step[1:], plain[1:] / 4)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +269,9 @@ def test_both_dialects_are_one() -> None:
     both = {"rope_parameters": YARN, "rope_scaling": scaling | {"type": "yarn"}}
     assert read_rope(both, theta=7.0) == YARN
     assert read_rope({"rope_scaling": scaling | {"type": "yarn", "rope_type": "yarn"}}) == YARN
+    # null is an absent number, but neither yes nor no
+    assert read_rope({"rope_parameters": YARN | {"mscale": None}}) == YARN
+    assert read_rope({"rope_parameters": YARN | {"truncate": None}})["truncate"] is None
 
 
 def test_partial_rotary_factor_stands_inside_or_outside() -> None:

@@ -294,6 +294,15 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "yarn whose every pair turns often": (
+        "llama",
+        {
+            "head_dim": 64,
+            MAXIMUM: 20000,
+            "rope_theta": 10.0,
+            "rope_scaling": {"factor": 4.0, CONTEXT: 5000, "type": "yarn"},
+        },
+    ),
     "Phi-3 mini 128k": (
         "phi3",
         {
@@ -342,7 +351,7 @@ def test_dynamic_is_transformers_while_texts_grow_and_has_no_memory(
         "head_dim": 16,
         MAXIMUM: 64,
         "rope_theta": 1e4,
-        "rope_scaling": {"type": "dynamic", "factor": 3.0},
+        "rope_scaling": {"type": "dynamic", "factor": 1.3},  # rounds at the context itself
     }
     ours, theirs = Rotary(16, ours_of(raw)), Peer(transformers, "llama", raw)
     for last in (10, 63, 64, 65, 200):
