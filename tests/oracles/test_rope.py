@@ -294,13 +294,13 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "yarn whose every pair turns often": (
+    "yarn whose ramp ends behind the last channel": (
         "llama",
         {
             "head_dim": 64,
             MAXIMUM: 20000,
             "rope_theta": 10.0,
-            "rope_scaling": {"factor": 4.0, CONTEXT: 5000, "type": "yarn"},
+            "rope_scaling": {"factor": 4.0, CONTEXT: 1000, "type": "yarn"},
         },
     ),
     "Phi-3 mini 128k": (
