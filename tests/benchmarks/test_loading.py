@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +38,7 @@ def test_shapes_by_name_and_by_numbers(folders: ModuleType) -> None:
     assert 16e9 < folders.memory_needed(eight, 2, False) - 2 * 4 * folders.largest(eight) < 18e9
     assert 5e9 < folders.memory_needed(eight, 2, True) - 2 * 4 * folders.largest(eight) < 7e9
     with pytest.raises(ValueError, match=r"the folders take .*--where"):
-        folders.check_disk(folders.shape_of("65b", 1), 10**6, Path("/tmp"))
+        folders.check_disk(eight, 10**6, Path(tempfile.gettempdir()))
 
 
 def test_the_weights_are_normal_and_not_alike(
