@@ -29,7 +29,7 @@ from lora_kernels.capped_attention import capped_attention, capped_attention_ref
 from lora_kernels.operands import autocast
 from lora_kernels.packed_attention import Documents, by_kernel, spread
 
-__all__ = ["document_attention", "masked_attention"]
+__all__ = ["masked_attention"]
 
 
 def masked_attention(
@@ -88,15 +88,8 @@ def _check(q: Tensor, k: Tensor, mask: "Tensor | Documents | None", softcap: flo
             f"{q.shape[2]} queries over {k.shape[2]} keys need a mask: without one there are as "
             "many of both, or one query"
         )
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive; got {softcap}: leave it out for no cap")
-
-
-def document_attention(
-    q: Tensor, k: Tensor, v: Tensor, given: "Documents | Tensor", dropout: float = 0.0
-) -> Tensor:
-    """Causal attention within documents: `masked_attention` under `documents`' result."""
-    return masked_attention(q, k, v, given, dropout=dropout)
 
 
 def _dense(

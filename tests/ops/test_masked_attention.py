@@ -397,6 +397,7 @@ def test_a_step_of_training_on_fake_tensors(softcap: float | None) -> None:
     [
         ({"softcap": 0.0}, ValueError, "softcap must be positive; got 0.0: leave it out for no"),
         ({"softcap": float("nan")}, ValueError, "softcap must be positive; got nan"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be positive; got inf: leave it out"),
         ({"mask": torch.zeros(1, 1, 4, 4)}, TypeError, "mask must be bool, True where a query may"),
         ({"q": torch.zeros(1, 3, 4, 8)}, ValueError, "query heads must be a multiple of key heads"),
         ({"q": torch.zeros(1, 2, 3, 8)}, ValueError, "3 queries over 4 keys need a mask: without"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -153,6 +153,8 @@ def test_a_document_is_a_run_of_equal_ids() -> None:
     assert seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
+@example([[5, 3], [2, 6]], 1, 2, True, True, 3, 1.0)
+@example([[5, 3], [2, 6]], 1, 2, False, True, 3, 1.0)
 @given(
     ROWS,
     st.integers(1, 2),
