@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from lora_core.cli.opening import add_opening_flags, open_model
+from lora_core.cli.opening import add_opening_flags, check_writes_text, open_model
 from lora_core.data import SFTDataset, parse_columns
 
 HELP = "loss, perplexity and accuracy on graded tokens"
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from lora_core.evaluate import perplexity
 
     opened = open_model(args.model, args.adapter, quantize=args.quantize, device=args.device)
+    check_writes_text(opened.model, opened.source)
     rows = SFTDataset.from_jsonl(
         args.data,
         opened.tok,

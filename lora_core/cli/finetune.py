@@ -24,6 +24,7 @@ from lora_core.cli.finetune_flags import FinetuneConfig, add_arguments, settings
 from lora_core.cli.opening import (
     TEMPLATE_FILE,
     AdapterConfig,
+    check_writes_text,
     device_named,
     fit_notes,
     grow_to,
@@ -181,6 +182,7 @@ def _finetune(
     # what is to be split need not fit into one device
     home = torch.device("cpu") if training.shard else device
     model = load_model(config.model, quantize=code, dtype=dtype, device=home)
+    check_writes_text(model, config.model)
     if new_ids:
         grow_to(model, tok)  # an embedding padded to a round number may have room
     for note in fit_notes(model, tok):

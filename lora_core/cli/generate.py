@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from lora_core.cli.flags import add_dataclass_flags, given
-from lora_core.cli.opening import add_opening_flags, open_model
+from lora_core.cli.opening import add_opening_flags, check_writes_text, open_model
 from lora_core.models import Sampling
 
 HELP = "answer a prompt with a model and, if given, an adapter; or chat"
@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     adapters = [named(text) for text in args.adapter]
     first = adapters[0][1] if adapters else None
     opened = open_model(args.model, first, quantize=args.quantize, device=args.device)
+    check_writes_text(opened.model, opened.source)
     choices = open_choices(opened, adapters) if args.chat else {}
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_core.adapters import MergeReport, merge_adapters, unload_adapters
 from lora_core.checkpoint import load_model, save_model
 from lora_core.cli.opening import Opened, open_model
-from lora_core.models import ModelConfig
+from lora_core.models import read_config
 from lora_core.quant import NF4Linear
 
 HELP = "fold an adapter into its base and write a Hugging Face folder"
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def own_dtype(folder: str | Path) -> str:
     """The dtype that a folder's config.json names."""
-    return ModelConfig.from_folder(folder).dtype or "float32"
+    return read_config(folder).dtype or "float32"
 
 
 @torch.no_grad()

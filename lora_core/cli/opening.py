@@ -27,7 +27,7 @@ from lora_core.data import (
     missing_template_tokens,
 )
 from lora_core.device import default_device
-from lora_core.models import CausalLM
+from lora_core.models import CausalLM, EncoderModel
 
 RUN_FILE = "run.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -176,6 +176,19 @@ def open_model(
     if where is not None:
         load_adapter(loaded, where)
     return Opened(loaded.eval(), tok, source, code, notes)
+
+
+def check_writes_text(model: object, source: str | Path) -> None:
+    """Refuse an encoder where text is to be written or graded word by word.
+
+    Raises:
+        ValueError: the model of the folder `source` is one.
+    """
+    if isinstance(model, EncoderModel):
+        raise ValueError(
+            f"{source} holds an encoder ({type(model).__name__}), which does not continue text: "
+            "this command needs a decoder"
+        )
 
 
 def fit_notes(model: CausalLM, tok: Tokenizer) -> list[str]:
