@@ -169,7 +169,7 @@ def is_packed(raw: Mapping[str, Any], where: object, quantize: str | None) -> bo
     if told is None:
         return False
     method = told.get("quant_method") if isinstance(told, dict) else told
-    if method != "bitsandbytes" or not told.get("load_in_4bit"):
+    if not isinstance(told, dict) or method != "bitsandbytes" or not told.get("load_in_4bit"):
         raise ValueError(
             f"{where}: quantization_config names {method!r}; known is bitsandbytes in 4 bits "
             "alone, so load the 16-bit original, with quantize="
@@ -261,12 +261,14 @@ def _read_state(
 ) -> tuple[int, float]:
     """Block size and offset of the scales (0 if they are not nested) from a layer's JSON."""
     try:
+        if text.dtype != torch.uint8 or text.dim() != 1:
+            raise TypeError(f"text of {text.dtype} {tuple(text.shape)}")
         state = json.loads(bytes(text.tolist()).decode())
         told, block_size = tuple(state["shape"]), int(state["blocksize"])
         group = state["nested_blocksize"] if nested else SCALE_GROUP
         offset = float(state["nested_offset"]) if nested else 0.0
         check_block_size(block_size)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where} has an unreadable quant_state: {error!r}") from None
     if told != shape:
         raise ValueError(f"{where} says it is {told}; config.json calls for {shape}")

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from lora_core.checkpoint.bnb import Packed, names_of, packed_layers
 from lora_core.checkpoint.names import Naming, Piece, matches, naming, pieces
-from lora_core.checkpoint.safetensors_folder import Entry, SafetensorsFolder
+from lora_core.checkpoint.safetensors_folder import DTYPES, Entry, SafetensorsFolder
 from lora_core.targets import output_head_name
 
+# last names of what other quantizations keep beside a weight
+_SIGNS = (".qweight", ".SCB", ".weight_scale", ".absmax", ".weight_scale_inv")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # sizes of which a weight in the files has at least as many elements
 _SIZES = (
@@ -135,6 +137,11 @@ def lay_out(
             names.files[other] = names.files.pop(name)
     folder.rename(names.files)
     packed = packed_layers(folder.entries) if is_packed else {}
+    if is_packed and not packed:
+        raise ValueError(
+            f"{folder.directory}: config.json says that the weights are in 4 bits "
+            "(quantization_config), but none in the files is: take that key out of it"
+        )
     inside = {name for layer in packed.values() for name in names_of(layer)}
     found = {name: entry for name, entry in folder.entries.items() if name not in inside}
     dense = _wanted(model, folder)
@@ -175,13 +182,19 @@ def _take_packed(
 ) -> None:
     """Strike the weights of 4-bit layers off what is expected to be dense."""
     modules = dict(model.named_modules())
-    for name in packed:
+    for name, layer in packed.items():
         # a linear layer, or one of stacked experts, which is no module of its own
         fits = isinstance(modules.get(name), nn.Linear) or name not in modules
         if not fits or expected.pop(f"{name}.weight", None) is None:
             raise ValueError(
                 f"{folder.directory} holds a 4-bit {name}, which config.json has no place for"
             )
+        for entry in (folder.entries[part] for part in names_of(layer)):
+            if entry.dtype not in DTYPES:
+                raise ValueError(
+                    f"{folder.directory / entry.file}: tensor {entry.name} has dtype "
+                    f"{entry.dtype}, which no part of a 4-bit weight has"
+                )
 
 
 def _check_names(
@@ -197,7 +210,7 @@ def _check_names(
         hint = tied if _head_weight(model) in missing else ""
         raise ValueError(f"{where} lacks {some(missing)}, which config.json calls for{hint}")
     if extra := [entry.name for name, entry in found.items() if name not in expected]:
-        quantized = [name for name in extra if name.endswith((".qweight", ".SCB", "weight_scale"))]
+        quantized = [name for name in extra if name.endswith(_SIGNS)]
         hint = "; it looks quantized, and config.json does not say how" if quantized else ""
         raise ValueError(f"{where} holds {some(extra)}, which config.json has no place for{hint}")
 

@@ -122,6 +122,14 @@ def rewrite(**facts: object) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
+def state(text: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        (key,) = (k for k in tensors if k.startswith(f"{LAYER}.weight.quant_state"))
+        tensors[key] = text
+
+    return change
+
+
 def cut(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         key = f"{LAYER}.weight{part}"
@@ -143,6 +151,11 @@ def cut(part: str) -> Callable[[dict[str, torch.Tensor]], None]:
         (rewrite(nested_offset=None), "unreadable quant_state.*not 'NoneType'"),
         (rewrite(nested_offset="mean"), "unreadable quant_state.*'mean'"),
         (rewrite(nested_offset=float("nan")), "nested_offset is nan; the scales need a finite one"),
+        (rewrite(blocksize=float("inf")), "unreadable quant_state.*infinity"),
+        (state(torch.tensor(10**15)), r"unreadable quant_state.*torch.int64 \(\)"),
+        (state(torch.zeros(4)), r"unreadable quant_state.*torch.float32 \(4,\)"),
+        (state(torch.full((200_000,), ord("["), dtype=torch.uint8)), "unreadable quant_state"),
+        (state(torch.zeros(4, dtype=torch.float8_e4m3fn)), "has dtype F8_E4M3, which no part of"),
         (cut(""), "codes should be 4096 of torch.uint8; got 4095"),
         (cut(".absmax"), "absmax should be 128"),
     ],
@@ -181,3 +194,35 @@ def test_quantizing_again_and_other_codes_are_refused(
     with pytest.raises(ValueError, match="no 4-bit layer"):
         save_model(load_model(llama_folder), tmp_path / "x", quantized=True)
     assert not (tmp_path / "x" / "config.json").exists()
+
+
+def reconfigure(source: Path, out: Path, config: object) -> Path:
+    spoil(source, out, lambda tensors: None)
+    raw = json.loads((out / "config.json").read_text())
+    raw.pop("quantization_config", None)
+    raw |= {} if config is None else {"quantization_config": config}
+    (out / "config.json").write_text(json.dumps(raw))
+    return out
+
+
+def test_config_and_weights_must_agree_on_4_bits(
+    written: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = reconfigure(written, tmp_path / "a", None)
+    with pytest.raises(ValueError, match=r"holds .*absmax.*; it looks quantized, and config\.json"):
+        load_model(folder)
+    save_model(load_model(llama_folder), tmp_path / "dense")
+    told = json.loads((written / "config.json").read_text())["quantization_config"]
+    folder = reconfigure(tmp_path / "dense", tmp_path / "b", told)
+    with pytest.raises(
+        ValueError, match=r"in 4 bits \(quantization_config\), but none .* is: take"
+    ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("told", ["bitsandbytes", ["bitsandbytes"], 4, {"load_in_4bit": True}])
+def test_a_malformed_quantization_config_is_one_line(
+    told: object, written: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config names"):
+        load_model(reconfigure(written, tmp_path / "a", told))
