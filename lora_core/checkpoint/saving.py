@@ -32,7 +32,7 @@ from lora_core.checkpoint.safetensors_writing import Pending, write_safetensors
 from lora_core.files import sync
 from lora_core.models.build import build_model
 from lora_core.models.config import DTYPES as MODEL_DTYPES
-from lora_core.quant import NF4Linear
+from lora_core.quant import NF4Linear, NF4Stack
 
 # what makes up a model folder besides configuration and weights
 TOKENIZER_FILES = (
@@ -126,10 +126,10 @@ def dtype_name(dtype: torch.dtype | str) -> str:
 def _packing(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """The entry of config.json for a model with 4-bit layers."""
     named = list(model.named_modules())
-    layers = [module for _, module in named if isinstance(module, NF4Linear)]
+    layers = [module for _, module in named if isinstance(module, NF4Linear | NF4Stack)]
     if not layers:
         raise ValueError("the model has no 4-bit layer to write: load it with quantize=")
-    kinds = {(layer.code, layer.double_quant) for layer in layers}
+    kinds = {(layer.codebook.name, layer.scale_absmax is not None) for layer in layers}
     if len(kinds) > 1:
         raise ValueError(f"config.json can name one kind of 4-bit layer; there are {len(kinds)}")
     code, double_quant = kinds.pop()
@@ -168,6 +168,9 @@ def _check_parts(model: nn.Module, plan: nn.Module, parts: list[Piece]) -> None:
         while layer and layer not in known:
             known.add(layer)
             layer = layer.rpartition(".")[0]
+    for name, module in model.named_modules():
+        if hasattr(module, "matrix_layer"):  # 4-bit experts: their parts are those matrices
+            known |= {f"{name}.{part}" for part, _ in module.named_modules()}
     if extra := [name for name, _ in model.named_modules() if name not in known]:
         raise ValueError(
             f"the model has parts that config.json does not describe ({extra[0]}): merge and "
@@ -188,11 +191,14 @@ def _untied(model: nn.Module, plan: nn.Module) -> str | None:
 
 
 def _module(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of that name, or None."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+    """The module of that name, or one of stacked experts' matrices as a layer, or None."""
+    owner, rest = model, name.split(".") if name else []
+    while rest and isinstance(part := getattr(owner, rest[0], None), nn.Module):
+        owner, rest = part, rest[1:]
+    if not rest:
+        return owner
+    layer = getattr(owner, "matrix_layer", None)
+    return layer(".".join(rest)) if callable(layer) and rest[0].isdigit() else None
 
 
 def _attribute(model: nn.Module, name: str) -> object:
