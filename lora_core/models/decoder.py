@@ -25,11 +25,12 @@ from lora_core.losses import linear_token_cross_entropy, token_mean
 from lora_core.models.attention import attention_rule, default_positions
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
-from lora_core.models.experts import Experts, balance_loss
+from lora_core.models.experts import Experts
 from lora_core.models.families import FULL, SLIDING
 from lora_core.models.layers import DecoderLayer, embedding_of
 from lora_core.models.norm import RMSNorm, norm_of
 from lora_core.models.rope import Rotary
+from lora_core.models.routing import balance_loss
 from lora_kernels import Documents
 
 
@@ -140,6 +141,8 @@ class CausalLM(nn.Module):
 
     grades = True
     """Says that the forward takes `normalizer`, `label_smoothing` and `keep_logits`."""
+    kept_dense = (r".*\.mlp\.gate",)
+    """Linear layers that are not made 4-bit on load: routers (routing.py)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -14,14 +14,11 @@ order of its own.
 Against transformers' loop over experts: one gather for all of them, no mask per expert, the k
 contributions of a token added in float32 and rounded once.
 
-The router stays dense in a 4-bit model: it is 1/2300 of a Qwen3-30B-A3B layer's weights, and its
-error is not an error of a product but another choice of experts.
-
-Ref: Shazeer et al. 2017, arXiv:1701.06538, section 2; Fedus et al. 2021 (Switch Transformer),
-arXiv:2101.03961, equations 4 to 6; Qwen Team 2025, arXiv:2505.09388, section 2.
+Ref: Shazeer et al. 2017, arXiv:1701.06538, section 2; Qwen Team 2025, arXiv:2505.09388, section 2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -29,45 +26,55 @@ from torch import Tensor, nn
 from lora_core.models.attention import cast_once
 from lora_core.models.config import ModelConfig
 from lora_core.models.gating import gated
-from lora_kernels import grouped_linear, groups_of
+from lora_core.models.routing import Router, route
+from lora_core.quant import NF4Linear, NF4Stack, NF4Tensor
+from lora_kernels import grouped_linear, grouped_matmul4, groups_of
 
-__all__ = ["ExpertMLP", "Experts", "Router", "Update", "balance_loss"]
+__all__ = [
+    "AnyExperts",
+    "ExpertMLP",
+    "Experts",
+    "NF4Experts",
+    "Update",
+]
+
+MATRICES = ("gate_proj", "up_proj", "down_proj")
+"""Of each expert, by their names on disk."""
 
 Update = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 """What changes an expert's product: (parameter, y (n, N), x (n, K), expert of each row (n,)) -> y.
 """
 
 
-class Router(nn.Linear):
-    """Scores of the experts, (M, C) to (M, E); a linear layer that is never made 4-bit."""
-
-    kept_dense = "the router: its error is another choice of experts"
-
-    def __init__(self, config: ModelConfig) -> None:
-        assert config.num_experts is not None
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
-
-
-class Experts(nn.Module):
-    """The experts of one layer.
-
-    Args:
-        config: sizes.
+class AnyExperts(nn.Module):
+    """The experts of one layer, dense or in 4 bits: what adapters and quantizers ask of them.
 
     Attributes:
-        gate_up_proj: (E, 2 I, C).
-        down_proj: (E, C, I).
+        num_experts: E.
+        act: name of the activation.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        count, inner, width = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        assert count is not None
-        assert inner is not None
-        self.num_experts, self.act = count, config.hidden_act
-        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, width))
-        self.down_proj = nn.Parameter(torch.empty(count, width, inner))
-        self.init_weights(config.initializer_range)
+    num_experts: int
+    act: str
+
+    @property
+    def expert_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """{parameter: (E, N, K)}, in the order of use; of a 4-bit layer, those it stands for."""
+        raise NotImplementedError
+
+    def products(
+        self, expert: Tensor, dtype: torch.dtype
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """The two products of all experts with rows sorted by expert.
+
+        Args:
+            expert: (n,) int64, ascending: that of each row.
+            dtype: of the rows.
+
+        Returns:
+            Functions from (n, C) to (n, 2 I) and from (n, I) to (n, C).
+        """
+        raise NotImplementedError
 
     def forward(
         self, x: Tensor, index: Tensor, weights: Tensor, updates: Sequence[Update] = ()
@@ -92,23 +99,58 @@ class Experts(nn.Module):
         gate, up = y.chunk(2, dim=-1)  # (M k, I)
         inner = gated(gate, up, self.act)
         y = _updated(updates, "down_proj", down(inner), inner, expert)  # (M k, C)
-        every = torch.arange(len(order), device=x.device)
-        back = torch.empty_like(order).scatter_(0, order, every)
-        y = y.index_select(0, back).view(count, k, -1)
+        back = torch.empty_like(order)
+        back.scatter_(0, order, torch.arange(len(order), device=x.device))
+        y = y.index_select(0, back).view(count, k, y.shape[-1])
         return torch.bmm(weights.to(y.dtype).unsqueeze(1), y).squeeze(1)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        count, width, inner = self.expert_shapes["down_proj"]
+        return f"experts={count}, width={width}, inner={inner}"
+
+
+class Experts(AnyExperts):
+    """Dense experts.
+
+    Args:
+        config: sizes.
+
+    Attributes:
+        gate_up_proj: (E, 2 I, C).
+        down_proj: (E, C, I).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        count, inner, width = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        assert count is not None
+        assert inner is not None
+        self.num_experts, self.act = count, config.hidden_act
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(count, width, inner))
+        self.init_weights(config.initializer_range)
+
+    @classmethod
+    def of(cls, gate_up_proj: Tensor, down_proj: Tensor, act: str) -> Self:
+        """Frozen experts of given weights, which are not copied."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.num_experts, made.act = len(down_proj), act
+        made.gate_up_proj = nn.Parameter(gate_up_proj, requires_grad=False)
+        made.down_proj = nn.Parameter(down_proj, requires_grad=False)
+        return made
+
+    @property
+    def expert_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """See `AnyExperts`."""
+        (e, n, k), (_, c, i) = self.gate_up_proj.shape, self.down_proj.shape
+        return {"gate_up_proj": (e, n, k), "down_proj": (e, c, i)}
 
     def products(
         self, expert: Tensor, dtype: torch.dtype
     ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """The two products of all experts with rows sorted by expert.
-
-        Args:
-            expert: (n,) int64, ascending: that of each row.
-            dtype: of the rows.
-
-        Returns:
-            Functions from (n, C) to (n, 2 I) and from (n, I) to (n, C).
-        """
+        """See `AnyExperts`."""
         gate_up, down = (w.to(dtype) for w in (self.gate_up_proj, self.down_proj))
         groups = groups_of(expert, self.num_experts, gate_up)
         return (
@@ -121,10 +163,83 @@ class Experts(nn.Module):
         for parameter in (self.gate_up_proj, self.down_proj):
             nn.init.normal_(parameter, std=std, generator=generator)
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        (_, inner, width) = self.gate_up_proj.shape
-        return f"experts={self.num_experts}, width={width}, inner={inner // 2}"
+    def matrices(self) -> dict[str, Tensor]:
+        """{"3.gate_proj": (I, C)}: each expert's matrices by their names on disk; views."""
+        found: dict[str, Tensor] = {}
+        whole = zip(self.gate_up_proj.detach(), self.down_proj.detach(), strict=True)
+        for number, (gate_up, down) in enumerate(whole):
+            gate, up = gate_up.chunk(2)
+            named = zip(MATRICES, (gate, up, down), strict=True)
+            found |= {f"{number}.{name}": matrix for name, matrix in named}
+        return found
+
+    def with_4bit(self, parts: Mapping[str, NF4Tensor]) -> "NF4Experts":
+        """What takes this module's place in 4 bits.
+
+        Args:
+            parts: each expert's matrices, by the names of `matrices`.
+        """
+        count = range(self.num_experts)
+        gate, up, down = (
+            NF4Stack([parts[f"{number}.{name}"] for number in count]) for name in MATRICES
+        )
+        return NF4Experts(gate, up, down, self.act).train(self.training)
+
+
+class NF4Experts(AnyExperts):
+    """Experts in 4 bits, frozen; differentiable in x.
+
+    Args:
+        gate_proj: of matrices (I, C).
+        up_proj: of matrices (I, C).
+        down_proj: of matrices (C, I).
+        act: name of the activation.
+    """
+
+    def __init__(
+        self, gate_proj: NF4Stack, up_proj: NF4Stack, down_proj: NF4Stack, act: str
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.act = len(gate_proj), act
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+
+    @property
+    def expert_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """See `AnyExperts`."""
+        inner, width = self.gate_proj.out_features, self.gate_proj.in_features
+        count = self.num_experts
+        return {"gate_up_proj": (count, 2 * inner, width), "down_proj": (count, width, inner)}
+
+    @property
+    def precision(self) -> str:
+        """The format in words."""
+        return self.gate_proj.precision
+
+    def products(
+        self, expert: Tensor, dtype: torch.dtype
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """See `AnyExperts`; gate and up are 4-bit matrices of their own, multiplied one by one."""
+        groups = groups_of(expert, self.num_experts)
+        gate, up, down = (s.weight4 for s in (self.gate_proj, self.up_proj, self.down_proj))
+
+        def gate_up(x: Tensor) -> Tensor:
+            both = (grouped_matmul4(x, gate, groups), grouped_matmul4(x, up, groups))
+            return torch.cat(both, dim=-1)
+
+        return gate_up, lambda x: grouped_matmul4(x, down, groups)
+
+    def matrix_layer(self, name: str) -> NF4Linear:
+        """One matrix as a layer, by its name on disk ("3.gate_proj"); shares memory."""
+        number, _, matrix = name.partition(".")
+        stack = getattr(self, matrix)
+        assert isinstance(stack, NF4Stack)
+        return stack.layer(int(number))
+
+    def dense_module(self, dtype: torch.dtype = torch.float32) -> Experts:
+        """Frozen dense experts that hold what the codes stand for."""
+        both = (self.gate_proj.dense(dtype), self.up_proj.dense(dtype))
+        made = Experts.of(torch.cat(both, dim=1), self.down_proj.dense(dtype), self.act)
+        return made.train(self.training)
 
 
 def _updated(updates: Sequence[Update], name: str, y: Tensor, x: Tensor, expert: Tensor) -> Tensor:
@@ -153,59 +268,9 @@ class ExpertMLP(nn.Module):
             x: (B, T, C).
             router_logits: gets the router's (M, E), M = B T.
         """
-        rows = cast_once(x).flatten(0, -2)
-        logits = self.gate(rows)
+        x = cast_once(x)
+        logits = self.gate(x).flatten(0, -2)  # (M, E)
         if router_logits is not None:
             router_logits.append(logits)
         index, weights = route(logits, self.top_k, self.normalized)
-        return self.experts(rows, index, weights).view(x.shape)
-
-
-def route(logits: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
-    """Choose the experts of each row.
-
-    Args:
-        logits: (M, E).
-        count: k.
-        normalized: whether the chosen weights are divided by their sum.
-
-    Returns:
-        Index (M, k) int64 and weights (M, k) in the dtype of the logits, differentiable.
-    """
-    # float32 for float64 too, as transformers has it
-    weights, index = logits.softmax(-1, dtype=torch.float32).topk(count, dim=-1)
-    if normalized:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return index, weights.to(logits.dtype)
-
-
-def balance_loss(
-    router_logits: Sequence[Tensor], count: int, attention_mask: Tensor | None
-) -> Tensor:
-    """How unevenly the experts are used: E sum_e f_e P_e over the tokens of all layers.
-
-    f_e is the share of tokens that are sent to expert e (k in sum over e), P_e the mean of its
-    probability; only P_e has a gradient. Even use gives k.
-
-    Args:
-        router_logits: of each layer with experts, (M, E).
-        count: k.
-        attention_mask: (B, T), nonzero for real tokens, M = B T; None: all are.
-
-    Returns:
-        A float32 scalar.
-
-    Ref: Switch Transformer, arXiv:2101.03961, equations 4 to 6.
-    """
-    logits = torch.stack(list(router_logits)).float()  # (L, M, E)
-    probabilities = logits.softmax(-1)
-    chosen = torch.zeros_like(probabilities)
-    chosen.scatter_(-1, probabilities.detach().topk(count, dim=-1).indices, 1.0)
-    if attention_mask is None:
-        share, mean = chosen.mean((0, 1)), probabilities.mean((0, 1))  # (E,)
-    else:
-        real = attention_mask.flatten().to(logits)[None, :, None]
-        tokens = real.sum() * len(logits)
-        share = (chosen * real).sum((0, 1)) / tokens
-        mean = (probabilities * real).sum((0, 1)) / tokens
-    return logits.shape[-1] * (share * mean).sum()
+        return self.experts(x.flatten(0, -2), index, weights).view(x.shape)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.quant.codebook import Codebook, codebook
-from lora_core.quant.linear import NF4Linear
+from lora_core.quant.dense import can_be_4bit, is_4bit, made_4bit, made_dense, weights
 from lora_core.quant.nf4 import quantize_4bit
 from lora_core.targets import (
     Targets,
@@ -69,9 +69,10 @@ def quantize_model(
 ) -> QuantizeReport:
     """Replace the linear layers of a model by 4-bit ones, in place, one after the other.
 
-    Kept dense are the output head, what `skip` matches, and layers whose weight another module
-    shares: two 4-bit copies, or a 4-bit and a dense one, would not be tied any more. Only modules
-    of the very class `nn.Linear` are replaced; a subclass may use its weight in a way of its own.
+    Experts, many matrices in one module, become 4-bit too, each matrix by itself. Kept dense are
+    the output head, what `skip` matches, routers, and layers whose weight another module shares:
+    two 4-bit copies, or a 4-bit and a dense one, would not be tied any more. Of linear layers only
+    modules of the very class `nn.Linear` are replaced; a subclass may use its weight its own way.
     All weights are checked before the first is replaced.
 
     Args:
@@ -92,27 +93,25 @@ def quantize_model(
     check_block_size(block_size)
     kept = _kept(model, skip)
     linears = _linears(model)
-    chosen = {name: linear for name, linear in linears.items() if name not in kept}
+    chosen = {name: module for name, module in linears.items() if name not in kept}
     if not chosen:
         raise ValueError(_nothing(model, kept))
     options: dict[str, Any] = {"code": book, "block_size": block_size, "double_quant": double_quant}
-    _check({f"{name}.weight": linear.weight for name, linear in chosen.items()}, options)
+    _check({k: w for name, m in chosen.items() for k, w in weights(name, m).items()}, options)
     before = _nbytes(model)
     holders = _holders(model)
     names = tuple(chosen)
     linears.clear()
     while chosen:  # emptied on the way, so that each dense weight is freed before the next
-        _, linear = chosen.popitem()
-        weight = quantize_4bit(linear.weight, **options, check_finite=False)  # checked above
-        layer = NF4Linear.from_tensor(weight, linear.bias)
-        layer.train(linear.training)
-        for parent, attribute in holders[id(linear)]:
+        _, module = chosen.popitem()
+        layer = made_4bit(module, options)
+        for parent, attribute in holders[id(module)]:
             setattr(parent, attribute, layer)
     return QuantizeReport(names, kept, before, _nbytes(model))
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
-    """Replace every `NF4Linear` by a dense, frozen `nn.Linear`, in place: the way back.
+    """Replace every `NF4Linear` by a dense, frozen `nn.Linear`, in place (experts likewise).
 
     The dense weights are what the codes stand for, not the weights that were quantized.
 
@@ -124,23 +123,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
         Names of the layers that are dense now, in module order; empty if none was 4-bit.
     """
     holders = _holders(model)
-    layers = {id(m): (name, m) for name, m in _named(model) if isinstance(m, NF4Linear)}
+    layers = {id(m): (name, m) for name, m in _named(model) if is_4bit(m)}
     for key, (_, layer) in layers.items():
-        linear = _dense(layer, dtype)
+        dense = made_dense(layer, dtype)
         for parent, attribute in holders[key]:
-            setattr(parent, attribute, linear)
+            setattr(parent, attribute, dense)
     return [name for name, _ in layers.values()]
-
-
-def _dense(layer: NF4Linear, dtype: torch.dtype | None) -> nn.Linear:
-    own = torch.float32 if layer.bias is None else layer.bias.dtype
-    size = (layer.in_features, layer.out_features)
-    linear = nn.Linear(*size, bias=layer.bias is not None, device="meta")
-    weight = layer.dense_weight(dtype or own)
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
-    return linear.train(layer.training)
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -153,9 +141,9 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every plain linear layer by its first name."""
-    return {name: module for name, module in _named(model) if type(module) is nn.Linear}
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every plain linear layer and module of stacked matrices by its first name."""
+    return {name: module for name, module in _named(model) if can_be_4bit(module)}
 
 
 def _kept(model: nn.Module, skip: Targets | None) -> dict[str, str]:
@@ -163,23 +151,26 @@ def _kept(model: nn.Module, skip: Targets | None) -> dict[str, str]:
     kept: dict[str, str] = {}
     linears = _linears(model)
     if skip is not None and skip != []:
-        chosen = select_modules(model, skip, kind=lambda m: type(m) is nn.Linear, option="skip")
+        chosen = select_modules(model, skip, kind=can_be_4bit, option="skip")
         kept |= dict.fromkeys(chosen, "skipped")
     owners: Counter[int] = Counter()
     for module in model.modules():
         owners.update(id(p) for p in module._parameters.values() if p is not None)
     for name, linear in linears.items():
-        if owners[id(linear.weight)] > 1:
+        if any(owners[id(weight)] > 1 for weight in weights(name, linear).values()):
             kept.setdefault(name, "its weight is shared with another module")
     head = output_head_name(model)
     for name in linears:
         if in_head(name, head):
             kept.setdefault(name, "the output head")
-    return {name: kept[name] for name in linears if name in kept}
+    # a layer whose class says that it has to stay dense is told of too
+    own = {name: getattr(module, "why_dense", None) for name, module in _named(model)}
+    kept = {name: kept[name] for name in linears if name in kept}
+    return kept | {name: why for name, why in own.items() if isinstance(why, str)}
 
 
 def _nothing(model: nn.Module, kept: dict[str, str]) -> str:
-    done = sum(isinstance(module, NF4Linear) for module in model.modules())
+    done = sum(is_4bit(module) for module in model.modules())
     if done:
         return f"the model is quantized already: {done} layers are 4-bit and no other is left to do"
     if kept:
