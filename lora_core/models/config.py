@@ -1,10 +1,10 @@
 """config.json as a checked, frozen description of a decoder.
 
 Which keys a family reads, what an absent one means and which parts it is made of is the family's
-row in families.py; how the two dialects in circulation are read is reading.py's. Here are the
-values themselves and whether they fit together. The five sizes that say which model it is must be
-there. What the decoder does not implement (an architecture, a RoPE type, an activation) is refused
-by name, so no checkpoint is ever run as something it is not.
+row in families.py; how the two dialects in circulation are read is reading.py's; whether the
+values fit together is config_checks.py's. Here are the values themselves. The five sizes that say
+which model it is must be there. What the decoder does not implement (an architecture, a RoPE type,
+an activation) is refused by name, so no checkpoint is ever run as something it is not.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
+from lora_core.models.config_checks import (
+    DTYPES,
+    check_experts,
+    check_layers,
+    check_ranges,
+    check_read,
+    check_sizes,
+    check_types,
+    checked_rope,
+    required,
+)
+from lora_core.models.families import FAMILIES, Family
+from lora_core.models.reading import read_values, unknown, write_values
 
-from lora_core.models.families import FAMILIES, FULL, LAYER_TYPES, SLIDING, Family
-from lora_core.models.reading import COMMON, read_values, unknown, write_values
-from lora_core.models.rope_config import check_rope
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
-LARGEST = 2**31 - 1  # of any size: a larger one is no model's
+__all__ = ["DTYPES", "ModelConfig"]
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,11 @@ class ModelConfig:
     """Family: a key of `FAMILIES`."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_sizes(self)
+        check_types(self)
+        check_sizes(self)
         if self.model_type not in FAMILIES:
             raise ValueError(unknown("model_type", self.model_type, FAMILIES))
-        _check_read(self)
+        check_read(self)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -134,10 +140,10 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.layer_types is None:
             object.__setattr__(self, "layer_types", tuple(self.family.layer_types(vars(self))))
-        _check_ranges(self)
-        object.__setattr__(self, "rope_parameters", _checked_rope(self))
-        _check_layers(self)
-        _check_experts(self)
+        check_ranges(self)
+        object.__setattr__(self, "rope_parameters", checked_rope(self))
+        check_layers(self)
+        check_experts(self)
 
     @property
     def family(self) -> Family:
@@ -222,7 +228,7 @@ class ModelConfig:
             TypeError: value of the wrong type.
         """
         values = read_values(raw)
-        for key in _required(cls):
+        for key in required(cls):
             if key not in values:
                 raise ValueError(f"the key {key} is missing")
         return cls(**values)
@@ -230,150 +236,3 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Content of a config.json that transformers 5 and this library load."""
         return write_values(self)
-
-
-def _required(cls: type[ModelConfig]) -> list[str]:
-    missing = dataclasses.MISSING
-    fields = dataclasses.fields(cls)
-    return [f.name for f in fields if f.default is missing and f.default_factory is missing]
-
-
-def _check_types(config: ModelConfig) -> None:
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        kinds = _KINDS[str(f.type)]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise TypeError(f"{f.name} must be of type {f.type}; got {value!r}")
-        element = _ELEMENTS.get(str(f.type))
-        if element and isinstance(value, tuple) and any(type(v) is not element for v in value):
-            raise TypeError(f"{f.name} must hold {element.__name__} alone; got {value!r}")
-
-
-_NONE = type(None)
-# the annotations above -> what isinstance accepts (a whole number is a fine float)
-_KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "bool": (bool,),
-    "str": (str,),
-    "int | None": (int, _NONE),
-    "float | None": (float, int, _NONE),
-    "str | None": (str, _NONE),
-    "int | tuple[int, ...] | None": (int, tuple, _NONE),
-    "tuple[int, ...]": (tuple,),
-    "tuple[int, ...] | None": (tuple, _NONE),
-    "tuple[str, ...] | None": (tuple, _NONE),
-    "Mapping[str, Any]": (Mapping,),
-}
-_ELEMENTS: dict[str, type] = {
-    "int | tuple[int, ...] | None": int,
-    "tuple[int, ...]": int,
-    "tuple[int, ...] | None": int,
-    "tuple[str, ...] | None": str,
-}
-
-
-def _check_sizes(config: ModelConfig) -> None:
-    more = ["num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"]
-    more += ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"]
-    for key in [*_required(ModelConfig), *more]:
-        size = getattr(config, key)
-        if size is not None and not 1 <= size <= LARGEST:
-            rule = "be at least 1" if size < 1 else f"be at most {LARGEST}"
-            raise ValueError(f"{key} must {rule}; got {size}")
-    if config.num_hidden_layers > 10_000:
-        raise ValueError(f"num_hidden_layers must be at most 10000; got {config.num_hidden_layers}")
-
-
-def _check_read(config: ModelConfig) -> None:
-    """Refuse a value that the family's config.json could not hold, so that saving loses nothing."""
-    known = {*COMMON, *config.family.keys, "rope_parameters", "dtype", "model_type", "layer_types"}
-    for f in dataclasses.fields(config):
-        if f.name not in known and getattr(config, f.name) != f.default:
-            raise ValueError(f"{f.name} is no key of {config.model_type}'s configuration")
-
-
-def _checked_rope(config: ModelConfig) -> dict[str, Any]:
-    """The rotation, or that of each layer type, complete and possible."""
-    family, rope = config.family, config.rope_parameters
-    if family.local_rope_theta is None:
-        whole = {"rope_theta": family.rope_theta, **rope}
-        return check_rope(whole, config.heads[2], partial=family.partial_rotary)
-    thetas = {FULL: family.rope_theta, SLIDING: family.local_rope_theta}
-    if rope and set(rope) != set(thetas):
-        raise ValueError(
-            f"rope_parameters of {config.model_type} must hold {' and '.join(thetas)}; "
-            f"got {', '.join(map(str, rope))}"
-        )
-    return {
-        kind: check_rope(
-            {"rope_theta": theta, **rope.get(kind, {})},
-            config.heads[2],
-            partial=family.partial_rotary,
-        )
-        for kind, theta in thetas.items()
-    }
-
-
-def _check_layers(config: ModelConfig) -> None:
-    for key in ("layer_types", "no_rope_layers"):
-        value = getattr(config, key)
-        if value is not None and len(value) != config.num_hidden_layers:
-            raise ValueError(
-                f"{key} must have an entry for each of {config.num_hidden_layers} layers; "
-                f"got {len(value)}"
-            )
-    for kind in config.kinds:
-        if kind not in LAYER_TYPES:
-            raise ValueError(unknown("layer type", kind, LAYER_TYPES))
-    if SLIDING in config.kinds and config.sliding_window is None:
-        raise ValueError(f"{SLIDING} layers need sliding_window, the tokens that they see")
-    if "layer_types" not in config.family.keys:
-        own = tuple(config.family.layer_types(vars(config)))
-        if config.kinds != own:
-            raise ValueError(f"layer_types is no key of {config.model_type}'s configuration")
-
-
-def _check_experts(config: ModelConfig) -> None:
-    if config.num_experts is None:
-        return
-    if config.moe_intermediate_size is None:
-        raise ValueError("num_experts needs moe_intermediate_size, the width of an expert")
-    if config.num_experts_per_tok > config.num_experts:
-        raise ValueError(
-            f"num_experts_per_tok {config.num_experts_per_tok} is more than num_experts "
-            f"{config.num_experts}"
-        )
-
-
-def _check_ranges(config: ModelConfig) -> None:
-    heads, kv_heads, head_dim = config.heads
-    if heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
-    if head_dim % 2:
-        raise ValueError(f"head_dim must be even for rotary embedding; got {head_dim}")
-    limits = {
-        "rms_norm_eps": (config.rms_norm_eps > 0, "be positive"),
-        "attention_dropout": (0 <= config.attention_dropout < 1, "lie in [0, 1)"),
-        "initializer_range": (config.initializer_range >= 0, "not be negative"),
-        "embedding_multiplier": (_finite(config.embedding_multiplier), "be finite"),
-        "residual_multiplier": (_finite(config.residual_multiplier), "be finite"),
-        "attention_multiplier": (_finite(config.attention_multiplier), "be finite"),
-        "router_aux_loss_coef": (_finite(config.router_aux_loss_coef), "be finite"),
-    }
-    positive = ["query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"]
-    for key in (*positive, "logits_scaling"):
-        value = getattr(config, key)
-        limits[key] = (value is None or (value > 0 and _finite(value)), "be positive and finite")
-    for key, (fits, rule) in limits.items():
-        if not fits:
-            raise ValueError(f"{key} must {rule}; got {getattr(config, key)}")
-    for key, known in {"hidden_act": ACTIVATIONS, "dtype": (*DTYPES, None)}.items():
-        if getattr(config, key) not in known:
-            raise ValueError(unknown(key, getattr(config, key), tuple(filter(None, known))))
-
-
-def _finite(value: float | None) -> bool:
-    return value is None or math.isfinite(value)

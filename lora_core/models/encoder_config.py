@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from lora_core.models.config import DTYPES, LARGEST
+from lora_core.models.config_checks import DTYPES, LARGEST
 from lora_core.models.encoder_families import (
     ENCODERS,
     HEADS,

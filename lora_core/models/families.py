@@ -108,6 +108,8 @@ class Family:
     """Base of the rotary frequencies, where config.json names none."""
     local_rope_theta: float | None = None
     """The same of sliding layers, which then have frequencies of their own; None: they do not."""
+    rope_context: int | None = None
+    """`original_max_position_embeddings`, where config.json names none; None: the scaling says."""
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     """Names that its older files have for types of rotary embedding."""
     partial_rotary: bool = False
@@ -263,6 +265,7 @@ FAMILIES: dict[str, Family] = {
         },
         refused=("resid_pdrop",),
         layer_types=all_alike,
+        rope_context=4096,
         rope_aliases={"su": "longrope", "yarn": "longrope"},
         partial_rotary=True,
         fused_projections=True,

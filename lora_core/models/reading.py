@@ -136,6 +136,8 @@ def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name, key in family.also.items():
         if raw.get(key) is not None:
             values[name] = raw[key]
+    if values.get("pad_token_id") == -1:
+        values["pad_token_id"] = None  # how the first Llama files say it
     if family.optional_window and not raw.get("use_sliding_window"):
         values["sliding_window"] = None
     act = values.get("hidden_act")
@@ -143,7 +145,7 @@ def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
         values["hidden_act"] = family.activations.get(act, act)
     values["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     _read_layers(values, raw, family)
-    values["rope_parameters"] = _rope({"max_position_embeddings": 2048} | values | raw, family)
+    values["rope_parameters"] = _rope(values, raw, family)
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
@@ -157,6 +159,9 @@ def _read_layers(values: dict[str, Any], raw: Mapping[str, Any], family: Family)
         if type(each) is not int or each < 1:
             raise TypeError(f"no_rope_layer_interval must be a positive integer; got {each!r}")
         values["no_rope_layers"] = [int((i + 1) % each != 0) for i in range(count)]
+    turns = values.get("no_rope_layers")
+    if turns is not None and not isinstance(turns, list | tuple):
+        raise TypeError(f"no_rope_layers must be a list of 0 and 1; got {turns!r}")
     if "layer_types" not in values:
         # the pattern's own keys are no fields: the list that they make is
         more = {}
@@ -169,7 +174,14 @@ def _read_layers(values: dict[str, Any], raw: Mapping[str, Any], family: Family)
         values["layer_types"] = family.layer_types({**values, **more})
 
 
-def _rope(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _rope(values: Mapping[str, Any], raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    # the two lengths that scalings are worked out from, as the family has them where absent
+    lengths: dict[str, Any] = {
+        "max_position_embeddings": values.get("max_position_embeddings", 2048)
+    }
+    if family.rope_context is not None and raw.get("original_max_position_embeddings") is None:
+        lengths["original_max_position_embeddings"] = family.rope_context
+    raw = {**raw, **lengths}
     if family.local_rope_theta is None:
         return read_rope(raw, theta=family.rope_theta, aliases=family.rope_aliases)
     return read_rope_by_type(
