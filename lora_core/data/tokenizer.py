@@ -165,10 +165,16 @@ class Tokenizer:
         """Ids to generate from: raw text with `prefix_ids`, messages through the template.
 
         Training rows start with the same ids (`SFTDataset`), so that both sides meet.
+
+        Raises:
+            ValueError: there is no template, it refuses the conversation, or it writes nothing.
         """
         if isinstance(prompt, str):
             return self.with_prefix(self.encode(prompt))
-        return self.encode(self.render(prompt, add_generation_prompt=True))
+        ids = self.encode(self.render(prompt, add_generation_prompt=True))
+        if not ids:
+            raise ValueError("the chat template writes nothing for this conversation: correct it")
+        return ids
 
     def with_prefix(self, ids: list[int]) -> list[int]:
         """`prefix_ids` + ids, unless the ids already start with them."""

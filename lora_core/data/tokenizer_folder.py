@@ -52,13 +52,15 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception
-        raise ValueError(f"{file}: not a readable tokenizer.json: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: not a readable tokenizer.json: {reason}") from None
     if not backend.get_vocab_size(with_added_tokens=False):
         raise ValueError(f"{file}: the vocabulary is empty; the file was cut or is a placeholder")
     config = {**_read_json(folder, "special_tokens_map.json")}
     config.update(_read_json(folder, "tokenizer_config.json"))
     _check_named_tokens(config, folder)
     _add_declared_tokens(backend, config, folder)
+    _check_post_processor(backend, file)
     config = config or _named_by_id(backend, folder)
     tok = Tokenizer(backend, config, _read_templates(folder, config))
     tok.stop_ids = tuple(_read_stop_ids(folder, tok.vocab_size))
@@ -72,6 +74,26 @@ def _no_tokenizer(folder: Path) -> str:
             "once with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
     return f"{str(folder)!r} has no tokenizer.json; copy the tokenizer's files into the folder"
+
+
+def _check_post_processor(backend: Any, file: Path) -> None:
+    """Refuse a template around texts whose tokens are not declared: the Rust code would panic."""
+    processor = backend.post_processor
+    spec = {} if processor is None else json.loads(processor.__getstate__())
+    for step in spec.get("processors", [spec]):
+        pieces = [piece for form in ("single", "pair") for piece in step.get(form, [])]
+        used = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
+        declared = step.get("special_tokens", {})
+        ids = [index for entry in declared.values() for index in entry["ids"]]
+        for name in sorted(used - declared.keys()):
+            raise ValueError(
+                f"{file}: the post_processor writes {name!r}, which its special_tokens do not list"
+            )
+        for index in ids:
+            if backend.id_to_token(index) is None:
+                raise ValueError(
+                    f"{file}: the post_processor writes id {index}, which has no token"
+                )
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -182,15 +204,18 @@ def _add_declared_tokens(backend: Any, config: Mapping[str, Any], folder: Path) 
     file = folder / "tokenizer_config.json"
     declared = config.get("added_tokens_decoder") or {}
     try:
-        tokens = sorted((int(key), str(fields["content"]), key) for key, fields in declared.items())
+        tokens = sorted((int(key), fields["content"], key) for key, fields in declared.items())
     except (AttributeError, TypeError, KeyError, ValueError):
-        raise ValueError(
-            f"{file}: added_tokens_decoder must map ids to objects with a 'content'"
-        ) from None
+        tokens = [(0, None, "")]
+    if not all(isinstance(content, str) for _, content, _ in tokens):
+        raise ValueError(f"{file}: added_tokens_decoder must map ids to objects with a 'content'")
     for index, content, key in tokens:
         if backend.token_to_id(content) is None:
             fields = {k: v for k, v in declared[key].items() if k != "__type"}
-            backend.add_tokens([AddedToken(**fields)])
+            try:
+                backend.add_tokens([AddedToken(**fields)])
+            except TypeError as error:
+                raise ValueError(f"{file}: added token {content!r}: {error}") from None
         if backend.token_to_id(content) != index:
             raise ValueError(
                 f"{file}: added token {content!r} should have id {index}, tokenizer.json gives "

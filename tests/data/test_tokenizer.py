@@ -234,6 +234,7 @@ def test_errors(folder: Callable[..., Path], tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({"tokenizer_config": []}, r"tokenizer_config\.json: expected a JSON object; got list"),
+        ({"tokenizer__json": '{"a\n'}, r"not a readable tokenizer\.json: .* line 2 "),
         ({"tokenizer_config__json": "{"}, r"tokenizer_config\.json: not valid JSON"),
         ({"tokenizer_config__json": "[" * 100_000}, r"tokenizer_config\.json: not valid JSON"),
         ({"generation_config": 3}, r"generation_config\.json: expected a JSON object; got int"),
@@ -263,7 +264,17 @@ def test_errors(folder: Callable[..., Path], tmp_path: Path) -> None:
         ),
         *(
             ({"tokenizer_config": {"added_tokens_decoder": declared}}, "must map ids to objects")
-            for declared in ([1], {"5": {}}, {"five": {"content": "x"}}, {"5": None})
+            for declared in (
+                [1],
+                {"5": {}},
+                {"five": {"content": "x"}},
+                {"5": None},
+                {"5": {"content": 3}},
+            )
+        ),
+        *(
+            ({"tokenizer_config": {"added_tokens_decoder": {"999": fields}}}, "not an instance of")
+            for fields in ({"content": "<x>", "special": "yes"}, {"content": "<x>", "lstrip": 2})
         ),
     ],
 )
@@ -291,8 +302,42 @@ def test_empty_vocabulary(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "ids", "message"),
+    [
+        ({}, [1], r"post_processor writes '<s>', which its special_tokens do not list"),
+        (None, [99_999], r"post_processor writes id 99999, which has no token"),
+    ],
+)
+def test_what_is_put_around_a_text_must_exist(
+    folder: Callable[..., Path],
+    backend: Callable[..., Any],
+    tokens: dict[str, Any] | None,
+    ids: list[int],
+    message: str,
+) -> None:
+    directory = folder(backend(SPECIALS))
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    entry = {"<s>": {"id": "<s>", "ids": ids, "tokens": ["<s>"]}}
+    single = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": entry if tokens is None else tokens,
+    }
+    for step in (template, {"type": "Sequence", "processors": [template]}):
+        spec["post_processor"] = step
+        (directory / "tokenizer.json").write_text(json.dumps(spec))
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(directory)
+
+
 def test_special_tokens_that_are_empty(folder: Callable[..., Path]) -> None:
-    """ "" is defined in a template, unlike null, and names no token."""
+    """An empty text is defined in a template, unlike null, and names no token."""
     tok = load_tokenizer(folder(tokenizer_config={"bos_token": "", "eos_token": "</s>"}))
     assert (tok.bos_id, tok.eos_ids) == (None, [2])
     tok.chat_template = "{{ bos_token is defined }} {{ pad_token is defined }}"
