@@ -207,6 +207,16 @@ def test_sound_folders_answer(sound: dict[str, Path], capsys: pytest.CaptureFixt
         assert run_one(folder, "nf4", capsys) == (0, "")
 
 
+def test_an_empty_template_is_named(
+    sound: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(sound["llama"], tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("")
+    code, line = run_one(folder, "none", capsys)
+    assert code == 1
+    assert "the chat template writes nothing for this conversation" in line
+
+
 @pytest.mark.filterwarnings("default")  # a warning is a line on the terminal here
 @pytest.mark.usefixtures("alarm")
 @pytest.mark.parametrize("part", range(10))
