@@ -256,9 +256,9 @@ def test_bounds_are_counted_where_they_are_not_given(make_model: Make, monkeypat
     model, seen = make_model(), []
     forward = type(model.model.layers[0]).forward
 
-    def spy(self: Any, x: Tensor, rotary: Any, mask: Any, cache: Any) -> Tensor:
+    def spy(self: Any, x: Tensor, rotary: Any, mask: Any, *more: Any) -> Tensor:
         seen.append(mask)
-        return forward(self, x, rotary, mask, cache)
+        return forward(self, x, rotary, mask, *more)
 
     monkeypatch.setattr(type(model.model.layers[0]), "forward", spy)
     monkeypatch.setattr(packed_attention, "_fused", lambda ids: True)
