@@ -98,7 +98,8 @@ def memory_needed(config: ModelConfig, itemsize: int, four_bit: bool) -> int:
     linear = sum(n for name, n in sizes.items() if "_proj" in name)
     a_weight = 0.52 if four_bit else itemsize
     model = int((sum(sizes.values()) - linear) * itemsize + linear * a_weight)
-    return model + 2 * 4 * max(sizes.values()) + PROCESS_BYTES
+    beside = 2 * itemsize * max(sizes.values()) if four_bit else 0  # one quantized, one being read
+    return model + beside + PROCESS_BYTES
 
 
 def check_disk(config: ModelConfig, itemsize: int, place: Path) -> None:

@@ -35,8 +35,8 @@ def test_shapes_by_name_and_by_numbers(folders: ModuleType) -> None:
     small = folders.cut(eight)
     assert (small.hidden_size, small.num_hidden_layers, small.vocab_size) == (4096, 1, 1024)
     # 8.03e9 parameters of 2 bytes; in 4 bits a quarter, but for embedding and head
-    assert 16e9 < folders.memory_needed(eight, 2, False) - 2 * 4 * folders.largest(eight) < 18e9
-    assert 5e9 < folders.memory_needed(eight, 2, True) - 2 * 4 * folders.largest(eight) < 7e9
+    assert 17e9 < folders.memory_needed(eight, 2, False) < 17.2e9
+    assert 8.5e9 < folders.memory_needed(eight, 2, True) < 9.5e9
     with pytest.raises(ValueError, match=r"the folders take .*--where"):
         folders.check_disk(eight, 10**6, Path(tempfile.gettempdir()))
 
@@ -127,4 +127,4 @@ def test_what_does_not_fit_is_skipped_with_the_reason(
 
 def test_a_process_that_fails_says_why(loading: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"ended with 1: .*has no config"):
-        loading.in_a_process("lora_core", tmp_path, tmp_path)
+        loading.in_a_process("pack", tmp_path, tmp_path / "out")
