@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_core.checkpoint import folder, load_model, save_model
 from lora_core.models import CausalLM, ModelConfig
+from lora_core.quant import NF4Linear
 
 SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -220,3 +221,12 @@ def test_quantized_in_a_way_that_config_json_hides(
     extra = f"model.layers.0.mlp.up_proj.{name}"
     rewrite(tmp_path, lambda s: s | {extra: torch.zeros(2)})
     refused(tmp_path, rf"holds tensor {re.escape(extra)}.*; it looks quantized, and config\.json")
+
+
+def test_4_bit_layers_are_made_of_the_values_on_disk(model: CausalLM, tmp_path: Path) -> None:
+    save_model(model, tmp_path)
+    narrow = load_model(tmp_path, quantize="nf4", dtype="bfloat16")
+    assert narrow.model.norm.weight.dtype == torch.bfloat16
+    expected = NF4Linear.from_linear(model.model.layers[1].mlp.up_proj)  # type: ignore[arg-type]
+    found = narrow.model.layers[1].mlp.up_proj
+    assert same(found, expected)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Tensors of a folder in memory of their own: what the mapped file holds, nothing of it kept."""
 
 import gc
+import threading
 import weakref
 from pathlib import Path
 
@@ -60,18 +61,19 @@ def test_reading_ahead_keeps_order_and_bound(
     ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(safetensors_folder, "AHEAD_BYTES", ahead)
-    sizes = [10, 0, 5000, 5000, 1, 4000, 7000]
+    sizes = [10, 0, 5000, 5000, 1, 4000, 7000, 2, 3, 2]
     tensors = {f"t{i}": torch.randn(n, dtype=torch.float64) for i, n in enumerate(sizes)}
     save_file(tensors, tmp_path / "model.safetensors")
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-    most = 0
+    most = number = 0
     real = SafetensorsFolder._fill
 
     def counted(self: SafetensorsFolder, tensor: torch.Tensor, entry: Entry) -> None:
-        nonlocal most
+        nonlocal most, number
         alive.add(tensor)
         real(self, tensor, entry)
-        most = max(most, sum(t.nbytes for t in list(alive)))
+        held = [t.nbytes for t in list(alive)]
+        most, number = max(most, sum(held)), max(number, len(held))
 
     monkeypatch.setattr(SafetensorsFolder, "_fill", counted)
     names = sorted(tensors, reverse=True)
@@ -84,24 +86,29 @@ def test_reading_ahead_keeps_order_and_bound(
         assert next(reader, None) is None
     # 56,000 bytes, the largest, are two of its size in float32: none beside it
     assert most <= max(ahead, 56_000)
+    assert ahead > 1 or number <= 2  # the caller's and the next
     assert list(folder.read_ahead([])) == []
 
 
-def test_what_is_read_ahead_is_read_while_the_caller_works(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [1, 1 << 26])
+def test_the_next_tensor_is_read_while_the_caller_works(
+    ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_folder, "AHEAD_BYTES", ahead)
     tensors = {f"t{i}": torch.randn(100) for i in range(4)}
     save_file(tensors, tmp_path / "model.safetensors")
-    begun: list[str] = []
     folder = SafetensorsFolder(tmp_path)
-    real = folder._fill
+    real, begun = folder._fill, threading.Event()
 
     def noted(tensor: torch.Tensor, entry: Entry) -> None:
-        begun.append(entry.name)
+        if entry.name == "t1":
+            begun.set()
         real(tensor, entry)
 
     folder._fill = noted  # type: ignore[method-assign]
     reader = folder.read_ahead(tensors)
     next(reader)
-    assert len(begun) > 1
+    assert begun.wait(10)
 
 
 def test_an_error_of_a_reading_thread_reaches_the_caller(tmp_path: Path) -> None:
