@@ -248,7 +248,7 @@ class Recorded:
     def _captured(self) -> Callable[[], None]:
         graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(self.device), torch.cuda.graph(graph):
                 self.call()
         except RuntimeError as problem:
             torch.cuda.set_stream(outside)
