@@ -4,7 +4,7 @@ The mask is boolean, (B, 1, T, S), True where a query may look, and is built onc
 each type of layer. If nothing is padded and nothing is packed, and no window is shorter than the
 text, there is none: the operator's own causal path is taken, or no mask at all when a single new
 token looks back at a whole cache. Packed rows have `Documents` in place of a mask where a GPU has
-kernels that compute the documents' blocks alone (lora_kernels/attention.py).
+kernels that compute the documents' blocks alone (lora_kernels/packed_attention.py).
 
 A sliding layer of window W sees key s from query t if 0 <= t - s < W, both counted in the row: its
 own token and the W - 1 before it. The cache keeps what has slid out of sight, since the layers
@@ -18,10 +18,10 @@ from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
 from lora_core.models.norm import norm_of
 from lora_core.models.rope import rotate
-from lora_kernels import Documents, document_mask, documents, masked_attention
+from lora_kernels import Documents, document_mask, documents, masked_attention, row_documents
 
 
-def attention_rule(
+def attention_rule(  # noqa: PLR0913  # all that a forward knows of its tokens
     tokens: int,
     past: int,
     attention_mask: Tensor | None,
@@ -31,6 +31,8 @@ def attention_rule(
     document_bounds: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
+    capped: bool = False,
+    rows: int = 1,
     fixed: tuple[Tensor, int] | None = None,
 ) -> Tensor | Documents | None:
     """The boolean mask of a forward, or None where plain causal attention is meant.
@@ -46,6 +48,8 @@ def attention_rule(
             None: they are counted if needed.
         dtype: of the embeddings; autocast's counts where it is active.
         window: W, tokens that a query sees, its own included; None: all earlier ones.
+        capped: whether scores are capped, for which a GPU has another kernel.
+        rows: B; where nothing is padded, packed or past, a window's rows are documents to a GPU.
         fixed: of a cache of constant shape: where the one new token stands, an int64 scalar, and
             S; attention_mask (B, S) then says what it sees. No value is read from the device.
 
@@ -65,7 +69,9 @@ def attention_rule(
         return None
     if attention_mask is None and document_ids is not None and past == 0:
         kept = _computed_in(dtype, device)
-        return documents(document_ids, document_bounds, kept, window)
+        return documents(document_ids, document_bounds, kept, window, capped)
+    if attention_mask is None and document_ids is None and window is not None and past == 0:
+        return row_documents(rows, tokens, _computed_in(dtype, device), window, capped, device)
     query = torch.arange(past, past + tokens, device=device)[:, None]  # (T, 1)
     key = torch.arange(past + tokens, device=device)  # (S,)
     allowed = (key <= query)[None]  # (1, T, S)

@@ -61,6 +61,7 @@ class Decoder(nn.Module):
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = norm_of(config, config.hidden_size)
+        self.capped = config.attn_logit_softcapping is not None
         self.kinds, self.window = config.kinds, config.sliding_window
         self.turns = config.no_rope_layers or (1,) * len(self.layers)
         # the sliding layers' frequencies where they are their own
@@ -96,6 +97,8 @@ class Decoder(nn.Module):
             *(tokens, past, attention_mask, document_ids, x.device),
             document_bounds=document_bounds,
             dtype=x.dtype,
+            capped=self.capped,
+            rows=len(x),
             fixed=None if cache is None else cache.fixed,
         )
         if position_ids is None:
