@@ -62,6 +62,8 @@ class Case:
     """chat templates of tests/data/family_templates that its models come with"""
     changes: dict[str, Any] = field(default_factory=dict)
     """of its configuration, against `SIZES`"""
+    wrapper: dict[str, Any] | None = None
+    """of a multimodal model's configuration, whose text part the rest is about"""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -89,6 +91,14 @@ GEMMA3 = GEMMA2 | {
         "full_attention": rope("linear", factor=8.0) | {"rope_theta": 1e5},
         "sliding_attention": rope() | {"rope_theta": 50.0},
     },
+}
+TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
 }
 
 
@@ -142,6 +152,24 @@ CASES: dict[str, Case] = {
         "Gemma3ForConditionalGeneration",
         ("gemma3",),
         GEMMA3 | {"num_hidden_layers": 3, "layer_types": GEMMA3["layer_types"][4:]},
+        {
+            "vision_config": TOWER,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 200,
+            "boi_token_index": 198,
+            "eoi_token_index": 199,
+        },
+    ),
+    "mistral3-wrapped": Case(
+        "Mistral Small 3 (text of the multimodal)",
+        "Mistral3ForConditionalGeneration",
+        ("mistral_small",),
+        {"sliding_window": None, "head_dim": 12, "model_type": "mistral"},
+        {
+            "vision_config": TOWER | {"model_type": "pixtral"},
+            "image_token_index": 200,
+            "tie_word_embeddings": False,
+        },
     ),
     "phi3": Case("Phi-3 mini", "Phi3ForCausalLM", ("phi3",), {"sliding_window": 9}),
     "phi35": Case(
@@ -261,15 +289,10 @@ def their_config(transformers: ModuleType) -> Callable[..., Any]:
     def make(family: str, **more: Any) -> Any:
         case = CASES[family]
         kind = getattr(transformers, case.model).config_class
-        sizes = SIZES | case.changes | more
-        if "text_config" not in kind.sub_configs:
-            return kind(**copy.deepcopy(sizes))
-        tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-        tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-        ids = {"image_token_index": 200, "boi_token_index": 198, "eoi_token_index": 199}
-        return kind(
-            text_config=copy.deepcopy(sizes), vision_config=tower, mm_tokens_per_image=4, **ids
-        )
+        sizes = copy.deepcopy(SIZES | case.changes | more)
+        if case.wrapper is None:
+            return kind(**sizes)
+        return kind(text_config=sizes, **copy.deepcopy(case.wrapper))
 
     return make
 
