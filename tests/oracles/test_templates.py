@@ -250,6 +250,7 @@ def test_constructs(pairs: dict[str, tuple[Tokenizer, Any]]) -> None:
         "{{ '{0.__class__}'.format(1) }}",
         "{{ '{0.__class__.__mro__}'.format(1) }}",
         "{{ dict.mro() }}",
+        "{{ dict is callable }}{{ dict.items is defined }}{{ dict.update is defined }}",
         "{{ dict(a=1).pop('a') }}",
         "{{ namespace(_a=1) }}",
         "{{ namespace(self=1).self }}",
