@@ -24,11 +24,13 @@ from lora_core.adapters.tokens import TrainableTokens, tied_modules
 from lora_core.checkpoint.adapter_files import PEFT_VERSION, AdapterFormat, check_tensors
 from lora_core.checkpoint.base_copies import without_base_copies
 from lora_core.checkpoint.conv_groups import as_written, check_padding, from_disk, mixed
+from lora_core.checkpoint.expert_files import expert_record, refuse_single_experts
 from lora_core.checkpoint.lora_options import PEFT_PREFIX, lora_config, pair_sites
 from lora_core.checkpoint.lora_resume import RESUME, Resume, read_resume, write_resume
-from lora_core.checkpoint.lora_scaling import scaling_record
+from lora_core.checkpoint.lora_scaling import record_for
 from lora_core.checkpoint.lora_starts import is_start, is_subtracted, repeated_starts
 from lora_core.checkpoint.misread import saving_notes
+from lora_core.checkpoint.text_part import text_part
 from lora_core.quant import NF4Linear
 from lora_core.targets import nearest, pattern_value, sites, targets_for, unwrap
 
@@ -71,7 +73,7 @@ def lora_record(
     copies = [site for site, adapter in adapters.items() if isinstance(adapter, FullCopy)]
     gaussian = config.init == "gaussian" and not config.lora_bias  # PEFT refuses the two together
     return {
-        **scaling_record(config, pairs),
+        **record_for(model, config, adapters),
         "base_model_name_or_path": base_model,
         "bias": config.bias,
         "exclude_modules": None,
@@ -87,6 +89,7 @@ def lora_record(
         "peft_version": PEFT_VERSION,
         "revision": None,
         "target_modules": targets_for(model, pairs),
+        **expert_record(adapters),
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("CausalLM") else None,
         "trainable_token_indices": _token_indices(config, adapters),
         "use_dora": config.use_dora,
@@ -116,8 +119,10 @@ def _read(
     trainable: bool,
 ) -> tuple[LoRAConfig, dict[str, Adapter]]:
     """Build and fill the adapters that a folder describes."""
-    _check_model(model, tensors)
     resume = read_resume(folder, raw)
+    raw, tensors = text_part(model, raw, tensors)
+    _check_model(model, tensors)
+    refuse_single_experts(tensors)
     config = resume.training or lora_config(model, raw, tensors)
     _check_ranks(config, tensors)
     built = _empty(model, config, resume)
