@@ -150,10 +150,14 @@ class Adapted(nn.Module):
             return self.apply_adapters(self.active, args, kwargs)
         module = merged.module or self.base
         rest = [name for name in self.active if name not in merged.names]
-        return self._after(module(*args, **kwargs), rest, args, kwargs)
+        return self.apply_adapters(rest, args, kwargs, module)
 
     def apply_adapters(
-        self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        names: Sequence[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        module: nn.Module | None = None,
     ) -> Any:
         """Return the output of the base under some of the adapters.
 
@@ -162,11 +166,12 @@ class Adapted(nn.Module):
                 what was before it.
             args: what the base is called with.
             kwargs: likewise.
+            module: what is called as the base; None: the base.
 
         Returns:
             The output.
         """
-        base: Callable[..., Any] = self.base
+        base: Callable[..., Any] = self.base if module is None else module
         rest: list[str] = []
         for name in names:
             if (adapter := self.adapter(name)).replaces:

@@ -11,6 +11,8 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.biases import TrainedBias, bias_site
 from lora_core.adapters.config import offer, register_adapter
 from lora_core.adapters.dora import DoRA
+from lora_core.adapters.expert_targets import expert_lora, pattern_names, targeted_parameters
+from lora_core.adapters.experts import ExpertLoRA, has_experts
 from lora_core.adapters.forms import TransposedForm, form_of
 from lora_core.adapters.full import FullCopy
 from lora_core.adapters.host import Adapted
@@ -43,7 +45,11 @@ class LoRAConfig:
     dropout: float = 0.0
     """Probability of dropping an element of the adapter's input, in training."""
     targets: Targets = "all-linear"
-    """Which layers: names or suffixes, "all-linear", a regular expression or a callable."""
+    """Which layers: names or suffixes, "all-linear" (experts and routers too), a regular
+    expression or a callable."""
+    target_parameters: list[str] | None = None
+    """Further targets by their parameters, names or suffixes: "experts.gate_up_proj" for that of a
+    layer's experts alone, where `targets` takes all of them. `targets` may then be []."""
     exclude: Targets | None = None
     """Which of them to leave out, in the same forms."""
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -89,6 +95,8 @@ class LoRAConfig:
 
     def build(self, name: str, module: nn.Module) -> Adapter | None:
         """Return the LoRA pair for a layer of a known kind, None for any other."""
+        if has_experts(module):
+            return expert_lora(self, name, module)
         form = form_of(module)
         if form is None:
             return None
@@ -128,31 +136,44 @@ class LoRAConfig:
         """Return the pairs of all targets, and what is trained beside them."""
         modules = {name: unwrap(module) for name, module in sites(model)}
         copies = self._copies(model, modules)
-        names = select_modules(
-            model,
-            self.targets,
-            kind=lambda module: form_of(module) is not None,
-            linear=_is_linear,
-            exclude=self.exclude,
-        )
+        by_parameter = targeted_parameters(modules, self.target_parameters or ())
+        names = self._selected(model) if self.targets or not by_parameter else []
         if self.targets == "all-linear":
             names = [name for name in names if not _inside(name, copies)]
+        some = {name: own for name, own in by_parameter.items() if name not in names}
+        names = [name for name in modules if name in some or name in names]
         for option in ("rank_pattern", "alpha_pattern", "parts"):
             for key in getattr(self, option):
-                if not any(pattern_value({key: True}, name, False) for name in names):
-                    raise ValueError(f"{option}: {key!r} matches no target; {nearest(key, names)}")
+                known = pattern_names(modules, names, some)
+                if not any(pattern_value({key: True}, name, False) for name in known):
+                    raise ValueError(f"{option}: {key!r} matches no target; {nearest(key, known)}")
         if clash := next((c for c in copies if _inside(c, set(names) - {c})), None):
             raise ValueError(
                 f"{clash!r} in modules_to_save is inside a target; exclude one of them"
             )
         built: dict[str, Adapter] = dict(copies)
-        _add(built, offer(self, ((name, modules[name]) for name in names)), "a target")
+        parts: dict[str, Adapter] = {
+            name: expert_lora(self, name, modules[name], own) for name, own in some.items() if own
+        }
+        _add(built, parts, "a target")
+        rest = [name for name in names if name not in parts]
+        _add(built, offer(self, ((name, modules[name]) for name in rest)), "a target")
         if self.trainable_token_indices is not None:
             rows = token_rows(model, self.trainable_token_indices)
             _add(built, rows, "tied to (or named in) trainable_token_indices")
         if self.bias == "all":
             built |= self._biases(modules, built)
         return {name: built[name] for name in modules if name in built}
+
+    def _selected(self, model: nn.Module) -> list[str]:
+        """The modules that `targets` and `exclude` mean."""
+        return select_modules(
+            model,
+            self.targets,
+            kind=lambda module: form_of(module) is not None or has_experts(module),
+            linear=lambda module: _is_linear(module) or has_experts(module),
+            exclude=self.exclude,
+        )
 
     def _copies(self, model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, Adapter]:
         if not self.modules_to_save:
@@ -190,6 +211,8 @@ class LoRAConfig:
             ValueError: names the layer.
         """
         for name, pair in built.items():
+            if isinstance(pair, ExpertLoRA):
+                pair.check_ranks(name)
             if not isinstance(pair, LoRA):
                 continue
             rows, columns = pair.form.out_features, pair.form.in_features * pair.form.groups

@@ -41,6 +41,7 @@ def check_mergeable(site: str, host: Adapted, names: Sequence[str]) -> None:
         if (reason := host.adapter(name).unmergeable) is not None:
             raise ValueError(f"the adapter {name!r} at {site!r} cannot be merged: {reason}")
     copies = [name for name in host.active if host.adapter(name).replaces]
+    copies = [name for name in copies if host.adapter(name).alone]
     if len(copies) > 1:
         raise ValueError(
             f"{copies} each stand in the place of {spelt(site)}: only one of them can be merged; "
@@ -109,13 +110,16 @@ def _start(site: str, host: Adapted, names: Sequence[str]) -> tuple[nn.Module, l
     rest = [name for name in names if not host.adapter(name).replaces]
     if len(rest) == len(names):
         return host.base, rest
-    whole = next(host.adapter(name) for name in names if host.adapter(name).replaces)
-    own = whole.merged_module(host.base, torch.float32)
-    if own is None:
-        raise ValueError(
-            f"{type(whole).__name__} at {spelt(site)} makes no module: it cannot be merged"
-        )
-    return own, rest
+    start = host.base
+    for name in names:
+        if (whole := host.adapter(name)).replaces:
+            own = whole.merged_module(start, torch.float32)
+            if own is None:
+                raise ValueError(
+                    f"{type(whole).__name__} at {spelt(site)} makes no module: it cannot be merged"
+                )
+            start = own
+    return start, rest
 
 
 def _added(
@@ -171,7 +175,8 @@ def _whole_module(
 ) -> MergedLayer:
     """A module in the base's place, from what it should be in float32."""
     exact = {name: p.detach().clone() for name, p in wanted.named_parameters()}
-    before = dict(base.named_parameters())
+    expanded = getattr(base, "dense_module", None)  # 4-bit experts are compared as what they mean
+    before = dict((expanded(torch.float32) if callable(expanded) else base).named_parameters())
     made = wanted.to(dtype).requires_grad_(False).train(base.training)
     for name, parameter in made.named_parameters():
         if not bool(torch.isfinite(parameter).all()):

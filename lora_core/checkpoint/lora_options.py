@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_core.adapters.forms import form_of
 from lora_core.adapters.lora_config import LoRAConfig
 from lora_core.adapters.tokens import tied_modules
+from lora_core.checkpoint.expert_files import expert_parameters, plain_targets
 from lora_core.targets import nearest, sites, targets_for, unwrap
 
 __all__ = ["PEFT_PREFIX", "leaves_base_alone", "lora_config", "pair_sites"]
@@ -53,6 +54,7 @@ _READ = {
     "r",
     "rank_pattern",
     "target_modules",
+    "target_parameters",
     "trainable_token_indices",
     "use_dora",
     "use_rslora",
@@ -92,6 +94,7 @@ def lora_config(
         alpha=raw.get("lora_alpha", 8),
         dropout=raw.get("lora_dropout") or 0.0,
         targets=_targets(model, raw, tensors, copies or []),
+        target_parameters=expert_parameters(model, raw),
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
         use_rslora=raw.get("use_rslora") or False,
@@ -132,6 +135,8 @@ def _targets(
     no target inside a copied module), the keys alone tell.
     """
     targets = raw.get("target_modules")
+    if raw.get("target_parameters") and not isinstance(targets, str):
+        return plain_targets(model, raw, pair_sites(tensors))
     modules = [name for name, module in sites(model) if form_of(unwrap(module)) is not None]
     narrowed = (
         raw.get("layers_to_transform") is not None

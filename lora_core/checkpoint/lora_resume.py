@@ -24,7 +24,7 @@ from torch import nn
 from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig
-from lora_core.checkpoint.lora_scaling import scaling_record
+from lora_core.checkpoint.lora_scaling import record_for
 from lora_core.checkpoint.lora_starts import is_start
 from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.files import atomic_write
@@ -88,7 +88,7 @@ def write_resume(model: nn.Module, folder: Path, adapters: Mapping[str, Adapter]
     pairs = {site: a for site, a in adapters.items() if isinstance(a, LoRA)}
     if is_start(config.init) or any(pair.parts for pair in pairs.values()):
         content["training"] = _fields(config, targets_for(model, pairs))
-        content["written"] = scaling_record(config, pairs)
+        content["written"] = record_for(model, config, adapters)
     modules = dict(sites(model))
     base = next((s for s in pairs if isinstance(unwrap(modules[s]), NF4Linear)), None)
     if config.init == "loftq" and base is not None:

@@ -13,24 +13,49 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from lora_core.adapters.adapter import Adapter
+from lora_core.adapters.experts import ExpertLoRA, ExpertPair
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig
-from lora_core.targets import pattern_value
+from lora_core.targets import pattern_value, sites, unwrap
 
-__all__ = ["applied_rank", "scaling_record", "stated_scalings"]
+__all__ = ["applied_rank", "pairs_by_name", "record_for", "scaling_record", "stated_scalings"]
 
 
-def applied_rank(pair: LoRA) -> int:
-    """Rank R of the pair that is applied, which is the one on disk."""
+def pairs_by_name(adapters: Mapping[str, Adapter]) -> dict[str, LoRA | ExpertPair]:
+    """The pairs of an adapter by what patterns are held against: sites, experts' parameters.
+
+    Args:
+        adapters: by site.
+
+    Returns:
+        {name: pair}; adapters that are no pairs are left out.
+    """
+    found: dict[str, LoRA | ExpertPair] = {}
+    for site, adapter in adapters.items():
+        if isinstance(adapter, LoRA):
+            found[site] = adapter
+        elif isinstance(adapter, ExpertLoRA):
+            own = {f"{site}.{name}": adapter.pair(name) for name in adapter.pairs}
+            found |= {name: pair for name, pair in own.items() if pair is not None}
+    return found
+
+
+def applied_rank(pair: LoRA | ExpertPair) -> int:
+    """Rank R of the pair that is applied, which is the one on disk; of experts, of each."""
+    if isinstance(pair, ExpertPair):
+        return pair.r
     return pair.A.shape[0] if pair.A0 is None else 2 * pair.A.shape[0]
 
 
-def scaling_record(config: LoRAConfig, pairs: Mapping[str, LoRA]) -> dict[str, Any]:
+def scaling_record(config: LoRAConfig, pairs: Mapping[str, LoRA | ExpertPair]) -> dict[str, Any]:
     """PEFT's fields of rank and scaling.
 
     Args:
         config: the adapter's.
-        pairs: by site.
+        pairs: `pairs_by_name`'s.
 
     Returns:
         {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}: the configuration's own
@@ -55,6 +80,34 @@ def scaling_record(config: LoRAConfig, pairs: Mapping[str, LoRA]) -> dict[str, A
         "alpha_pattern": alpha_pattern,
         "use_rslora": False,
     }
+
+
+def record_for(
+    model: nn.Module, config: LoRAConfig, adapters: Mapping[str, Adapter]
+) -> dict[str, Any]:
+    """`scaling_record` with patterns that mean in PEFT what they mean here.
+
+    A router is a layer here; PEFT holds patterns against its parameter, `mlp.gate.weight`.
+
+    Args:
+        model: the model that has the adapter.
+        config: the adapter's.
+        adapters: by site.
+
+    Returns:
+        As `scaling_record`.
+    """
+    record = scaling_record(config, pairs_by_name(adapters))
+    modules = dict(sites(model))
+    routers = [s for s in adapters if getattr(unwrap(modules[s]), "why_dense", None) is not None]
+
+    def widened(key: str) -> str:
+        meant = any(pattern_value({key: True}, site, False) for site in routers)
+        return rf"(?:{key})(?:\.weight)?" if meant and not key.endswith(r"(?:\.weight)?") else key
+
+    for option in ("rank_pattern", "alpha_pattern"):
+        record[option] = {widened(key): value for key, value in record[option].items()}
+    return record
 
 
 def stated_scalings(raw: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
@@ -94,7 +147,7 @@ def whole(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _described(config: LoRAConfig, site: str, pair: LoRA) -> bool:
+def _described(config: LoRAConfig, site: str, pair: LoRA | ExpertPair) -> bool:
     r = pattern_value(config.rank_pattern, site, config.r)
     alpha = pattern_value(config.alpha_pattern, site, config.alpha)
     scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r

@@ -15,6 +15,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.forms import ConvForm
 from lora_core.adapters.lora import LoRA
 from lora_core.checkpoint.conv_groups import unlike_peft
+from lora_core.checkpoint.expert_files import expert_notes
 from lora_core.checkpoint.loaders import LOADERS, Applied, Refused, read_as_peft
 
 __all__ = ["misread", "refusals", "saving_notes"]
@@ -59,7 +60,8 @@ def saving_notes(
             "again from the 16-bit model; other programs need it saved (unload_adapters(model); "
             "save_model(model, directory, quantized=True))"
         )
-    return notes + misread(record, tensors)
+    stacked = expert_notes(record, adapters)
+    return notes + (stacked or misread(record, tensors))  # loaders.py knows single matrices alone
 
 
 def misread(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -29,6 +29,7 @@ from lora_core.models.gating import gated
 from lora_core.models.routing import Router, route
 from lora_core.quant import NF4Linear, NF4Stack, NF4Tensor
 from lora_kernels import grouped_linear, grouped_matmul4, groups_of
+from lora_kernels.grouped import Groups
 
 __all__ = [
     "AnyExperts",
@@ -41,9 +42,9 @@ __all__ = [
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 """Of each expert, by their names on disk."""
 
-Update = Callable[[str, Tensor, Tensor, Tensor], Tensor]
-"""What changes an expert's product: (parameter, y (n, N), x (n, K), expert of each row (n,)) -> y.
-"""
+Product = Callable[[Tensor], Tensor]
+Update = Callable[[str, Tensor, Tensor, Groups], Tensor]
+"""What changes a product: (parameter, y (n, N), x (n, K), groups of the sorted rows) -> y."""
 
 
 class AnyExperts(nn.Module):
@@ -62,9 +63,7 @@ class AnyExperts(nn.Module):
         """{parameter: (E, N, K)}, in the order of use; of a 4-bit layer, those it stands for."""
         raise NotImplementedError
 
-    def products(
-        self, expert: Tensor, dtype: torch.dtype
-    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def products(self, expert: Tensor, dtype: torch.dtype) -> tuple[Groups, Product, Product]:
         """The two products of all experts with rows sorted by expert.
 
         Args:
@@ -72,7 +71,7 @@ class AnyExperts(nn.Module):
             dtype: of the rows.
 
         Returns:
-            Functions from (n, C) to (n, 2 I) and from (n, I) to (n, C).
+            The groups of rows; functions from (n, C) to (n, 2 I) and from (n, I) to (n, C).
         """
         raise NotImplementedError
 
@@ -94,15 +93,32 @@ class AnyExperts(nn.Module):
         count, k = index.shape
         expert, order = index.flatten().sort(stable=True)  # (M k,)
         rows = x.repeat_interleave(k, dim=0).index_select(0, order)  # (M k, C)
-        gate_up, down = self.products(expert, x.dtype)
-        y = _updated(updates, "gate_up_proj", gate_up(rows), rows, expert)  # (M k, 2 I)
+        groups, gate_up, down = self.products(expert, x.dtype)
+        y = _updated(updates, "gate_up_proj", gate_up(rows), rows, groups)  # (M k, 2 I)
         gate, up = y.chunk(2, dim=-1)  # (M k, I)
         inner = gated(gate, up, self.act)
-        y = _updated(updates, "down_proj", down(inner), inner, expert)  # (M k, C)
+        y = _updated(updates, "down_proj", down(inner), inner, groups)  # (M k, C)
         back = torch.empty_like(order)
         back.scatter_(0, order, torch.arange(len(order), device=x.device))
         y = y.index_select(0, back).view(count, k, y.shape[-1])
         return torch.bmm(weights.to(y.dtype).unsqueeze(1), y).squeeze(1)
+
+    def dense_module(self, dtype: torch.dtype = torch.float32) -> "Experts":
+        """Frozen dense experts of the same weights in `dtype`."""
+        raise NotImplementedError
+
+    def changed(self, deltas: Mapping[str, Tensor], dtype: torch.dtype) -> "Experts":
+        """Frozen dense experts with something added to their weights; these stay as they are.
+
+        Args:
+            deltas: by parameter, (E, N, K) in `dtype`.
+            dtype: of the sum.
+        """
+        made = self.dense_module(dtype)
+        for name, delta in deltas.items():
+            weight = made.get_parameter(name)
+            setattr(made, name, nn.Parameter(weight + delta, requires_grad=False))
+        return made
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -147,13 +163,12 @@ class Experts(AnyExperts):
         (e, n, k), (_, c, i) = self.gate_up_proj.shape, self.down_proj.shape
         return {"gate_up_proj": (e, n, k), "down_proj": (e, c, i)}
 
-    def products(
-        self, expert: Tensor, dtype: torch.dtype
-    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def products(self, expert: Tensor, dtype: torch.dtype) -> tuple[Groups, Product, Product]:
         """See `AnyExperts`."""
         gate_up, down = (w.to(dtype) for w in (self.gate_up_proj, self.down_proj))
         groups = groups_of(expert, self.num_experts, gate_up)
         return (
+            groups,
             lambda x: grouped_linear(x, gate_up, groups),
             lambda x: grouped_linear(x, down, groups),
         )
@@ -162,6 +177,11 @@ class Experts(AnyExperts):
         """Fresh weights, normal with deviation `std`."""
         for parameter in (self.gate_up_proj, self.down_proj):
             nn.init.normal_(parameter, std=std, generator=generator)
+
+    def dense_module(self, dtype: torch.dtype = torch.float32) -> "Experts":
+        """See `AnyExperts`; weights of that dtype are shared."""
+        gate_up, down = (w.detach().to(dtype) for w in (self.gate_up_proj, self.down_proj))
+        return Experts.of(gate_up, down, self.act).train(self.training)
 
     def matrices(self) -> dict[str, Tensor]:
         """{"3.gate_proj": (I, C)}: each expert's matrices by their names on disk; views."""
@@ -215,9 +235,7 @@ class NF4Experts(AnyExperts):
         """The format in words."""
         return self.gate_proj.precision
 
-    def products(
-        self, expert: Tensor, dtype: torch.dtype
-    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    def products(self, expert: Tensor, dtype: torch.dtype) -> tuple[Groups, Product, Product]:
         """See `AnyExperts`; gate and up are 4-bit matrices of their own, multiplied one by one."""
         groups = groups_of(expert, self.num_experts)
         gate, up, down = (s.weight4 for s in (self.gate_proj, self.up_proj, self.down_proj))
@@ -226,7 +244,7 @@ class NF4Experts(AnyExperts):
             both = (grouped_matmul4(x, gate, groups), grouped_matmul4(x, up, groups))
             return torch.cat(both, dim=-1)
 
-        return gate_up, lambda x: grouped_matmul4(x, down, groups)
+        return groups, gate_up, lambda x: grouped_matmul4(x, down, groups)
 
     def matrix_layer(self, name: str) -> NF4Linear:
         """One matrix as a layer, by its name on disk ("3.gate_proj"); shares memory."""
@@ -236,15 +254,15 @@ class NF4Experts(AnyExperts):
         return stack.layer(int(number))
 
     def dense_module(self, dtype: torch.dtype = torch.float32) -> Experts:
-        """Frozen dense experts that hold what the codes stand for."""
+        """See `AnyExperts`: what the codes stand for."""
         both = (self.gate_proj.dense(dtype), self.up_proj.dense(dtype))
         made = Experts.of(torch.cat(both, dim=1), self.down_proj.dense(dtype), self.act)
         return made.train(self.training)
 
 
-def _updated(updates: Sequence[Update], name: str, y: Tensor, x: Tensor, expert: Tensor) -> Tensor:
+def _updated(updates: Sequence[Update], name: str, y: Tensor, x: Tensor, groups: Groups) -> Tensor:
     for update in updates:
-        y = update(name, y, x, expert)
+        y = update(name, y, x, groups)
     return y
 
 

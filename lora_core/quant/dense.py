@@ -42,7 +42,9 @@ def can_be_4bit(module: nn.Module) -> TypeGuard[nn.Module]:
 
 def is_4bit(module: nn.Module) -> bool:
     """Whether a module holds its matrices in 4 bits and knows its dense form."""
-    return isinstance(module, NF4Linear | Unpackable)
+    return isinstance(module, NF4Linear) or (
+        isinstance(module, Unpackable) and not isinstance(module, Packable)
+    )
 
 
 def weights(name: str, module: nn.Module) -> dict[str, Tensor]:
