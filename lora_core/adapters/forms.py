@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.adapters.layers import is_linear, linear_features
+from lora_core.adapters.layers import is_linear, linear_features, scaled_as
 
 __all__ = ["ConvForm", "EmbeddingForm", "Form", "TransposedForm", "form_of"]
 
@@ -154,7 +154,7 @@ class EmbeddingForm(Form):
         """
         pad = getattr(base, "padding_idx", None)
         h = F.embedding(x, down.t(), pad).to(up.dtype)  # (…, r)
-        return _scaled(F.linear(h, up), base)
+        return scaled_as(base, F.linear(h, up))
 
     def apply_rows(
         self, x: Tensor, down: Tensor, up: Tensor, base: nn.Module, slots: Tensor | None = None
@@ -167,7 +167,7 @@ class EmbeddingForm(Form):
         if (pad := getattr(base, "padding_idx", None)) is not None:
             h = torch.where((ids == pad)[..., None], h.detach(), h)
         update = torch.bmm(h, up.index_select(0, slots).transpose(1, 2))  # (B, T, D)
-        return _scaled(update.view(*x.shape, update.shape[-1]), base)
+        return scaled_as(base, update.view(*x.shape, update.shape[-1]))
 
     def names(self) -> tuple[str, str]:
         """Names of A and B on disk: PEFT's."""
@@ -242,12 +242,6 @@ def _padded(x: Tensor, base: Any) -> Tensor:
     if base.padding_mode == "zeros":
         return x
     return F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
-
-
-def _scaled(update: Tensor, base: nn.Module) -> Tensor:
-    """Some embeddings scale what they look up (Gemma's `embed_scale`), the update with it."""
-    scale = getattr(base, "embed_scale", None)
-    return update if scale is None else (update * scale).to(update.dtype)
 
 
 def form_of(module: nn.Module) -> Form | None:

@@ -1,11 +1,18 @@
-"""What adapters ask a layer: whether it is linear, its dense weight, its precision, its dtype."""
+"""What adapters ask a layer: is it linear, its dense weight, precision and dtype, its scale."""
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.operands import autocast_dtype
 
-__all__ = ["compute_dtype", "dense_weight", "is_linear", "linear_features", "precision_of"]
+__all__ = [
+    "compute_dtype",
+    "dense_weight",
+    "is_linear",
+    "linear_features",
+    "precision_of",
+    "scaled_as",
+]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -70,3 +77,24 @@ def precision_of(module: nn.Module) -> str | None:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype in which a linear layer computes on x: autocast's where active, else x's."""
     return autocast_dtype(x) or x.dtype
+
+
+def scaled_as(base: nn.Module, x: Tensor) -> Tensor:
+    """What an embedding makes of rows that it has looked up: some multiply them, as Gemma's do.
+
+    Args:
+        base: the embedding. One with a method `scaled` does it by that; else by `embed_scale`, a
+            number, or a tensor, which transformers rounds to the weight's dtype first.
+        x: rows, in the dtype that the embedding computes in.
+
+    Returns:
+        As x.
+    """
+    own = getattr(base, "scaled", None)
+    if callable(own):
+        rows: Tensor = own(x)
+        return rows
+    scale = getattr(base, "embed_scale", None)
+    if scale is None:
+        return x
+    return (x * (scale.to(x.dtype) if isinstance(scale, Tensor) else scale)).to(x.dtype)

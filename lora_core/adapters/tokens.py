@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_core.adapters.adapter import Adapter
-from lora_core.adapters.layers import compute_dtype, is_linear
+from lora_core.adapters.layers import compute_dtype, is_linear, scaled_as
 from lora_core.targets import select_modules, sites, unwrap
 
 __all__ = [
@@ -77,11 +77,8 @@ class TrainableTokens(Adapter):
             logits = F.linear(x.to(dtype), self.rows.to(dtype), bias)  # (…, n)
             return y.index_copy(-1, self.index, logits.to(y.dtype))
         row = self.position[x]  # (…)
-        # some embeddings scale what they look up (Gemma's `embed_scale`)
-        scale = getattr(base, "embed_scale", 1.0)
         values = F.embedding(row.clamp(min=0), self.rows).to(y.dtype)  # (…, D)
-        values = values if isinstance(scale, float) and scale == 1.0 else values * scale
-        return torch.where((row >= 0).unsqueeze(-1), values.to(y.dtype), y)
+        return torch.where((row >= 0).unsqueeze(-1), scaled_as(base, values), y)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight with the rows in their places."""

@@ -60,8 +60,11 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Embedding's name
         """Look up ids (B, T): (B, T, C)."""
-        x = super().forward(input)
-        return x * self._rounded[x.dtype]
+        return self.scaled(super().forward(input))
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """What is made of rows (…, C) of the weight: what stands in their place asks for it."""
+        return rows * self._rounded[rows.dtype]
 
 
 def embedding_of(config: ModelConfig) -> nn.Embedding:
