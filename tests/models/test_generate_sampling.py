@@ -75,6 +75,11 @@ def test_the_draw_is_the_inverse_of_the_cumulative_distribution(seed: int, size:
         assert below - 1e-6 <= float(uniform[row]) <= float(total[row, token]) + 1e-6
 
 
+def test_the_smallest_number_is_the_first_token_that_can_be() -> None:
+    shares = torch.tensor([[0.0, 0.25, 0.75]])
+    assert draw(shares.log(), torch.zeros(1)).tolist() == [1]
+
+
 def test_the_largest_number_never_falls_off_the_end() -> None:
     for seed in range(200):
         torch.manual_seed(seed)

@@ -4,12 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core import base_model_path, load_tokenizer
 from lora_core.adapters import LoRAConfig, PromptTuningConfig, adapter_rows, add_adapter
-from lora_core.models import CausalLM, Session, TextStream, generate, generate_batch
+from lora_core.models import (
+    CausalLM,
+    Sampling,
+    Session,
+    TextStream,
+    generate,
+    generate_batch,
+    generate_ids,
+)
+from lora_core.models.rows import Rows
 
 Make = Callable[..., CausalLM]
 
@@ -156,6 +166,30 @@ def test_a_stop_string_ends_the_computation(
     cut = generate(model, tok, "hello", max_new_tokens=20, temperature=1.0, seed=0, stop=stop)
     assert cut == text.split(stop)[0]
     assert len(calls) == len(cut) + 1
+
+
+def test_rows_can_be_ended_from_outside(make_model: Make) -> None:
+    model, ids = make_model(std=0.3), torch.tensor([[1, 2], [3, 4], [5, 6]])
+    free = generate_ids(model, ids, max_new_tokens=6)
+    seen: list[list[int | None]] = []
+
+    def on_tokens(tokens: list[int | None]) -> list[int]:
+        seen.append(tokens)
+        return [1] if len(seen) == 2 else []
+
+    found = generate_ids(model, ids, max_new_tokens=6, on_tokens=on_tokens)
+    assert found == [free[0], free[1][:2], free[2]]
+    assert [tokens[1] for tokens in seen] == [*free[1][:2], None, None, None, None]
+    assert [tokens[2] for tokens in seen] == free[2]
+
+
+def test_a_row_that_has_ended_is_fed_the_pad_token() -> None:
+    rows = Rows(torch.zeros(2, 1, dtype=torch.int64), None, 3, Sampling(), eos_ids=[2], pad_id=7)
+    for best in ([2, 3], [4, 5], [6, 2]):
+        rows.take(torch.nn.functional.one_hot(torch.tensor(best), 9).float())
+    assert rows.tokens.tolist() == [[2, 7, 7], [3, 5, 2]]
+    assert rows.answers() == [[2], [3, 5, 2]]
+    assert rows.all_ended()
 
 
 def test_streaming_gives_what_is_returned(make_model: Make, base_tok: Any) -> None:
