@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from lora_core.adapters import LoRAConfig, add_adapter
 from lora_core.models import CausalLM, ModelConfig
+from lora_core.models.experts import Experts
 from lora_core.quant import NF4Linear
 
 __all__ = ["METHODS", "empty_model", "give_fake_tensors", "own_tensors"]
@@ -64,9 +65,15 @@ def empty_model(
 
 
 def _make_4bit(model: CausalLM, code: str, dtype: torch.dtype) -> None:
-    """Put 4-bit layers where `load_model` puts them: every linear layer but the head."""
+    """Put 4-bit layers where `load_model` puts them: every linear layer but the head; experts."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if isinstance(module, Experts):
+            parts = {
+                matrix: NF4Linear(k, n, False, code=code, device="meta").quantized
+                for matrix, (n, k) in ((key, w.shape) for key, w in module.matrices().items())
+            }
+            model.set_submodule(name, module.with_4bit(parts))
+        if type(module) is nn.Linear and name != "lm_head":  # routers are of another class
             sizes = (module.in_features, module.out_features, module.bias is not None)
             layer = NF4Linear(*sizes, code=code, device="meta", dtype=dtype)
             model.set_submodule(name, layer)

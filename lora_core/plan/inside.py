@@ -116,6 +116,23 @@ def _matmul4_dx(inside: Inside, args: tuple[Any, ...]) -> int:
     return inside.expanded_dx(_weight(args[1:]), args[0].dtype)
 
 
+def _grouped_matmul4(inside: Inside, args: tuple[Any, ...]) -> int:
+    """One matrix expanded, and its rows' product, which is copied to its place; rows split evenly.
+
+    How many rows an expert gets is not known without values; the sum over the experts is.
+    """
+    (x, codes), (n, _, _) = args[:2], _weight(args[1:])
+    rows = -(-_rows(x) // len(codes))
+    return inside.expanded(rows, _weight(args[1:]), x.dtype) + rows * n * x.dtype.itemsize
+
+
+def _grouped_matmul4_dx(inside: Inside, args: tuple[Any, ...]) -> int:
+    """The same of the gradient."""
+    (dy, codes), (_, k, _) = args[:2], _weight(args[1:])
+    rows = -(-_rows(dy) // len(codes))
+    return inside.expanded_dx(_weight(args[1:]), dy.dtype) + rows * k * dy.dtype.itemsize
+
+
 def _lora_linear4(inside: Inside, args: tuple[Any, ...]) -> int:
     """A panel; later, on a CPU, the base's product, the update and its negative."""
     x, weight = args[0], _weight(args[1:])
@@ -212,6 +229,8 @@ _TAKING = {"lora_kernels::matmul4_dx": 1, "lora_kernels::lora_linear4_backward":
 _RULES: dict[str, Callable[[Inside, tuple[Any, ...]], int]] = {
     "lora_kernels::matmul4": _matmul4,
     "lora_kernels::matmul4_dx": _matmul4_dx,
+    "lora_kernels::grouped_matmul4": _grouped_matmul4,
+    "lora_kernels::grouped_matmul4_dx": _grouped_matmul4_dx,
     "lora_kernels::lora_linear4": _lora_linear4,
     "lora_kernels::lora_linear4_backward": _lora_linear4_backward,
     "lora_kernels::lora_update": _lora_update,

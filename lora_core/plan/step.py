@@ -23,7 +23,7 @@ from lora_core.models import CausalLM
 from lora_core.plan.counting import LiveBytes, Stored, storage_bytes
 from lora_core.plan.empty import give_fake_tensors, own_tensors
 from lora_core.plan.inside import Inside
-from lora_core.quant import NF4Linear
+from lora_core.quant import NF4Linear, NF4Stack
 from lora_core.train.config import TrainConfig
 from lora_core.train.optim import make_optimizer, trained_parameters
 from lora_core.train.recompute import recomputed_layers
@@ -83,7 +83,7 @@ def _tally(model: CausalLM, config: TrainConfig, rows: int, tokens: int, inside:
     packed = storage_bytes(
         tensor
         for module in model.modules()
-        if isinstance(module, NF4Linear)
+        if isinstance(module, NF4Linear | NF4Stack)
         for tensor in (module.codes, module.scales, module.scale_absmax, module.scale_offset)
         if tensor is not None
     )
