@@ -122,6 +122,11 @@ def test_text_that_may_become_a_stop_string_is_held_back() -> None:
     assert (stream.stopped, stream.finish(), stream.text) == (True, "", "x")
 
 
+def test_of_two_stop_strings_in_one_token_the_first_to_be_complete_counts() -> None:
+    assert streamed(Pieces([b"xabcde"]), [0], ["abcd", "bc"]) == (["xa", ""], True)
+    assert streamed(Pieces([b"xabcde"]), [0], ["abc", "bc"]) == (["x", ""], True)
+
+
 def test_stop_strings_that_are_none() -> None:
     with pytest.raises(ValueError, match="a stop string is empty"):
         TextStream(Letters(), ["a", ""])
