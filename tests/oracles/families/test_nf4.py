@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.models import generate_ids, left_pad
+from lora_core.models.experts import NF4Experts
+from lora_core.models.routing import Router
 from lora_core.quant import NF4Linear
 
 pytestmark = pytest.mark.oracle
@@ -26,12 +28,18 @@ def test_nf4(
     ours = load(folder, quantize="nf4")
     quantized = {name: m for name, m in ours.named_modules() if isinstance(m, NF4Linear)}
     linear = {name for name, m in dense.named_modules() if isinstance(m, nn.Linear)}
-    assert set(quantized) == linear - {"lm_head"}
+    experts = {name: m for name, m in ours.named_modules() if isinstance(m, NF4Experts)}
+    routers = {name for name, m in dense.named_modules() if isinstance(m, Router)}
+    assert set(quantized) == linear - {"lm_head"} - routers
+    assert len(experts) == len(routers)
     with torch.no_grad():
         for peer in (theirs, truth):
             named = parameters_of(peer)
             for name, module in quantized.items():
                 named[f"{name}.weight"].copy_(module.dense_weight())
+            for name, stacks in experts.items():
+                for key, value in stacks.dense_module().named_parameters():
+                    named[f"{name}.{key}"].copy_(value)
     ids = draw()
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
