@@ -9,19 +9,17 @@ Where they stand (h is a sub-layer's output before the residual sum, x its input
 * "parallel"  h <- h + s f(x)    beside the feed-forward
 
 `up` and both biases start at zero, so a new adapter is the identity, to the bit. AdapterHub's
-default start is N(0, 0.02) for both matrices, which is not. Houlsby et al. also train the layer
-norms and the head; here they stay frozen, so that disabling an adapter gives the base model back.
+default start is N(0, 0.02) for both matrices. Houlsby et al. also train the layer norms and the
+head; here they stay frozen, so that disabling an adapter gives the base model back.
 
-All three are hosts on named modules, no model is subclassed. The output before the residual sum is
-that of a sub-layer's last linear layer: `mlp.down_proj` in Llama, `output.dense` in BERT, whose
-`output` would be too late, since it holds dropout, sum and LayerNorm as well. (In training, BERT's
-dropout thus comes after the adapter; Houlsby et al. put it before.) The sub-layer's input is that
-of its first linear layer, `mlp.gate_proj` or `intermediate.dense`. No single module of BERT has
-that input and the output before the sum, so a parallel adapter has two sites: a tap, which leaves
-the output alone and keeps the input, and the place of the sum, which takes it. In a model that
-normalizes before a sub-layer, x is the normalized input.
-
-Folding an adapter into a weight is refused: `act` stands between the two matrices.
+All three are hosts on named modules, no model is subclassed. h is the output of a sub-layer's last
+linear layer: `mlp.down_proj` in Llama, `output.dense` in BERT, whose `output` holds dropout, sum
+and LayerNorm as well (in training its dropout thus comes after the adapter; Houlsby et al. put it
+before). A norm behind the sub-layer (Gemma 2, OLMo 2) or a factor (Granite) comes after the
+adapter; `feed_forward=["post_feedforward_layernorm"]` puts it behind that norm. x is the input of
+the first linear layer, normalized where the model does so before a sub-layer. No module of BERT has
+that input and the output before the sum, so a parallel adapter has two sites: a tap, which keeps
+the input, and the place of the sum, which takes it.
 
 Ref: Houlsby et al. 2019, arXiv:1902.00751, section 2 (houlsby); Pfeiffer et al. 2020,
 arXiv:2005.00247 (pfeiffer); He et al. 2021, arXiv:2110.04366, table 1 (parallel, s).
@@ -337,8 +335,9 @@ def _family(model: nn.Module) -> Family:
 
 
 def _out_features(name: str, module: nn.Module) -> int:
-    """Size of a module's output vectors: its own, or that of the last sized module inside it."""
-    found = None
+    """Size of a module's output vectors: its own (a norm's is its weight's), or the last inside."""
+    weight = getattr(module, "weight", None)
+    found = len(weight) if isinstance(weight, Tensor) and weight.dim() == 1 else None
     for part in module.modules():
         # transformers' Conv1D calls it nf
         size = getattr(part, "out_features", getattr(part, "nf", None))
