@@ -3,7 +3,7 @@
     python -m benchmarks.families           runs them and prints the table of docs/models.md
     python -m benchmarks.families --write   puts it there
 
-The rows are the cases of tests/oracles/families/conftest.py. A test that takes `family` and bears
+The rows are those of tests/oracles/families/cases.py. A test that takes `family` and bears
 the marker `column` fills its cell; the cell of the chat templates is filled by the tests of the
 family's own in tests/oracles/test_templates.py. A cell is green if all its tests passed and there
 was at least one; a family without such a thing (a sliding window) has a dash. Nothing else makes a

@@ -54,11 +54,11 @@ def all_alike(values: Values) -> list[str]:
     return [kind] * values["num_hidden_layers"]
 
 
-def one_in(default: int) -> Callable[[Values], list[str]]:
-    """All but each n-th layer slide; n is `sliding_window_pattern`, or the default (Gemma)."""
+def one_in(usual: int, key: str | None = None) -> Callable[[Values], list[str]]:
+    """All but each n-th layer slide; n is usual, or what a key of config.json says (Gemma)."""
 
     def pattern(values: Values) -> list[str]:
-        n = values.get("sliding_window_pattern") or default
+        n = (values.get(key) if key else None) or usual
         return [FULL if (i + 1) % n == 0 else SLIDING for i in range(values["num_hidden_layers"])]
 
     return pattern
@@ -246,7 +246,7 @@ FAMILIES: dict[str, Family] = {
         renamed={"hidden_act": "hidden_activation"},
         # transformers reads a cap of the scores here and does not apply it
         refused=("use_bidirectional_attention", "attn_logit_softcapping"),
-        layer_types=one_in(6),
+        layer_types=one_in(6, "sliding_window_pattern"),
         rope_theta=1e6,
         local_rope_theta=1e4,
         qk_norm="head",

@@ -54,7 +54,7 @@ def test_in_chunks(
     family: str,
     pad: str,
 ) -> None:
-    """A prompt, then 1, 4 and 1 tokens, past every window; and the same without a cache."""
+    """A prompt, then 1, 4 and 1 tokens, past every window; and the same at once."""
     *models, _ = make_pair(family)
     ids = draw(2, 15)
     mask = None if pad == "none" else left_padded(ids)
@@ -87,13 +87,12 @@ def test_windows(
     transformers: Any,
     their_config: Callable[..., Any],
     make_pair: Callable[..., Any],
-    parameters_of: Callable[..., dict[str, nn.Parameter]],
     draw: Callable[..., Tensor],
     within: Callable[..., None],
     family: str,
     window: int,
 ) -> None:
-    """Shorter and longer than the text, whole, token by token, and by token with padding."""
+    """Shorter and longer than the text, whole, and token by token behind padding."""
     usual, theirs, truth, _ = make_pair(family)
     ours = CausalLM(dataclasses.replace(usual.config, sliding_window=window)).eval()
     ours.load_state_dict(usual.state_dict())
@@ -109,7 +108,6 @@ def test_windows(
         unlike = usual(ids).logits
     within(*whole)
     assert not torch.allclose(whole[0], unlike, atol=1e-3)
-    mask = left_padded(ids)
-    for pad in (None, mask):
-        steps = [in_chunks(model, ids, pad, STEPS) for model in models]
-        within(*(t if pad is None else t[pad.bool()] for t in steps))
+    if window < 15:
+        mask = left_padded(ids)
+        within(*(in_chunks(model, ids, mask, STEPS)[mask.bool()] for model in models))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_core.checkpoint import save_model
 from lora_core.models import ModelConfig
-from lora_core.models.families import FAMILIES
+from lora_core.models.families import FAMILIES, Family
 
 pytestmark = pytest.mark.oracle
 
@@ -24,7 +24,7 @@ def agree(ours: ModelConfig, theirs: Any) -> None:
     family, compared = ours.family, 0
     for name, value in vars(ours).items():
         key = family.renamed.get(name, name)
-        if not hasattr(theirs, key) or (name == "sliding_window" and family.optional_window):
+        if not hasattr(theirs, key) or (name == "sliding_window" and not agrees_on_window(family)):
             continue
         peer, compared = getattr(theirs, key), compared + 1
         if name == "rope_parameters":
@@ -39,6 +39,11 @@ def agree(ours: ModelConfig, theirs: Any) -> None:
         else:
             assert value == peer, f"{name}: {value!r} here, {peer!r} there"
     assert compared > 15
+
+
+def agrees_on_window(family: Family) -> bool:
+    """Not one that does not read it, nor one that forgets it where it does not count."""
+    return "sliding_window" in family.keys and not family.optional_window
 
 
 def agree_on_rope(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -97,15 +102,24 @@ REQUIRED: dict[str, Any] = {
 }
 
 
+RULES: dict[str, Any] = {
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "max_window_layers": 4,
+    "sliding_window_pattern": 3,
+    "no_rope_layer_interval": 3,
+}
+
+
+@pytest.mark.parametrize("more", [{}, RULES], ids=["none", "rules"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_absent_keys(transformers: Any, model_type: str) -> None:
-    """A file with the sizes alone means what transformers takes it to mean."""
-    raw = {"model_type": model_type, **REQUIRED}
+def test_absent_keys(transformers: Any, model_type: str, more: dict[str, Any]) -> None:
+    """A file with the sizes alone means what transformers takes it to mean; so do short forms."""
+    raw = {"model_type": model_type, **REQUIRED, **more}
     ours = ModelConfig.from_dict(raw)
     theirs = transformers.AutoConfig.for_model(**raw)
     agree(ours, theirs)
-    raw = theirs.to_dict()
-    assert ModelConfig.from_dict(raw) == ours
+    assert ModelConfig.from_dict(theirs.to_dict()) == ours
 
 
 def test_a_multimodal_file_that_says_little(transformers: Any) -> None:
