@@ -46,6 +46,9 @@ class DecodeStep:
         self.mask = torch.empty(0)
         self.positions = torch.empty(0)
         self._run: Callable[[], None] | None = None
+        # the host's count of the longest row, for models whose keys are good up to a length alone
+        self.switches_after: int | None = getattr(model, "switches_after", None)
+        self._longest = 0
 
     def start(self, ids: Tensor, mask: Tensor | None) -> None:
         """Run the prompts, and choose the first new tokens.
@@ -62,15 +65,32 @@ class DecodeStep:
         real = torch.ones_like(ids) if mask is None else (mask != 0).long()
         self.positions = real.sum(dim=1, keepdim=True)  # (B, 1), of the next token
         self.mask = real  # (B, T)
+        if self.switches_after is not None:
+            self._longest = int(self.positions.max())
 
     def step(self) -> None:
         """Run the last tokens, and choose the next ones."""
+        self._longest += 1
+        if self._longest - 1 == self.switches_after:
+            self._start_again()
+            return
         fixed = self.cache.fixed
         if fixed is None or self.cache.length == fixed[1]:
             self._make_room()
         assert self._run is not None
         self._run()
         self.cache.advance()
+
+    def _start_again(self) -> None:
+        """Run all tokens anew: the step from which on all keys are turned otherwise.
+
+        It costs what a prompt of that length does, once in a text.
+        """
+        held = self.cache.length
+        self._run = None
+        self.cache.crop(0)
+        ids = self.rows.text()
+        self.start(ids, torch.cat((self.mask[:, :held], torch.ones_like(self.rows.token)), dim=1))
 
     def _make_room(self) -> None:
         """Fix the cache with more room, and begin a new recording on the new buffers."""

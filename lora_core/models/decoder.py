@@ -180,7 +180,8 @@ class CausalLM(nn.Module):
             position_ids: (B, T) or (1, T); None: counted over the real tokens.
             labels: (B, T), unshifted, -100 where not graded.
             inputs_embeds: (B, T, C) in place of input_ids.
-            cache: keys and values of earlier tokens; the new ones are appended.
+            cache: keys and values of earlier tokens; the new ones are appended. See
+                `switches_after`.
             document_ids: (B, T) integers for packed rows; a document is a run of equal ids, and
                 tokens see only their own.
             document_bounds: (N + 1,) int32: where the runs begin in the flattened batch, and B T;
@@ -311,6 +312,15 @@ class CausalLM(nn.Module):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
         self.model.gradient_checkpointing = on
+
+    @property
+    def switches_after(self) -> int | None:
+        """Tokens up to which a text's cached keys stay good; None: they always do.
+
+        A longer one turns all of them by other frequencies (longrope), so that whoever lets a
+        cached text grow past it runs it anew, as `generate` does.
+        """
+        return self.model.rotary.switches_after
 
     @property
     def device(self) -> torch.device:

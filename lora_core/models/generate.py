@@ -276,7 +276,7 @@ def _generate(
     ids = input_ids.to(device)  # (B, T)
     rows = Rows(ids, mask, limit, sampling, seed, eos_ids, pad_id)
     steps: DecodeStep | GrowingStep
-    with _evaluating(model), _kept(session, ids, rows, fixed := can_be_fixed(model)):
+    with _evaluating(model), _kept(session, ids, rows, model, fixed := can_be_fixed(model)):
         if fixed:
             steps = DecodeStep(model, rows, None if session is None else session.cache)
         else:
@@ -304,13 +304,15 @@ def _goes_on(rows: Rows, on_tokens: OnTokens | None, before: list[bool]) -> list
 
 
 @contextmanager
-def _kept(session: Session | None, ids: Tensor, rows: Rows, fixed: bool) -> Iterator[None]:
+def _kept(
+    session: Session | None, ids: Tensor, rows: Rows, model: nn.Module, fixed: bool
+) -> Iterator[None]:
     """Let a session begin with what it holds of a prompt, and keep what is computed inside."""
     if session is None:
         yield
         return
     prompt = ids[0].tolist()
-    session.begin(prompt if fixed else ())
+    session.begin(prompt if fixed else (), getattr(model, "switches_after", None))
     try:
         yield
     finally:  # an interrupted answer is kept as far as it came

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.models.cache import KVCache
+from lora_core.models.rope import Rotary
 from lora_core.models.rows import Rows
 
 _FIXED = {"cache", "position_ids", "attention_mask", "logits_to_keep"}
@@ -43,6 +44,9 @@ class GrowingStep:
         self.past: Any = None  # transformers' own cache
         # not the cache's length: a soft prompt's virtual tokens are in it too
         self.seen = 0
+        turns = (part for part in model.modules() if isinstance(part, Rotary))
+        self.rotary = next((part for part in turns if part.switches_after is not None), None)
+        self.turned = 0  # tokens of the text as its positions count it, for such a model
 
     def start(self, ids: Tensor, mask: Tensor | None) -> None:
         """Run the prompts, and choose the first new tokens; as `DecodeStep.start`."""
@@ -63,6 +67,25 @@ class GrowingStep:
 
     def _logits(self) -> Tensor:
         """Of the last position, (B, V)."""
+        if self.rotary is None or self.cache is None:
+            return self._run()
+        # where the keys begin to be turned otherwise, all are needed anew (decode_step.py); a soft
+        # prompt moves the place, so positions are looked at on their way in
+        before, after = self.turned, self.rotary.switches_after or 0
+        handle = self.rotary.register_forward_pre_hook(self._note)
+        try:
+            logits = self._run()
+            if 0 < before <= after < self.turned:
+                self.cache, self.seen = KVCache(), 0
+                logits = self._run()
+        finally:
+            handle.remove()
+        return logits
+
+    def _note(self, rotary: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.turned = int(args[0].max()) + 1
+
+    def _run(self) -> Tensor:
         options: dict[str, Any] = {} if self.mask is None else {"attention_mask": self.mask}
         if self.cache is not None:
             options["cache"] = self.cache

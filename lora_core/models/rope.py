@@ -213,6 +213,8 @@ class RopeType(NamedTuple):
     """What cosine and sine are multiplied by."""
     at_length: Callable[[Tables, RopeParameters, Tensor], Tensor] | None = None
     """The frequencies for a text of so many tokens, an integer tensor (); None: for all alike."""
+    switches: bool = False
+    """Whether they are two sets, and keys turned by one of no use beside those of the other."""
 
 
 _CONTEXT = "original_max_position_embeddings"
@@ -233,6 +235,7 @@ ROPE_TYPES: dict[str, RopeType] = {
         ("attention_factor",),
         _longrope_attention,
         _longrope_at,
+        switches=True,
     ),
 }
 
@@ -256,6 +259,11 @@ class Rotary(nn.Module):
     def inv_freq(self) -> Tensor:
         """(R/2,) float32: the angles per token, within the original context."""
         return self.tables[0]
+
+    @property
+    def switches_after(self) -> int | None:
+        """Longest text, in tokens, with the first of two sets of frequencies; None: one set."""
+        return int(self.rope[_CONTEXT]) if self.kind.switches else None
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every angle, times the attention factor of the type.

@@ -93,6 +93,10 @@ class Rows:
         token, ended = torch.stack((self.token[:, 0], self.ended.long())).tolist()
         return token, [flag == 1 for flag in ended]
 
+    def text(self) -> Tensor:
+        """Prompts and answers so far, (B, T), with pad tokens where rows have ended."""
+        return torch.cat((self.prompt[0], self.tokens[:, : int(self.step)]), dim=1)
+
     def answers(self) -> list[list[int]]:
         """The new tokens of each row, the one that ended it included."""
         lengths = self.lengths.tolist()

@@ -35,11 +35,18 @@ class Session:
         """Forget everything."""
         self.cache, self.ids, self.reused = KVCache(), [], 0
 
-    def begin(self, ids: Sequence[int]) -> None:
-        """Keep of the cache what a new prompt begins with, its last token excepted."""
+    def begin(self, ids: Sequence[int], switches_after: int | None = None) -> None:
+        """Keep of the cache what a new prompt begins with, its last token excepted.
+
+        Args:
+            ids: the prompt.
+            switches_after: the model's; keys of a text on the other side of it are of no use.
+        """
         same, most = 0, min(len(self.ids), len(ids) - 1)
         while same < most and self.ids[same] == ids[same]:
             same += 1
+        if switches_after is not None:
+            same *= (len(self.ids) > switches_after) == (len(ids) > switches_after)
         self.cache.crop(max(same, 0))
         self.ids, self.reused = list(ids[:same]), same
 
