@@ -67,6 +67,8 @@ def _misuse(args: argparse.Namespace) -> str | None:
     """What flags say against one another."""
     if args.chat and args.json:
         return "--chat is for people: leave --json out"
+    if args.system and (args.text is not None or args.messages is not None):
+        return "--system goes with --prompt or --chat; raw text has no turns, --messages holds all"
     if len(args.adapter) > 1 and not args.chat:
         return f"one --adapter answers a prompt, got {len(args.adapter)}; --chat takes several"
     return None

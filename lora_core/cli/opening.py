@@ -73,6 +73,8 @@ def device_named(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
+    if device.type == "meta":
+        raise ValueError(f"--device {name} cannot be used: it has shapes, no numbers")
     return device
 
 

@@ -88,6 +88,8 @@ def test_wrong_flags_are_one_line(capsys: pytest.CaptureFixture[str], adapters: 
     two = ["--adapter", str(adapters[0]), "--adapter", str(adapters[1])]
     cases = [
         (["--chat", "--json"], 2, "--chat is for people: leave --json out"),
+        (["--text", "x", "--system", "y"], 2, "--system goes with --prompt or --chat"),
+        (["--messages", "[]", "--system", "y"], 2, "--system goes with --prompt or --chat"),
         (["--prompt", "x", *two], 2, "one --adapter answers a prompt, got 2; --chat takes several"),
         (["--prompt", "x", "--top-k", "0"], 1, "top_k must be at least 1, or None for all; got 0"),
         (["--prompt", "x", "--stop", ""], 1, "a stop string is empty"),

@@ -312,6 +312,7 @@ def test_added_tokens_are_trained_saved_and_merged(
         (["--template", "nonsense"], "template 'nonsense'"),
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--device", "gpu7"], "--device gpu7 cannot be used"),
+        (["--device", "meta"], "--device meta cannot be used: it has shapes, no numbers"),
         (["--add-tokens", "<a>", "--method", "bottleneck"], "--add-tokens"),
     ],
 )
