@@ -184,15 +184,19 @@ class ModelConfig:
         return (layer + 1) % self.decoder_sparse_step == 0
 
     def with_layers(self, count: int) -> Self:
-        """The same with another number of layers, those kinds repeated that there are.
+        """The same with another number of layers: the first ones and the last; for more, in turn.
 
         Args:
             count: number of layers, at least 1.
         """
-        kinds = tuple(self.kinds[i % len(self.kinds)] for i in range(count))
+        layers = self.num_hidden_layers
+        # a family whose kinds follow from the number has those of the first layers
+        last = [layers - 1] if "layer_types" in self.family.keys and count <= layers else []
+        order = [*(i % layers for i in range(count - len(last))), *last]
+        kinds = tuple(self.kinds[i] for i in order)
         turns = self.no_rope_layers
         if turns is not None:
-            turns = tuple(turns[i % len(turns)] for i in range(count))
+            turns = tuple(turns[i] for i in order)
         return dataclasses.replace(
             self, num_hidden_layers=count, layer_types=kinds, no_rope_layers=turns
         )

@@ -3,8 +3,9 @@
 Nothing here is a formula fitted to measurements. The library's own training step is run on fake
 tensors, which have shapes and no memory, and what would be allocated is counted (counting.py,
 step.py). Layers are alike, so models of two and of three layers are run, and every figure of L
-layers is `two + (L - 2) · (three - two)`: the difference is one layer. An adapter whose options
-name single layers takes all of them.
+layers is `two + (L - 2) · (three - two)`: the difference is one layer. The first and the last
+are those of the model, on which the ends of the backward pass depend. An adapter whose options name
+single layers takes all of them, as does a model with experts in some layers alone.
 
 The other way to do this is a formula for each tensor, as the usual calculators have it. It is
 faster, and wrong from the day on which an operator keeps one tensor more. docs/memory.md has the
@@ -267,7 +268,8 @@ def _counted(s: Settings) -> Tally:
     if s.train.offload_activations:  # likewise
         s = dataclasses.replace(s, train=dataclasses.replace(s.train, offload_activations=False))
     layers = s.config.num_hidden_layers
-    if layers <= 3 or (s.method != "full" and not _alike(s.adapter)):
+    mixed = len({s.config.has_experts(layer) for layer in range(layers)}) > 1
+    if layers <= 3 or mixed or (s.method != "full" and not _alike(s.adapter)):
         return _count(s, layers)
     two, three = _count(s, 2), _count(s, 3)
 
