@@ -127,7 +127,7 @@ def documents(
     _check_window(window)
     if not _fused(ids):
         return document_mask(ids, window)
-    if dtype in HALF and not capped and varlen() is not None:
+    if _by_lengths(dtype, capped):
         return Documents(ids, _bounds(ids) if bounds is None else bounds, None, window)
     if flex() is not None and not torch.compiler.is_compiling():
         return Documents(ids, None, _blocks(ids, window), window)
@@ -144,7 +144,9 @@ def row_documents(
 ) -> "Documents | Tensor":
     """`documents` for rows that are one document each: a sliding window without packing.
 
-    Nothing is counted, so a GPU is never waited for: the bounds are multiples of T.
+    Nothing is counted, so a GPU is never waited for: the bounds are multiples of T. T changes from
+    call to call here (prompts, batches of whole texts), and flex attention is compiled anew for
+    each; so where variable lengths cannot be used, the mask is dense.
 
     Args:
         batch: B.
@@ -161,7 +163,7 @@ def row_documents(
         ValueError: a window below 1.
     """
     ids = torch.zeros((1, 1), dtype=torch.int64, device=device).expand(batch, tokens)
-    if not _fused(ids):
+    if not _fused(ids) or not _by_lengths(dtype, capped):
         return _near(tokens, window, device)[None, None]
     ends = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
     return documents(ids, ends, dtype, window, capped)
@@ -194,6 +196,11 @@ def _fused(ids: Tensor) -> bool:
 # PyTorch's operators, once `documents` has looked for them: the modules they are in take a second
 # to import, and torch.compile cannot trace the search
 _found: dict[str, Any] = {}
+
+
+def _by_lengths(dtype: torch.dtype, capped: bool) -> bool:
+    """Whether variable lengths serve scores of queries of this dtype."""
+    return dtype in HALF and not capped and varlen() is not None
 
 
 class Varlen(NamedTuple):

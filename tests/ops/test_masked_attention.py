@@ -311,6 +311,11 @@ def test_rows_that_are_one_document_each(monkeypatch: pytest.MonkeyPatch) -> Non
     assert given_.bounds.tolist() == [0, 5, 10]
     assert given_.bounds.dtype == torch.int32
     assert torch.equal(given_.dense(), far(5, 3).expand(2, 1, 5, 5))
+    # flex attention would be compiled for each length of a prompt
+    for dtype, capped in ((torch.float32, False), (torch.bfloat16, True)):
+        dense = row_documents(2, 5, dtype, 3, capped)
+        assert isinstance(dense, Tensor)
+        assert torch.equal(dense, far(5, 3)[None, None])
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
