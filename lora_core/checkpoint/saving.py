@@ -258,8 +258,9 @@ def _copy_from(source: Path, target: Path) -> dict[str, Any]:
     raw = read_json_object(source / "config.json")
     if isinstance(raw.get("text_config"), dict):  # of a multimodal model the text part is written
         raw = raw["text_config"]
-    for key in ("quantization_config", "rope_scaling", "torch_dtype"):
-        raw.pop(key, None)  # no longer true, or said by the newer key
+    # no longer true, said by the newer key, or the name of Python files that are not copied
+    for key in ("quantization_config", "rope_scaling", "torch_dtype", "auto_map"):
+        raw.pop(key, None)
     return raw
 
 

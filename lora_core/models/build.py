@@ -69,7 +69,7 @@ def config_from(raw: Mapping[str, Any]) -> ModelConfig | EncoderConfig:
         TypeError: a value of the wrong type.
     """
     kind, names = raw.get("model_type"), raw.get("architectures")
-    name = names[0] if isinstance(names, list) and names else names
+    name = next(iter(names), None) if isinstance(names, list) else names
     for key, value in (("model_type", kind), ("architectures", name)):
         if not isinstance(value, str | None):
             raise TypeError(f"{key} must be a name; got {value!r}")

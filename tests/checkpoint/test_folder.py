@@ -113,6 +113,7 @@ def test_tokenizer_files_and_foreign_keys_come_along(
     save_model(model, source, source=tokenizer_folder)
     raw = json.loads((source / "config.json").read_text())
     raw |= {"house": "kept", "torch_dtype": "float16", "quantization_config": {}}
+    raw |= {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}
     (source / "config.json").write_text(json.dumps(raw))
     save_model(model, tmp_path / "copy", source=source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -120,7 +121,7 @@ def test_tokenizer_files_and_foreign_keys_come_along(
     copied = json.loads((tmp_path / "copy/config.json").read_text())
     assert copied["house"] == "kept"
     assert copied["dtype"] == "float32"
-    assert not copied.keys() & {"torch_dtype", "quantization_config"}
+    assert not copied.keys() & {"torch_dtype", "quantization_config", "auto_map"}
 
 
 def test_saving_over_a_model_leaves_no_stale_shard(model: CausalLM, tmp_path: Path) -> None:

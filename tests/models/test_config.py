@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lora_core.models import ModelConfig
+from lora_core.models.build import read_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -147,3 +148,11 @@ def test_bad_files(tmp_path: Path) -> None:
     path.write_text("[1]")
     with pytest.raises(ValueError, match="must hold a JSON object; got list"):
         ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("names", [[], None])
+def test_no_architecture_is_named(
+    raw: dict[str, Any], names: list[str] | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"architectures": names}))
+    assert read_config(tmp_path) == ModelConfig.from_dict(raw)
