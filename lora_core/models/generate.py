@@ -11,9 +11,8 @@ other:
                                   there are such; or any module whatever, as far as it can
     stopping.py                   text from tokens, whole characters only, up to a stop string
 
-The loop here reads one flag a step, whether all rows have ended; where somebody looks on
-(`on_text`, stop strings) it reads the step's tokens in its place. transformers' `generate` has the
-same options and some sixty more; beam search is not here.
+The loop here reads one flag a step, whether all rows have ended; where somebody looks on, the
+step's tokens. transformers' `generate` has the same options and some sixty more, and beam search.
 
 Adapters need nothing: `adapter_rows(model, names)` around a call lets each row of its batch name
 its adapter. Rows that have ended stay in the batch, so that such names go on fitting.
@@ -21,6 +20,7 @@ its adapter. Rows that have ended stay in the batch, so that such names go on fi
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -129,8 +129,11 @@ def generate_batch(  # noqa: PLR0913
         The new texts, in the order of the prompts.
 
     Raises:
+        TypeError: one text in place of a list.
         ValueError: no prompts, an empty one, or an option out of range.
     """
+    if isinstance(prompts, str):  # each letter would be a prompt
+        raise TypeError("generate_batch takes a list of prompts; got one text: use generate")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     return _texts(model, tok, prompts, max_new_tokens, sampling, seed, stop, on_text)
 
@@ -246,8 +249,7 @@ def generate_ids(  # noqa: PLR0913
         The new tokens of each row, the one that ended it included.
 
     Raises:
-        ValueError: an option out of range, padding on the right, or padding given to a model that
-            takes no attention mask.
+        ValueError: an option out of range, padding on the right, or for a model without a mask.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     _check(input_ids, attention_mask, max_new_tokens)
@@ -273,7 +275,7 @@ def _generate(
     device = next(model.parameters()).device
     padded = attention_mask is not None and not attention_mask.all()
     mask = attention_mask.to(device) if attention_mask is not None and padded else None
-    ids = input_ids.to(device)  # (B, T)
+    ids = input_ids.to(device, torch.int64)  # (B, T)
     rows = Rows(ids, mask, limit, sampling, seed, eos_ids, pad_id)
     steps: DecodeStep | GrowingStep
     with _evaluating(model), _kept(session, ids, rows, model, fixed := can_be_fixed(model)):
@@ -344,5 +346,5 @@ def _check(input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
             )
         if not attention_mask[:, -1].all():
             raise ValueError("prompts must be padded on the left: a row ends in padding")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens!r}")

@@ -20,8 +20,10 @@ Ref: Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3, section 3.
 """
 
 import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -48,7 +50,12 @@ class Sampling:
     """above 1: tokens that are in the text already become less likely; 1: off"""
 
     def __post_init__(self) -> None:
-        """Refuse an option out of range; ValueError names it."""
+        """Refuse what is no number (TypeError) or out of range (ValueError), by name."""
+        for field in fields(self):
+            value, whole = getattr(self, field.name), field.name == "top_k"
+            fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+            if not fits and not (whole and value is None):
+                raise TypeError(f"{field.name} must be a {'whole ' * whole}number; got {value!r}")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be finite and not negative; got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -189,8 +196,13 @@ def uniforms(seed: int | Sequence[int], rows: int, steps: int) -> Tensor:
         (B, N) float32 in [0, 1), multiples of 2^-23, on the CPU.
 
     Raises:
+        TypeError: a seed that is no whole number.
         ValueError: seeds of another number than rows.
     """
+    try:  # NumPy's and torch's whole numbers too
+        seed = [*map(operator.index, seed)] if isinstance(seed, Sequence) else operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be a whole number, or one a row; got {seed!r}") from None
     if isinstance(seed, int):
         keys, places = torch.tensor([seed & _LOW, seed >> 32 & _LOW])[:, None], torch.arange(rows)
     else:

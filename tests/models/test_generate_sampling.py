@@ -186,3 +186,29 @@ def test_options_out_of_range() -> None:
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             Sampling(**options)
+
+
+def test_what_is_no_number() -> None:
+    for options, message in (
+        ({"temperature": "a"}, "temperature must be a number; got 'a'"),
+        ({"top_p": None}, "top_p must be a number; got None"),
+        ({"top_k": 2.5}, "top_k must be a whole number; got 2.5"),
+        ({"top_k": True}, "top_k must be a whole number; got True"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            Sampling(**options)  # type: ignore[arg-type]
+    for seed in (1.5, "a", [1, 2.5]):
+        with pytest.raises(TypeError, match="seed must be a whole number, or one a row; got"):
+            uniforms(seed, 1, 3)  # type: ignore[arg-type]
+    expected = uniforms(7, 1, 3)
+    for whole in (torch.tensor(7), torch.tensor(7).numpy()[()], [torch.tensor(7)]):
+        assert torch.equal(uniforms(whole, 1, 3), expected)  # type: ignore[arg-type]
+
+
+def test_ids_of_another_whole_dtype(make_model: Make) -> None:
+    model, ids = make_model(), torch.tensor([[5, 6, 7]])
+    options: dict[str, Any] = {"max_new_tokens": 4, "repetition_penalty": 1.3}
+    expected = generate_ids(model, ids, **options)
+    assert generate_ids(model, ids.to(torch.int32), **options) == expected
+    with pytest.raises(ValueError, match=r"max_new_tokens must be at least 1; got 2\.5"):
+        generate_ids(model, ids, max_new_tokens=2.5)  # type: ignore[arg-type]

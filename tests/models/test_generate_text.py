@@ -270,3 +270,8 @@ def test_a_model_that_grows_has_no_session(make_model: Make) -> None:
     text = generate(model, tok, "hello", session=session)
     assert (session.reused, session.ids) == (0, [])
     assert text == generate(model, tok, "hello")
+
+
+def test_one_text_is_no_batch(make_model: Make, base_tok: Any) -> None:
+    with pytest.raises(TypeError, match="takes a list of prompts; got one text: use generate"):
+        generate_batch(make_model(), base_tok, "hello")
