@@ -4,6 +4,10 @@ PEFT's option lists parameters by name or suffix. Stacked experts' are among the
 weights: a router is a parameter to PEFT, a linear layer here, with the same keys and shapes. Where
 `target_parameters` is used, the keys of the file say which layers have a pair.
 
+PEFT rewrites `target_modules` of a model with experts: whatever ends in `gate_proj`, `up_proj` or
+`down_proj` it takes for experts' parameters, although layers without experts (`mlp_only_layers`)
+have plain ones of those names. Written as parameters (`mlp.up_proj.weight`) they are left alone.
+
 Before transformers 5 each expert was three linear layers, and files of that time have a pair for
 each (`experts.0.gate_proj.lora_A.weight`). PEFT makes one pair of doubled rank of gate's and up's;
 that is another adapter to train, and such files are refused here.
@@ -19,6 +23,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.expert_targets import targeted_parameters
 from lora_core.adapters.experts import ExpertLoRA
 from lora_core.adapters.forms import form_of
+from lora_core.adapters.lora import LoRA
 from lora_core.targets import sites, targets_for, unwrap
 
 __all__ = [
@@ -27,15 +32,34 @@ __all__ = [
     "expert_record",
     "plain_targets",
     "refuse_single_experts",
+    "taken_for_experts",
 ]
 
 _SINGLE = re.compile(r".*\.experts\.\d+\.(gate|up|down)_proj\.lora_[AB]\.weight")
+_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
-def expert_record(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """PEFT's `target_parameters`, where there are experts' pairs.
+def taken_for_experts(model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:
+    """The plain layers with a pair that PEFT would take for experts', by their names.
 
     Args:
+        model: the model that has the adapter.
+        adapters: by site.
+
+    Returns:
+        Sites; none in a model without experts.
+    """
+    if getattr(getattr(model, "config", None), "num_experts", None) is None:
+        return []
+    plain = [site for site, adapter in adapters.items() if isinstance(adapter, LoRA)]
+    return [site for site in plain if site.rsplit(".", 1)[-1] in _MATRICES]
+
+
+def expert_record(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """PEFT's `target_parameters`, where there are experts' pairs, or layers taken for them.
+
+    Args:
+        model: the model that has the adapter.
         adapters: by site.
 
     Returns:
@@ -47,6 +71,7 @@ def expert_record(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         if isinstance(adapter, ExpertLoRA)
         for name in adapter.pairs
     ]
+    names += [f"{site}.weight" for site in taken_for_experts(model, adapters)]
     return {"target_parameters": names} if names else {}
 
 
@@ -127,16 +152,25 @@ def expert_notes(record: Mapping[str, Any], adapters: Mapping[str, Adapter]) -> 
         Lines, mostly none.
     """
     experts = [site for site, adapter in adapters.items() if isinstance(adapter, ExpertLoRA)]
-    if not experts:
+    named = record.get("target_parameters")
+    if not named:
         return []
-    line = (
-        f"{experts[0]!r} has pairs of stacked experts (target_parameters), which PEFT alone is "
-        "known to read: for vLLM, SGLang and llama.cpp merge the adapter"
+    what = (
+        f"{experts[0]!r} has pairs of stacked experts (target_parameters)"
+        if experts
+        else f"{named[0]!r} is a layer that PEFT takes for an expert's if it is in target_modules; "
+        "it is written to target_parameters"
     )
-    notes = [line]
+    readers = "PEFT alone is known to read: for vLLM, SGLang and llama.cpp merge the adapter"
+    notes = [f"{what}, which {readers}"]
     if record.get("lora_dropout"):
         notes.append(
             "lora_dropout with target_parameters: PEFT refuses the two together; to load it there, "
             "set lora_dropout to 0 in adapter_config.json"
         )
+    notes += [
+        f"{option} with target_parameters: PEFT refuses the two together"
+        for option in ("use_dora", "lora_bias")
+        if record.get(option)
+    ]
     return notes

@@ -24,7 +24,11 @@ from lora_core.adapters.tokens import TrainableTokens, tied_modules
 from lora_core.checkpoint.adapter_files import PEFT_VERSION, AdapterFormat, check_tensors
 from lora_core.checkpoint.base_copies import without_base_copies
 from lora_core.checkpoint.conv_groups import as_written, check_padding, from_disk, mixed
-from lora_core.checkpoint.expert_files import expert_record, refuse_single_experts
+from lora_core.checkpoint.expert_files import (
+    expert_record,
+    refuse_single_experts,
+    taken_for_experts,
+)
 from lora_core.checkpoint.lora_options import PEFT_PREFIX, lora_config, pair_sites
 from lora_core.checkpoint.lora_resume import RESUME, Resume, read_resume, write_resume
 from lora_core.checkpoint.lora_scaling import record_for
@@ -88,8 +92,8 @@ def lora_record(
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "revision": None,
-        "target_modules": targets_for(model, pairs),
-        **expert_record(adapters),
+        "target_modules": targets_for(model, pairs.keys() - taken_for_experts(model, pairs)),
+        **expert_record(model, adapters),
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("CausalLM") else None,
         "trainable_token_indices": _token_indices(config, adapters),
         "use_dora": config.use_dora,

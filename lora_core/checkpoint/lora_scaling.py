@@ -19,6 +19,7 @@ from lora_core.adapters.adapter import Adapter
 from lora_core.adapters.experts import ExpertLoRA, ExpertPair
 from lora_core.adapters.lora import LoRA
 from lora_core.adapters.lora_config import LoRAConfig
+from lora_core.checkpoint.expert_files import taken_for_experts
 from lora_core.targets import pattern_value, sites, unwrap
 
 __all__ = ["applied_rank", "pairs_by_name", "record_for", "scaling_record", "stated_scalings"]
@@ -87,7 +88,8 @@ def record_for(
 ) -> dict[str, Any]:
     """`scaling_record` with patterns that mean in PEFT what they mean here.
 
-    A router is a layer here; PEFT holds patterns against its parameter, `mlp.gate.weight`.
+    A router is a layer here; PEFT holds patterns against its parameter, `mlp.gate.weight`, as
+    against that of any layer that is written so.
 
     Args:
         model: the model that has the adapter.
@@ -99,10 +101,11 @@ def record_for(
     """
     record = scaling_record(config, pairs_by_name(adapters))
     modules = dict(sites(model))
-    routers = [s for s in adapters if getattr(unwrap(modules[s]), "why_dense", None) is not None]
+    layers = [s for s in adapters if getattr(unwrap(modules[s]), "why_dense", None) is not None]
+    layers += taken_for_experts(model, adapters)
 
     def widened(key: str) -> str:
-        meant = any(pattern_value({key: True}, site, False) for site in routers)
+        meant = any(pattern_value({key: True}, site, False) for site in layers)
         return rf"(?:{key})(?:\.weight)?" if meant and not key.endswith(r"(?:\.weight)?") else key
 
     for option in ("rank_pattern", "alpha_pattern"):

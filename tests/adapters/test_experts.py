@@ -239,6 +239,25 @@ def test_files_of_single_experts_are_refused(model: CausalLM, tmp_path: Path) ->
         load_adapter(model, tmp_path)
 
 
+def test_plain_layers_that_peft_would_take_for_experts_are_written_as_parameters(
+    tmp_path: Path,
+) -> None:
+    model = CausalLM(ModelConfig(**SIZES, mlp_only_layers=(0,)))
+    shaken(model, LoRAConfig(r=2, targets=["up_proj", "q_proj"], dropout=0.1, use_dora=True))
+    with pytest.warns(UserWarning, match="target_parameters") as caught:
+        save_adapter(model, tmp_path)
+    lines = [str(warning.message) for warning in caught]
+    for part in ("takes for an expert's", "lora_dropout with target_p", "use_dora with target_p"):
+        assert any(part in line for line in lines)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert raw["target_parameters"] == ["model.layers.0.mlp.up_proj.weight"]
+    assert raw["target_modules"] == ["q_proj"]
+    fresh = copy.deepcopy(model)
+    unload_adapters(fresh)
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh.eval()(IDS).logits, model.eval()(IDS).logits)
+
+
 def test_no_baked_form(model: CausalLM, tmp_path: Path) -> None:
     shaken(model, LoRAConfig(r=2, targets=["experts"]))
     with pytest.warns(UserWarning, match="target_parameters"):

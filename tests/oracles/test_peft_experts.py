@@ -86,6 +86,46 @@ def test_what_is_written_here_peft_loads(
     assert (ours(IDS).logits - before).abs().max() > 0.01 * before.abs().max()
 
 
+DENSE_TOO: dict[str, dict[str, Any]] = {
+    "all-linear": {},
+    "plain-layers": {"targets": ["gate_proj", "up_proj", "down_proj"]},
+    "gate-alone": {"targets": ["gate_proj", "q_proj"], "rank_pattern": {"gate_proj": 2}},
+    "beside-experts": {
+        "targets": ["down_proj", "experts", "gate"],
+        "rank_pattern": {"0.mlp.down_proj": 4, "experts.down_proj": 2, "gate": 1},
+        "alpha_pattern": {"mlp.down_proj": 9},
+    },
+}
+
+
+@pytest.mark.parametrize("name", DENSE_TOO)
+def test_plain_layers_of_a_model_with_experts_are_not_taken_for_experts(
+    transformers: ModuleType, peft: ModuleType, tmp_path: Path, name: str
+) -> None:
+    """PEFT rewrites targets named gate_proj, up_proj and down_proj; `mlp_only_layers` has such."""
+    torch.manual_seed(1)
+    base = transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(**SIZES, mlp_only_layers=[0])
+    )
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, float(parameter.dim() == 1), 0.2)
+    base.save_pretrained(tmp_path / "base")
+    ours = load_model(tmp_path / "base")
+    add_adapter(ours, LoRAConfig(r=3, alpha=5, **DENSE_TOO[name]))
+    for parameter in ours.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    with pytest.warns(UserWarning, match="target_parameters"):
+        save_adapter(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    close(ours(IDS).logits, theirs(IDS).logits)
+    fresh = load_model(tmp_path / "base")
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(IDS).logits, ours(IDS).logits)
+
+
 THEIRS: dict[str, dict[str, Any]] = {
     "all-linear": {"target_modules": "all-linear"},
     "parameters": {
