@@ -86,11 +86,11 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in the text become themselves."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._encoding(text, add_special_tokens).ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and, per token, its (start, end) in characters of `text`; nothing is added."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -317,6 +317,18 @@ class Tokenizer:
         twin = Tokenizer(backend, copy.deepcopy(self.config), self.templates, self.stop_ids)
         twin._trimmed = self._trimmed
         return twin
+
+    def _encoding(self, text: str, add_special_tokens: bool = False) -> Any:
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:  # which says "TextInputSequence must be str" of both
+            if not isinstance(text, str):
+                raise TypeError(f"only text can be encoded; got {text!r:.80}") from None
+        half = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+        raise ValueError(
+            f"the text is not valid Unicode: {text[half]!r} at character {half}, as bytes leave it "
+            "that are no UTF-8; read it in its own encoding"
+        )
 
     def _named_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)

@@ -377,3 +377,13 @@ def test_no_template(folder: Callable[..., Path]) -> None:
         load_tokenizer(folder()).render([{"role": "user", "content": "q"}])
     with pytest.raises(ValueError, match="renders at least one message; got none"):
         load_tokenizer(folder(chat_template__jinja="x")).render([])
+
+
+def test_what_cannot_be_encoded(tokenizer_folder: Path) -> None:
+    tok = load_tokenizer(tokenizer_folder)
+    broken = b"caf\xe9".decode(errors="surrogateescape")
+    for encode in (tok.encode, tok.encode_with_offsets):
+        with pytest.raises(ValueError, match=r"not valid Unicode: '\\udce9' at character 3, as"):
+            encode(broken)
+        with pytest.raises(TypeError, match="only text can be encoded; got 5"):
+            encode(5)  # type: ignore[arg-type]
