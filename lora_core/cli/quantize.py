@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core.checkpoint import load_model, save_model
 from lora_core.cli.merge import probe_logits
 from lora_core.cli.opening import resident_dtype
 from lora_core.data import load_tokenizer
 from lora_core.models import ModelConfig, read_config
-from lora_core.quant import NF4Linear
+from lora_core.quant import NF4Linear, NF4Stack, NF4Tensor
 
 HELP = "write a model with its linear layers in 4 bits, in bitsandbytes' format"
 EXAMPLE = "lora-core quantize --model DIR --out DIR-nf4"
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
     save_model(model, out, source=args.model, quantized=True)
     del model  # before the next one: of a large one there is no room for two
     again = load_model(out, dtype=dtype)
-    layers = [module for module in again.modules() if isinstance(module, NF4Linear)]
-    bits = sum(8 * layer.quantized.nbytes for layer in layers)
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    layers = [weight for module in again.modules() for weight in _matrices(module)]
+    bits = sum(8 * weight.nbytes for weight in layers)
+    weights = sum(weight.shape.numel() for weight in layers)
     facts: dict[str, Any] = {
         "out": str(out),
         "layers": len(layers),
@@ -75,6 +75,13 @@ def run(args: argparse.Namespace) -> int:
             f"{facts['logit_rms']:.3g}"
         )
     return 0
+
+
+def _matrices(module: nn.Module) -> list[NF4Tensor]:
+    """The 4-bit weights that a module itself holds: a layer's one, or stacked experts' many."""
+    if isinstance(module, NF4Stack):
+        return [module[number] for number in range(len(module))]
+    return [module.quantized] if isinstance(module, NF4Linear) else []
 
 
 def _errors(got: Tensor, wanted: Tensor) -> dict[str, float]:

@@ -7,8 +7,8 @@ import pytest
 
 from lora_core.checkpoint import load_model, save_model
 from lora_core.cli.main import main
-from lora_core.models import EncoderConfig, build_model
-from lora_core.quant import NF4Linear
+from lora_core.models import EncoderConfig, ModelConfig, build_model
+from lora_core.quant import NF4Linear, NF4Stack
 
 
 def facts(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, object]:
@@ -61,3 +61,20 @@ def test_a_folder_without_a_model_is_one_line(
     said = capsys.readouterr().err
     assert "has no config.json: not a Hugging Face folder" in said
     assert said.count("\n") == 1
+
+
+def test_the_matrices_of_experts_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    config = ModelConfig(model_type="qwen3_moe", **sizes, **experts, **heads)
+    save_model(build_model(config), tmp_path / "a")
+    found = facts(
+        capsys, "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--no-compare"
+    )
+    again = load_model(tmp_path / "b").modules()
+    stacked = sum(len(module) for module in again if isinstance(module, NF4Stack))
+    assert stacked
+    assert found["layers"] == 2 * 4 + stacked
+    assert isinstance(found["bits_per_weight"], float)
+    assert 4 < found["bits_per_weight"] < 5
