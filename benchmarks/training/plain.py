@@ -51,7 +51,7 @@ def _plain_lora() -> _Undone:
 
 def _plain_elementwise() -> _Undone:
     """RMS norm, gate and rotation as expressions: every step of them is kept."""
-    from lora_core.models import layers, norm, rope
+    from lora_core.models import gating, norm, rope
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool, wide: bool) -> Tensor:
         wide = x.float()
@@ -66,7 +66,7 @@ def _plain_elementwise() -> _Undone:
         return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
     return _replaced(
-        (norm, "rms_norm", rms_norm), (layers, "swiglu", swiglu), (rope, "rotary", rotary)
+        (norm, "rms_norm", rms_norm), (gating, "swiglu", swiglu), (rope, "rotary", rotary)
     )
 
 

@@ -185,7 +185,7 @@ def _finetune(
     check_writes_text(model, config.model)
     if new_ids:
         grow_to(model, tok)  # an embedding padded to a round number may have room
-    for note in fit_notes(model, tok):
+    for note in fit_notes(model.config.vocab_size, tok):
         ranks.say(f"note: {note}")
     report = attach(model, config.method, _with_tokens(adapter, tok), new_ids)
     ranks.say(report)

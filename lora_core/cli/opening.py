@@ -174,7 +174,7 @@ def open_model(
     _template_of(where, tok, notes)
     if own:
         grow_to(loaded, tok)
-    notes += fit_notes(loaded, tok)
+    notes += fit_notes(loaded.config.vocab_size, tok)
     if where is not None:
         load_adapter(loaded, where)
     return Opened(loaded.eval(), tok, source, code, notes)
@@ -193,13 +193,13 @@ def check_writes_text(model: object, source: str | Path) -> None:
         )
 
 
-def fit_notes(model: CausalLM, tok: Tokenizer) -> list[str]:
-    """Lines on what does not fit between a model, its tokenizer and their chat template.
+def fit_notes(rows: int, tok: Tokenizer) -> list[str]:
+    """Lines on what does not fit between a model of so many embedding rows and its tokenizer.
 
     Raises:
         ValueError: the tokenizer gives ids that the model has no embedding for.
     """
-    found = check_vocabulary(tok, model.config.vocab_size)
+    found = check_vocabulary(tok, rows)
     missing = missing_template_tokens(tok)
     notes = [] if found is None else [found]
     if missing:

@@ -7,6 +7,7 @@ comparing its logits with the original's takes the original whole, once before i
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_core.checkpoint import load_model, save_model
 from lora_core.cli.merge import probe_logits
-from lora_core.cli.opening import resident_dtype
+from lora_core.cli.opening import fit_notes, resident_dtype
 from lora_core.data import load_tokenizer
 from lora_core.models import ModelConfig, read_config
 from lora_core.quant import NF4Linear, NF4Stack, NF4Tensor
@@ -43,9 +44,14 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose a new folder for the quantized model")
-    compares = not args.no_compare and isinstance(read_config(args.model), ModelConfig)
-    dtype = resident_dtype(torch.device("cpu"))
-    ids = load_tokenizer(args.model).encode(PROBE) if compares else []
+    config = read_config(args.model)
+    compares = not args.no_compare and isinstance(config, ModelConfig)
+    dtype, ids = resident_dtype(torch.device("cpu")), []
+    if compares:
+        tok = load_tokenizer(args.model)
+        for note in fit_notes(config.vocab_size, tok):
+            print(f"note: {note}", file=sys.stderr)
+        ids = tok.encode(PROBE)
     dense = probe_logits(load_model(args.model, dtype=dtype), ids) if compares else None
     model = load_model(args.model, quantize=args.code)
     save_model(model, out, source=args.model, quantized=True)

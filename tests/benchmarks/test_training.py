@@ -52,11 +52,11 @@ def test_without_a_saving_the_losses_are_the_same(bench: SimpleNamespace, folder
 def test_undoing_is_undone_again(bench: SimpleNamespace) -> None:
     from lora_core.adapters.lora import LoRA
     from lora_core.adapters.lora_linear import LoRALinear
-    from lora_core.models import CausalLM, layers, norm, rope
+    from lora_core.models import CausalLM, gating, norm, rope
 
     def held() -> tuple[object, ...]:
         parts = (LoRA.forward, LoRALinear._taken_by_base, CausalLM.grades)
-        return (*parts, norm.rms_norm, layers.swiglu, rope.rotary)
+        return (*parts, norm.rms_norm, gating.swiglu, rope.rotary)
 
     before = held()
     with bench.plain.without(tuple(bench.plain.SAVINGS)):

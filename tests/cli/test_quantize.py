@@ -63,6 +63,7 @@ def test_a_folder_without_a_model_is_one_line(
     assert said.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("ignore:experts are written in 4 bits")  # for transformers
 def test_the_matrices_of_experts_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 64}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core.models import CausalLM, attention, layers, norm
+from lora_core.models import CausalLM, attention, gating, layers, norm
 from lora_kernels.cpu import library
 from lora_kernels.rms_norm import rms_norm_reference
 
@@ -74,7 +74,7 @@ def test_a_frozen_layer_keeps_what_the_formula_says(
         return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
     monkeypatch.setattr(norm, "rms_norm", rms_norm_reference)
-    monkeypatch.setattr(layers, "swiglu", lambda gate, up, _: F.silu(gate) * up)
+    monkeypatch.setattr(gating, "swiglu", lambda gate, up, _: F.silu(gate) * up)
     monkeypatch.setattr(attention, "rotate", rotate)
     before, rows = kept(layer(dtype), dtype), BATCH * TOKENS
     copies = 0 if dtype == torch.float32 else 2 * rows * 4 * WIDTH - rows * size * 2 * WIDTH
