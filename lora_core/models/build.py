@@ -4,7 +4,6 @@ Which kind it is, decoder or encoder, is told by `model_type` or the architectur
 known to neither is refused with the list of all that are. A further head or kind is a line here.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lora_core.models.encoder_config import EncoderConfig
 from lora_core.models.encoder_families import ENCODERS, architectures
 from lora_core.models.encoder_heads import MaskedLM, SequenceClassifier, SpanFinder, TokenClassifier
 from lora_core.models.families import FAMILIES, WRAPPERS
-from lora_core.models.reading import unknown
+from lora_core.models.reading import from_config_json, unknown
 
 _HEADED = {
     "masked": MaskedLM,
@@ -40,19 +39,7 @@ def read_config(directory: str | Path) -> ModelConfig | EncoderConfig:
         ValueError: it is no JSON object, or describes what this library cannot run.
         TypeError: a value in it is of the wrong type.
     """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no config.json: not a Hugging Face folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(raw).__name__}")
-    try:
-        return config_from(raw)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{path}: {error}") from None
+    return from_config_json(directory, config_from)
 
 
 def config_from(raw: Mapping[str, Any]) -> ModelConfig | EncoderConfig:

@@ -10,7 +10,6 @@ an activation) is refused by name, so no checkpoint is ever run as something it 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from lora_core.models.config_checks import (
     required,
 )
 from lora_core.models.families import FAMILIES, Family
-from lora_core.models.reading import read_values, unknown, write_values
+from lora_core.models.reading import from_config_json, read_values, unknown, write_values
 
 __all__ = ["DTYPES", "ModelConfig"]
 
@@ -209,19 +208,7 @@ class ModelConfig:
             FileNotFoundError: there is no config.json.
             ValueError: it is no JSON object, or describes what this library cannot run.
         """
-        path = Path(directory) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{directory} has no config.json: not a Hugging Face folder")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} must hold a JSON object; got {type(raw).__name__}")
-        try:
-            return cls.from_dict(raw)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{path}: {error}") from None
+        return from_config_json(directory, cls.from_dict)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:

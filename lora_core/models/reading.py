@@ -10,12 +10,15 @@ does too, except where null is a value of its own, as in `"sliding_window": null
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 from lora_core.models.families import FAMILIES, WRAPPERS, Family
 from lora_core.models.rope_config import read_rope, read_rope_by_type, rope_to_dict
 
+Config = TypeVar("Config")
 # what every family's config.json may say, beside the sizes that it must
 COMMON = (
     "vocab_size",
@@ -45,6 +48,36 @@ _NULLABLE = {
     "eos_token_id",
     "pad_token_id",
 }
+
+
+def from_config_json(directory: str | Path, read: Callable[[dict[str, Any]], Config]) -> Config:
+    """What `read` makes of a folder's config.json; its errors name the file.
+
+    Args:
+        directory: a Hugging Face folder.
+        read: takes the file's content.
+
+    Returns:
+        What `read` returns.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it is no JSON object, or `read` raises one.
+        TypeError: `read` raises one.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no config.json: not a Hugging Face folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(raw).__name__}")
+    try:
+        return read(raw)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def unknown(key: str, value: object, known: Mapping[str, Any] | tuple[str, ...]) -> str:
