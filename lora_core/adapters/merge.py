@@ -38,7 +38,7 @@ from lora_core.adapters.merge_layer import (
 from lora_core.adapters.merge_report import LayerMerge, MergeReport, precision_warnings
 from lora_core.adapters.merge_samples import check_samples, gather, groups, model_output_error
 from lora_core.adapters.switch import refuse_rows
-from lora_core.quant import NF4Linear
+from lora_core.quant import NF4Linear, is_4bit
 from lora_core.targets import nearest, sites, unwrap
 
 __all__ = [
@@ -97,7 +97,7 @@ def merge_adapters(
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"a merged weight needs a floating-point dtype, got {dtype}")
     chosen = _chosen(hosts, [names] if isinstance(names, str) else names)
-    if requantize and not any(isinstance(host.base, NF4Linear) for _, host, _ in chosen):
+    if requantize and not any(is_4bit(host.base) for _, host, _ in chosen):
         raise ValueError("requantize=True, but none of the layers to merge has a 4-bit base")
     batches = None if samples is None else check_samples(samples)
     way = _method(requantize, method, batches is not None)

@@ -21,6 +21,7 @@ from lora_core.adapters.merge_report import LayerMerge, compared
 from lora_core.adapters.merge_samples import Moments
 from lora_core.quant import NF4Linear, NF4Tensor, quantize_4bit
 from lora_core.quant.compensate import output_cost, requantize_4bit
+from lora_core.quant.dense import Packable, made_4bit, made_dense
 
 __all__ = ["DenseLinear", "MergedLayer", "check_mergeable", "merged_layer"]
 
@@ -85,11 +86,11 @@ def merged_layer(
         merged_onto=precision_of(host.base),
     )
     if not rest:
-        return _whole_module(start, dtype, host.base, facts)
+        return _whole_module(start, dtype, host.base, facts, method)
     old = dense_weight(start)
     weight, bias = _added(site, host, rest, start, old)
     if start is not host.base:
-        return _whole_module(_module(start, weight, bias), dtype, host.base, facts)
+        return _whole_module(_module(start, weight, bias), dtype, host.base, facts, method)
     if isinstance(host.base, NF4Linear) and method != "dense":
         return _four_bit(host.base, weight, bias, dtype, facts, method, moments)
     stored = weight.to(dtype)
@@ -171,9 +172,9 @@ def _with_weight(
 
 
 def _whole_module(
-    wanted: nn.Module, dtype: torch.dtype, base: nn.Module, facts: LayerMerge
+    wanted: nn.Module, dtype: torch.dtype, base: nn.Module, facts: LayerMerge, method: str
 ) -> MergedLayer:
-    """A module in the base's place, from what it should be in float32."""
+    """A module in the base's place, from what it should be in float32; experts may be 4-bit."""
     exact = {name: p.detach().clone() for name, p in wanted.named_parameters()}
     expanded = getattr(base, "dense_module", None)  # 4-bit experts are compared as what they mean
     before = dict((expanded(torch.float32) if callable(expanded) else base).named_parameters())
@@ -184,8 +185,14 @@ def _whole_module(
                 f"the merged {name} of {facts.name!r} is not finite in {parameter.dtype}: the "
                 "adapter holds NaN or infinity, or the dtype is too narrow"
             )
+    form = getattr(base, "format_4bit", None)
+    if method != "dense" and form is not None and isinstance(made, Packable):
+        for name, value in exact.items():  # quantized as they should be, not as rounded to dtype
+            setattr(made, name, nn.Parameter(value, requires_grad=False))
+        made = made_4bit(made, form).train(base.training)
+        facts = replace(facts, requantized=True, method="plain")
     changed = [n for n, p in exact.items() if n in before and before[n].shape == p.shape]
-    now = dict(made.named_parameters())
+    now = dict((made_dense(made, torch.float32) if facts.requantized else made).named_parameters())
     kept, error = compared(
         [now[n].double() - before[n].detach().double() for n in changed],
         [exact[n].double() - before[n].detach().double() for n in changed],

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def save_model(
         dtype: floating dtype of the weights on disk; None: each as it is, 4-bit layers in the
             embedding's.
         quantized: write 4-bit layers as they are, in bitsandbytes' format (checkpoint/bnb.py),
-            instead of dense.
+            instead of dense. A warning says that experts in 4 bits are read here alone.
         max_shard_size: bytes; more are split over several files with an index.
 
     Raises:
@@ -129,6 +130,12 @@ def _packing(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     layers = [module for _, module in named if isinstance(module, NF4Linear | NF4Stack)]
     if not layers:
         raise ValueError("the model has no 4-bit layer to write: load it with quantize=")
+    if any(isinstance(layer, NF4Stack) for layer in layers):
+        warnings.warn(
+            "experts are written in 4 bits, matrix by matrix: load_model reads them, transformers "
+            "5 does not; for it save with quantized=False",
+            stacklevel=3,
+        )
     kinds = {(layer.codebook.name, layer.scale_absmax is not None) for layer in layers}
     if len(kinds) > 1:
         raise ValueError(f"config.json can name one kind of 4-bit layer; there are {len(kinds)}")

@@ -18,7 +18,7 @@ Ref: Shazeer et al. 2017, arXiv:1701.06538, section 2; Qwen Team 2025, arXiv:250
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -234,6 +234,13 @@ class NF4Experts(AnyExperts):
     def precision(self) -> str:
         """The format in words."""
         return self.gate_proj.precision
+
+    @property
+    def format_4bit(self) -> dict[str, Any]:
+        """The format as options of `quantize_4bit`, for those that make such experts anew."""
+        stack = self.gate_proj
+        double = stack.scale_absmax is not None
+        return {"code": stack.codebook, "block_size": stack.block_size, "double_quant": double}
 
     def products(self, expert: Tensor, dtype: torch.dtype) -> tuple[Groups, Product, Product]:
         """See `AnyExperts`; gate and up are 4-bit matrices of their own, multiplied one by one."""

@@ -1,6 +1,7 @@
 """LoRA on experts: start, definition, targets, several at once, merging, files, messages."""
 
 import copy
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from lora_core import (
     disable_adapters,
     load_adapter,
     merge_adapters,
+    quantize_4bit,
     quantize_model,
     save_adapter,
     set_adapters,
@@ -29,6 +31,7 @@ from lora_core.checkpoint.baking import baked
 from lora_core.checkpoint.peft import read_adapter
 from lora_core.models import CausalLM, ModelConfig
 from lora_core.models.experts import Experts, NF4Experts
+from lora_core.train import TrainConfig, train
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -166,6 +169,31 @@ def test_a_4_bit_base_comes_back_bit_for_bit(model: CausalLM) -> None:
     unload_adapters(model)
     assert torch.equal(model(IDS).logits, before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_requantized_experts_stay_4_bit(model: CausalLM, double_quant: bool) -> None:
+    """Each matrix is what `quantize_4bit` makes of the sum; nothing becomes dense in silence."""
+    quantize_model(model, code="int4", block_size=32, double_quant=double_quant)
+    shaken(model, LoRAConfig(r=2, targets=["experts"]))
+    before = model(IDS).logits
+    wanted = copy.deepcopy(model)
+    merge_adapters(wanted)
+    report = merge_adapters(model, requantize=True)
+    assert [(layer.requantized, layer.method) for layer in report.layers] == [(True, "plain")] * 2
+    assert all(0.8 < layer.kept < 1.2 and 0 < layer.error < 0.5 for layer in report.layers)
+    assert not torch.equal(model(IDS).logits, before)
+    unmerged = copy.deepcopy(model)
+    unmerge_adapters(unmerged)
+    assert torch.equal(unmerged(IDS).logits, before)
+    unload_adapters(model, merge=True)
+    unload_adapters(wanted, merge=True)
+    made, dense = model.get_submodule(SITE), wanted.get_submodule(SITE)
+    assert isinstance(made, NF4Experts)
+    assert isinstance(dense, Experts)
+    up = quantize_4bit(dense.gate_up_proj[3, 24:], "int4", 32, double_quant)
+    assert torch.equal(made.up_proj[3].packed, up.packed)
+    assert torch.equal(made.up_proj[3].scales, up.scales)
 
 
 def test_dropout_in_training_alone(model: CausalLM) -> None:
@@ -321,3 +349,33 @@ def test_rows_name_pairs_at_attention_and_router(model: CausalLM) -> None:
     assert torch.allclose(mixed[0], model(IDS).logits[0], atol=1e-5)
     with disable_adapters(model):
         assert torch.allclose(mixed[1], model(IDS).logits[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    model: CausalLM, tmp_path: Path, four_bit: bool
+) -> None:
+    if four_bit:
+        quantize_model(model)
+    rows = [{"input_ids": IDS[n % 2].roll(n).tolist()} for n in range(8)]
+    data = [{**row, "labels": row["input_ids"]} for row in rows]
+
+    def run(out: str, **options: Any) -> CausalLM:
+        torch.manual_seed(0)
+        own = copy.deepcopy(model)
+        add_adapter(own, LoRAConfig(r=2, dropout=0.1))
+        config = TrainConfig(
+            out=tmp_path / out, batch_size=2, lr=1e-2, save_every=1, progress=False
+        )
+        train(own, data, dataclasses.replace(config, resume="on_step" not in options), **options)
+        return own
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    whole = run("whole", on_step=lambda record: None)
+    half, parts = run("parts", on_step=stop), run("parts")
+    wanted, got, early = (experts_of(each).tensors() for each in (whole, parts, half))
+    assert all(torch.equal(tensor, got[name]) for name, tensor in wanted.items())
+    assert not any(torch.equal(tensor, early[name]) for name, tensor in wanted.items())
