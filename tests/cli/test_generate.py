@@ -136,7 +136,8 @@ def test_adapters_are_switched_with_their_templates(adapters: list[Path]) -> Non
 
 
 def test_switching_keeps_the_history_and_computes_it_anew(adapters: list[Path]) -> None:
-    _, lines = chat(adapters, "Hi\n/adapter second\nAnd?\n")
+    talk, lines = chat(adapters, "Hi\n/adapter second\nAnd?\n")
+    assert talk.session.reused == 0  # keys under another adapter are others
     first = expected([{"role": "user", "content": "Hi"}], adapters[0])
     turns = [
         {"role": "user", "content": "Hi"},
