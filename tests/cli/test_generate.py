@@ -136,8 +136,9 @@ def test_adapters_are_switched_with_their_templates(adapters: list[Path]) -> Non
 
 
 def test_switching_keeps_the_history_and_computes_it_anew(adapters: list[Path]) -> None:
-    talk, lines = chat(adapters, "Hi\n/adapter second\nAnd?\n")
-    assert talk.session.reused == 0  # keys under another adapter are others
+    switched, _ = chat(adapters, "Hi\n/adapter second\n")
+    assert not switched.session.ids  # keys under another adapter are others
+    _, lines = chat(adapters, "Hi\n/adapter second\nAnd?\n")
     first = expected([{"role": "user", "content": "Hi"}], adapters[0])
     turns = [
         {"role": "user", "content": "Hi"},
