@@ -140,7 +140,8 @@ class LoRAConfig:
         names = self._selected(model) if self.targets or not by_parameter else []
         if self.targets == "all-linear":
             names = [name for name in names if not _inside(name, copies)]
-        some = {name: own for name, own in by_parameter.items() if name not in names}
+        left_out = self._left_out(model) if by_parameter else []
+        some = {k: own for k, own in by_parameter.items() if k not in names and k not in left_out}
         names = [name for name in modules if name in some or name in names]
         for option in ("rank_pattern", "alpha_pattern", "parts"):
             for key in getattr(self, option):
@@ -170,10 +171,16 @@ class LoRAConfig:
         return select_modules(
             model,
             self.targets,
-            kind=lambda module: form_of(module) is not None or has_experts(module),
+            kind=_takes_pairs,
             linear=lambda module: _is_linear(module) or has_experts(module),
             exclude=self.exclude,
         )
+
+    def _left_out(self, model: nn.Module) -> list[str]:
+        """The modules that `exclude` means."""
+        if not self.exclude:
+            return []
+        return select_modules(model, self.exclude, kind=_takes_pairs, option="exclude")
 
     def _copies(self, model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, Adapter]:
         if not self.modules_to_save:
@@ -231,6 +238,10 @@ class LoRAConfig:
     def host(self, module: nn.Module) -> Adapted:
         """Return a LoRALinear around a linear-like module, the plain host around any other."""
         return LoRALinear.around(module) if is_linear(module) else Adapted(module)
+
+
+def _takes_pairs(module: nn.Module) -> bool:
+    return form_of(module) is not None or has_experts(module)
 
 
 def _is_linear(module: nn.Module) -> bool:

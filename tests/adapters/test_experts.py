@@ -138,6 +138,15 @@ def test_one_parameter_alone_and_a_router_by_its_weight(model: CausalLM) -> None
     assert set(experts_of(model).tensors()) == {"lora_A.weight", "lora_B.weight"}
 
 
+@pytest.mark.parametrize("targets", [[], ["q_proj"]])
+def test_exclude_holds_for_parameters_too(model: CausalLM, targets: list[str]) -> None:
+    config = LoRAConfig(
+        r=2, targets=targets, target_parameters=["experts.down_proj"], exclude=["0.mlp.experts"]
+    )
+    sites = add_adapter(model, config).sites
+    assert [site for site in sites if site.endswith("experts")] == [SITE]
+
+
 def test_several_add_up_and_merge_in_part(model: CausalLM) -> None:
     config = LoRAConfig(r=2, targets=["experts"])
     shaken(model, config, "a", 1)
