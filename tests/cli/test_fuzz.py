@@ -28,6 +28,7 @@ from lora_core.models import CausalLM, ModelConfig
 CASES = 100
 FULL_CASES = 1000
 SECONDS = 60  # a hang, not slowness: a case takes some hundredths of a second
+ADDRESSES = 2 * 2**30  # bytes of address space that a case may take, threads' stacks included
 MEGABYTES = 400  # of growth over all cases; a folder takes about one
 
 SIZES: dict[str, Any] = {
@@ -192,6 +193,21 @@ def alarm() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.fixture
+def limited() -> Iterator[None]:
+    """Let an allocation fail that goes far beyond what the process has already."""
+    status = Path("/proc/self/status")
+    if not status.is_file():  # not Linux: the growth at the end is all that is seen
+        yield
+        return
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    held = int(lines["VmSize"].split()[0]) * 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (held + ADDRESSES, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def run_one(folder: Path, quantize: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     words = ["generate", "--model", str(folder), "--quantize", quantize, "--device", "cpu"]
     capsys.readouterr()
@@ -218,7 +234,7 @@ def test_an_empty_template_is_named(
 
 
 @pytest.mark.filterwarnings("default")  # a warning is a line on the terminal here
-@pytest.mark.usefixtures("alarm")
+@pytest.mark.usefixtures("alarm", "limited")
 @pytest.mark.parametrize("part", range(10))
 def test_damaged_folders_answer_or_say_one_line(
     sound: dict[str, Path],
