@@ -44,11 +44,6 @@ def baked(
     Raises:
         ValueError: `rank` is below the largest, or numbers leave float32's range.
     """
-    if record.get("target_parameters"):
-        raise ValueError(
-            "target_parameters: pairs of stacked experts have no baked form; merge the adapter "
-            "(`lora-core merge`)"
-        )
     pairs = read_as_peft(record, tensors)
     ranks = {site: len(pair.down) for site, pair in pairs.items()}
     largest = max(ranks, key=ranks.__getitem__)

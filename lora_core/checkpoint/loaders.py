@@ -77,8 +77,13 @@ def read_as_peft(raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
 
     Raises:
         ValueError: what PEFT would not load either: half a pair, other ranks than A's, a value of
-            another type or out of range.
+            another type or out of range; and stacked experts, which are no single matrices.
     """
+    if raw.get("target_parameters"):
+        raise ValueError(
+            "target_parameters: pairs of stacked experts, and plain layers written with them, have "
+            "no exported or baked form; merge the adapter (`lora-core merge`)"
+        )
     pairs = _pairs(tensors)[0]
     scalings = stated_scalings(raw, {site: len(down) for site, (down, _) in pairs.items()})
     return {site: Applied(down, up, scalings[site]) for site, (down, up) in pairs.items()}

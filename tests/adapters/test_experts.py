@@ -28,6 +28,7 @@ from lora_core.adapters import adapted_modules
 from lora_core.adapters.experts import ExpertLoRA
 from lora_core.adapters.rows import adapter_rows
 from lora_core.checkpoint.baking import baked
+from lora_core.checkpoint.export import export_adapter
 from lora_core.checkpoint.peft import read_adapter
 from lora_core.models import CausalLM, ModelConfig
 from lora_core.models.experts import Experts, NF4Experts
@@ -299,8 +300,12 @@ def test_no_baked_form(model: CausalLM, tmp_path: Path) -> None:
     shaken(model, LoRAConfig(r=2, targets=["experts"]))
     with pytest.warns(UserWarning, match="target_parameters"):
         save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="pairs of stacked experts have no baked form"):
+    line = "target_parameters: pairs of stacked experts, .* no exported or baked form"
+    with pytest.raises(ValueError, match=line):
         baked(*read_adapter(tmp_path))
+    for bake in (False, True):
+        with pytest.raises(ValueError, match=line):
+            export_adapter(tmp_path, tmp_path / "out", bake=bake)
 
 
 @pytest.mark.parametrize(
