@@ -337,14 +337,14 @@ def _family(model: nn.Module) -> Family:
 def _out_features(name: str, module: nn.Module) -> int:
     """Size of a module's output vectors: its own (a norm's is its weight's), or the last inside."""
     weight = getattr(module, "weight", None)
-    found = len(weight) if isinstance(weight, Tensor) and weight.dim() == 1 else None
-    for part in module.modules():
-        # transformers' Conv1D calls it nf
-        size = getattr(part, "out_features", getattr(part, "nf", None))
-        found = size if isinstance(size, int) else found
-    if found is None:
+    own = getattr(module, "out_features", None)
+    own = len(weight) if isinstance(weight, Tensor) and weight.dim() == 1 else own
+    # transformers' Conv1D calls it nf
+    inside = [getattr(part, "out_features", getattr(part, "nf", None)) for part in module.modules()]
+    found = [size for size in (*inside, own) if isinstance(size, int)]
+    if not found:
         raise ValueError(
             f"{name!r} ({type(module).__name__}) does not say how large its output is: "
             "name a module with out_features"
         )
-    return found
+    return found[-1]

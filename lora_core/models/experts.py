@@ -284,6 +284,7 @@ class ExpertMLP(nn.Module):
         super().__init__()
         self.experts = Experts(config)
         self.gate = Router(config)
+        self.out_features = config.hidden_size  # the last layer inside, the router, has another
         self.top_k, self.normalized = config.num_experts_per_tok, config.norm_topk_prob
 
     def forward(self, x: Tensor, router_logits: list[Tensor] | None = None) -> Tensor:

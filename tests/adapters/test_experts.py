@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core import (
+    BottleneckConfig,
     LoRAConfig,
     add_adapter,
     disable_adapters,
@@ -345,6 +346,15 @@ def test_a_file_s_target_parameters_must_be_a_list(model: CausalLM, tmp_path: Pa
     unload_adapters(model)
     with pytest.raises(ValueError, match="target_parameters must be a list of names"):
         load_adapter(model, tmp_path)
+
+
+def test_a_bottleneck_behind_a_layer_of_experts(model: CausalLM) -> None:
+    """It is as wide as the model, not as the router, the last layer inside."""
+    before = model(IDS).logits
+    report = add_adapter(model, BottleneckConfig(reduction=4, feed_forward=["mlp"]))
+    assert report.sites == ("model.layers.0.mlp", "model.layers.1.mlp")
+    assert report.parameters == 2 * (2 * 8 * 32 + 8 + 32)
+    assert torch.equal(model(IDS).logits, before)
 
 
 def test_rows_cannot_name_them(model: CausalLM) -> None:
