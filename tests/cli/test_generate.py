@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,15 @@ class Interrupting:
         return False
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Python's own answer to Ctrl-C: the workers of a parallel test run ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_ends_the_answer_and_not_the_chat() -> None:
     talk, lines = chat([], "What is os?\nGo on\n", wrap=lambda out: Interrupting(out, 3))
     whole = expected([{"role": "user", "content": "What is os?"}])
