@@ -18,20 +18,21 @@ from lora_core.models.rope_check import check_rope
 
 if TYPE_CHECKING:
     from lora_core.models.config import ModelConfig
+    from lora_core.models.encoder_config import EncoderConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu")
 LARGEST = 2**31 - 1  # of any size: a larger one is no model's
 
 
-def required(cls: type[ModelConfig]) -> list[str]:
+def required(cls: type[ModelConfig] | type[EncoderConfig]) -> list[str]:
     """The sizes that say which model it is: fields without a default."""
     missing = dataclasses.MISSING
     fields = dataclasses.fields(cls)
     return [f.name for f in fields if f.default is missing and f.default_factory is missing]
 
 
-def check_types(config: ModelConfig) -> None:
+def check_types(config: ModelConfig | EncoderConfig) -> None:
     """Every field of its annotation's type; a boolean is no number."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)

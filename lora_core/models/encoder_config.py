@@ -14,12 +14,15 @@ told by the labels' dtype is not written into the configuration, where it would 
 Ref: Devlin et al. 2019 (BERT), arXiv:1810.04805; Liu et al. 2019 (RoBERTa), arXiv:1907.11692.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from lora_core.models.config_checks import DTYPES, LARGEST
+from lora_core.models.activations import ACTIVATIONS
+from lora_core.models.config_checks import DTYPES, LARGEST, check_types, required
 from lora_core.models.encoder_families import (
     ENCODERS,
     HEADS,
@@ -29,7 +32,6 @@ from lora_core.models.encoder_families import (
 )
 from lora_core.models.reading import unknown
 
-ENCODER_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 _LAYERS = 10_000
 
@@ -87,7 +89,7 @@ class EncoderConfig:
     """Family: a key of `ENCODERS`."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         _check_names(self)
         _check_sizes(self)
         _check_ranges(self)
@@ -210,35 +212,11 @@ def _labels(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_labels": len(labels), "labels": labels}
 
 
-_NONE = type(None)
-# annotations -> what isinstance accepts (a whole number is a fine float)
-_KINDS: dict[Any, tuple[type, ...]] = {
-    int: (int,),
-    float: (float, int),
-    bool: (bool,),
-    str: (str,),
-    int | None: (int, _NONE),
-    float | None: (float, int, _NONE),
-    str | None: (str, _NONE),
-    tuple[str, ...] | None: (tuple, _NONE),
-}
-
-
-def _check_types(config: EncoderConfig) -> None:
-    for f in dataclasses.fields(config):
-        value, kinds = getattr(config, f.name), _KINDS[f.type]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            told = getattr(f.type, "__name__", None) if isinstance(f.type, type) else str(f.type)
-            raise TypeError(f"{f.name} must be of type {told}; got {value!r}")
-        if isinstance(value, tuple) and not all(isinstance(name, str) for name in value):
-            raise TypeError(f"{f.name} must hold names alone; got {value!r}")
-
-
 def _check_names(config: EncoderConfig) -> None:
     for key, known in (
         ("model_type", tuple(ENCODERS)),
         ("head", (None, *HEADS)),
-        ("hidden_act", ENCODER_ACTIVATIONS),
+        ("hidden_act", tuple(ACTIVATIONS)),
         ("problem_type", (None, *PROBLEMS)),
         ("dtype", (None, *DTYPES)),
     ):
@@ -247,8 +225,12 @@ def _check_names(config: EncoderConfig) -> None:
 
 
 def _check_sizes(config: EncoderConfig) -> None:
-    sizes = [f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING]
-    for key in (*sizes, "max_position_embeddings", "type_vocab_size", "num_labels"):
+    for key in (
+        *required(type(config)),
+        "max_position_embeddings",
+        "type_vocab_size",
+        "num_labels",
+    ):
         size = getattr(config, key)
         most = _LAYERS if key == "num_hidden_layers" else LARGEST
         if not 1 <= size <= most:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_core.models.activations import ACTIVATIONS
 from lora_core.models.encoder import Encoder, EncoderModel, EncoderOutput
 from lora_core.models.encoder_config import EncoderConfig
 from lora_core.models.encoder_files import has_pooler, head_attribute
-from lora_core.models.encoder_layers import ACTIVATIONS
 from lora_core.models.encoder_losses import class_loss, sequence_loss, span_loss
 from lora_core.targets import unwrap
 

@@ -13,7 +13,6 @@ Ref: Vaswani et al. 2017, arXiv:1706.03762, section 3.1 (post-norm); Devlin et a
 arXiv:1810.04805, figure 2 (embeddings).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,16 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lora_core.models.activations import ACTIVATIONS
 from lora_core.models.encoder_config import EncoderConfig
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-}
 
 
 class Embeddings(nn.Module):

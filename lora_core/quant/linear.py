@@ -17,16 +17,15 @@ flat otherwise.
 Ref: Dettmers et al. 2023, QLoRA, arXiv:2305.14314, equation 5.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_core.quant.codebook import Codebook, codebook
-from lora_core.quant.double_quant import shared_map
-from lora_core.quant.nf4 import NF4Tensor, quantize_4bit, shared_table
-from lora_kernels import Weight4, matmul4
+from lora_core.quant.nf4 import NF4Tensor, quantize_4bit
+from lora_core.quant.packed import Packed
+from lora_kernels import matmul4
 from lora_kernels.blockwise4 import SCALE_GROUP, check_block_size
 from lora_kernels.lora_linear import lora_linear4, row_dtypes
 from lora_kernels.matmul4 import arrange
@@ -34,7 +33,7 @@ from lora_kernels.matmul4 import arrange
 __all__ = ["NF4Linear"]
 
 
-class NF4Linear(nn.Module):
+class NF4Linear(Packed):
     """`y = x Wᵀ + bias` with W in 4 bits, frozen.
 
     The constructor makes a layer of zeros for `load_state_dict` to fill; `from_linear` and
@@ -51,15 +50,7 @@ class NF4Linear(nn.Module):
         dtype: of the bias.
     """
 
-    codes: Tensor
-    scales: Tensor
-    scale_absmax: Tensor | None
-    scale_offset: Tensor | None
     bias: Tensor | None
-    in_features: int
-    out_features: int
-    block_size: int
-    _arranged: Tensor | None
 
     def __init__(
         self,
@@ -176,22 +167,6 @@ class NF4Linear(nn.Module):
         return layer
 
     @property
-    def code(self) -> str:
-        """Name of the code table."""
-        return self.codebook.name
-
-    @property
-    def double_quant(self) -> bool:
-        """Whether the scales are kept in 8 bits."""
-        return self.scale_absmax is not None
-
-    @property
-    def precision(self) -> str:
-        """The format in words: "nf4, block 64, double quantization"."""
-        nested = ", double quantization" if self.double_quant else ""
-        return f"{self.code}, block {self.block_size}{nested}"
-
-    @property
     def quantized(self) -> NF4Tensor:
         """The weight as a 4-bit tensor that shares this layer's memory; dtype float32."""
         return NF4Tensor(
@@ -203,24 +178,6 @@ class NF4Linear(nn.Module):
             self.block_size,
             self.scale_absmax,
             self.scale_offset,
-        )
-
-    @property
-    def weight4(self) -> Weight4:
-        """The weight as the operators take it."""
-        if self._table.device != self.codes.device:  # moved by hand, as FSDP does: `.data = …`
-            self._place_tables()
-        return Weight4(
-            self.codes,
-            self.scales,
-            self._table,
-            self.out_features,
-            self.in_features,
-            self.block_size,
-            self.scale_absmax,
-            self.scale_offset,
-            self._scale_table,
-            self._arranged,
         )
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -306,47 +263,3 @@ class NF4Linear(nn.Module):
             f"bias={self.bias is not None}, code={self.code}, block_size={self.block_size}, "
             f"double_quant={self.double_quant}"
         )
-
-    def _place_tables(self) -> None:
-        """Make the two tables where the codes are; on the meta device they stay on the CPU."""
-        device = torch.device("cpu") if self.codes.is_meta else self.codes.device
-        self._table = shared_table(self.codebook, device)
-        self._scale_table = shared_map(device) if self.double_quant else None
-        self._arranged = None  # of codes that may have changed or moved
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
-        """Let `fn` move everything and cast the bias, but cast neither codes nor scales."""
-
-        frozen = [self.codes, self.scales, self.scale_absmax, self.scale_offset]
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            if moved.dtype == t.dtype or not any(t is own for own in frozen):
-                return moved
-            return t.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        self._place_tables()
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Refuse codes and scales of another dtype, which `copy_` would convert in silence."""
-        for name in ("codes", "scales", "scale_absmax", "scale_offset"):
-            own, given = getattr(self, name), state_dict.get(prefix + name)
-            if own is not None and given is not None and own.dtype != given.dtype:
-                error_msgs.append(
-                    f"{prefix}{name} must be {own.dtype}; the state has {given.dtype}"
-                )
-                return
-        lists = (missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        self._place_tables()

@@ -9,21 +9,19 @@ The habits are NF4Linear's: the state is tensors only (`codes`, `scales`, `scale
 of dtype touches it. A layer of 128 experts is twelve tensors instead of 1536.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.quant.double_quant import shared_map
 from lora_core.quant.linear import NF4Linear
-from lora_core.quant.nf4 import NF4Tensor, shared_table
-from lora_kernels import Weight4
+from lora_core.quant.nf4 import NF4Tensor
+from lora_core.quant.packed import Packed
 
 __all__ = ["NF4Stack"]
 
 
-class NF4Stack(nn.Module):
+class NF4Stack(Packed):
     """E frozen 4-bit matrices (N, K).
 
     Args:
@@ -37,11 +35,6 @@ class NF4Stack(nn.Module):
     Raises:
         ValueError: no matrix, or matrices of different shapes or formats.
     """
-
-    codes: Tensor
-    scales: Tensor
-    scale_absmax: Tensor | None
-    scale_offset: Tensor | None
 
     def __init__(self, weights: Sequence[NF4Tensor]) -> None:
         super().__init__()
@@ -81,29 +74,6 @@ class NF4Stack(nn.Module):
         """One matrix as a layer, which shares the stack's memory and is no part of any model."""
         return NF4Linear.from_tensor(self[number])
 
-    @property
-    def precision(self) -> str:
-        """The format in words: "nf4, block 64, double quantization"."""
-        nested = ", double quantization" if self.scale_absmax is not None else ""
-        return f"{self.codebook.name}, block {self.block_size}{nested}"
-
-    @property
-    def weight4(self) -> Weight4:
-        """The matrices as `grouped_matmul4` takes them."""
-        if self._table.device != self.codes.device:  # moved by hand: `.data = …`
-            self._place_tables()
-        return Weight4(
-            self.codes,
-            self.scales,
-            self._table,
-            self.out_features,
-            self.in_features,
-            self.block_size,
-            self.scale_absmax,
-            self.scale_offset,
-            self._scale_table,
-        )
-
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Expand all: (E, N, K), each number rounded to `dtype` once."""
         return torch.stack([self[number].dequantize(dtype) for number in range(len(self))])
@@ -111,32 +81,3 @@ class NF4Stack(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{len(self)} x ({self.out_features}, {self.in_features}), {self.precision}"
-
-    def _place_tables(self) -> None:
-        """Make the two tables where the codes are; on the meta device they stay on the CPU."""
-        device = torch.device("cpu") if self.codes.is_meta else self.codes.device
-        self._table = shared_table(self.codebook, device)
-        self._scale_table = None if self.scale_absmax is None else shared_map(device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Stack":
-        """Let `fn` move everything and cast nothing."""
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        self._place_tables()
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Refuse tensors of another dtype, which `copy_` would convert in silence."""
-        for name in ("codes", "scales", "scale_absmax", "scale_offset"):
-            own, given = getattr(self, name), state_dict.get(prefix + name)
-            if own is not None and given is not None and own.dtype != given.dtype:
-                args[-1].append(f"{prefix}{name} must be {own.dtype}; the state has {given.dtype}")
-                return
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._place_tables()

@@ -140,7 +140,7 @@ def test_absent_keys_have_the_familys_defaults() -> None:
         ({"dtype": "int8"}, "dtype 'int8' is not implemented; known: bfloat16"),
         ({"id2label": ["a"]}, "id2label must map numbers to names; got"),
         ({"id2label": {"x": "a"}}, "id2label must map numbers to names; got"),
-        ({"id2label": {"0": 1}}, "labels must hold names alone"),
+        ({"id2label": {"0": 1}}, "labels must hold str alone"),
         ({"id2label": {"0": "a"}, "num_labels": 2}, "num_labels is 2, and id2label has 1"),
         ({"problem_type": "ranking"}, "problem_type 'ranking' is not implemented"),
         ({"problem_type": "single_label_classification", "num_labels": 1}, "num_labels above 1"),
