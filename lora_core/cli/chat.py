@@ -19,9 +19,9 @@ from typing import Any, TextIO
 
 from lora_core.adapters import set_adapters
 from lora_core.checkpoint import load_adapter
-from lora_core.cli.opening import TEMPLATE_FILE, Opened
 from lora_core.data import load_template, load_tokenizer
 from lora_core.models import Session, generate
+from lora_core.runs.opening import TEMPLATE_FILE, Opened
 from lora_core.targets import nearest
 
 BASE = "none"

@@ -4,8 +4,9 @@ import argparse
 import json
 import sys
 
-from lora_core.cli.opening import add_opening_flags, check_writes_text, open_model
+from lora_core.cli.flags import add_opening_flags
 from lora_core.data import SFTDataset, parse_columns
+from lora_core.runs import check_writes_text, open_model
 
 HELP = "loss, perplexity and accuracy on graded tokens"
 EXAMPLE = "lora-core evaluate --adapter runs/mine --data held-out.jsonl"

@@ -14,7 +14,7 @@ import torch
 from lora_core.adapters import unload_adapters
 from lora_core.checkpoint import export_adapter
 from lora_core.checkpoint.loaders import LOADERS
-from lora_core.cli.opening import open_model
+from lora_core.runs.opening import open_model
 
 HELP = "write a copy of a LoRA adapter that vLLM, llama.cpp and SGLang scale right"
 EXAMPLE = "lora-core export --adapter runs/mine --out runs/mine-vllm --baked --for vllm"

@@ -4,10 +4,8 @@ A flag that was given wins over the recorded run, and that over the field's defa
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_core.adapters import (
     BottleneckConfig,
@@ -17,60 +15,11 @@ from lora_core.adapters import (
 )
 from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.cli.flags import add_dataclass_flags, given
-from lora_core.cli.opening import AdapterConfig, read_run
 from lora_core.files import sha256_file
+from lora_core.runs import AdapterConfig, FinetuneConfig, read_run
+from lora_core.runs.finetune import KINDS
 from lora_core.train import DEFAULT_LR, TrainConfig
 from lora_core.train.report import say
-
-METHODS = ("lora", "qlora", "full", "bottleneck", "prompt", "prefix")
-KINDS: dict[str, Callable[..., AdapterConfig] | None] = {
-    "full": None,
-    "bottleneck": BottleneckConfig,
-    "prompt": PromptTuningConfig,
-    "prefix": PrefixTuningConfig,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """What is trained, on what: the edge between the command line and the library."""
-
-    model: str
-    """Hugging Face folder of the base model."""
-    data: tuple[str, ...]
-    """JSONL files, each optionally with :weight."""
-    out: str
-    """Folder that gets the adapter (or the model), metrics, plot and run.json."""
-    method: Literal["lora", "qlora", "full", "bottleneck", "prompt", "prefix"] = "lora"
-    """What is trained: LoRA, LoRA on a 4-bit base, every weight, bottlenecks, or soft prompts."""
-    quantize: Literal["nf4", "fp4", "int4"] = "nf4"
-    """4-bit code of the base, for qlora."""
-    eval_data: str | None = None
-    """JSONL file to evaluate on; none: eval_fraction of the data."""
-    eval_fraction: float = 0.05
-    """Share of the rows that is set aside for evaluation; 0: no evaluation."""
-    template: str | None = None
-    """Chat template: a built-in name, a file, or Jinja text; none: the tokenizer's own."""
-    columns: str | None = None
-    """Names of the data's fields: prompt=question,completion=answer."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which turns are graded: the assistant's, its last one, or everything."""
-    max_length: int = 2048
-    """Longest row, in tokens."""
-    control_text: Literal["drop", "keep"] = "drop"
-    """A message that spells a control token: drop its row, counted, or keep it as that token."""
-    add_tokens: str | None = None
-    """Tokens to add to the vocabulary, separated by commas; their rows are trained and saved."""
-    device: str | None = None
-    """cpu, cuda, cuda:1 …; none: the accelerator, else the CPU."""
-
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("no data: give --data FILE.jsonl (more than one is mixed by weight)")
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must be in [0, 1); got {self.eval_fraction}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

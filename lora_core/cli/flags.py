@@ -118,3 +118,16 @@ def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """The fields of `cls` that were given as flags, by field name."""
     prefix = f"{cls.__name__}."
     return {k.removeprefix(prefix): v for k, v in vars(args).items() if k.startswith(prefix)}
+
+
+def add_opening_flags(parser: Any, *, adapter: bool = True) -> None:
+    """The flags that `open_model` needs."""
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face folder [the adapter's base]")
+    if adapter:
+        parser.add_argument("--adapter", metavar="DIR", help="adapter folder, as of finetune")
+    parser.add_argument(
+        "--quantize",
+        choices=["nf4", "fp4", "int4", "none"],
+        help="4-bit code of the base [as the adapter was trained; else none]",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … [the accelerator, else cpu]")

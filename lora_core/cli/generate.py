@@ -9,9 +9,9 @@ import json
 import sys
 from typing import Any
 
-from lora_core.cli.flags import add_dataclass_flags, given
-from lora_core.cli.opening import add_opening_flags, check_writes_text, open_model
+from lora_core.cli.flags import add_dataclass_flags, add_opening_flags, given
 from lora_core.models import Sampling
+from lora_core.runs import check_writes_text, open_model
 
 HELP = "answer a prompt with a model and, if given, an adapter; or chat"
 EXAMPLE = 'lora-core generate --adapter runs/mine --prompt "What does os.path.join do?"'

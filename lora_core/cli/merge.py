@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lora_core.adapters import MergeReport, merge_adapters, unload_adapters
 from lora_core.checkpoint import load_model, save_model
-from lora_core.cli.opening import Opened, open_model
 from lora_core.models import read_config
 from lora_core.quant import NF4Linear
+from lora_core.runs.opening import Opened, open_model
 
 HELP = "fold an adapter into its base and write a Hugging Face folder"
 EXAMPLE = "lora-core merge --adapter runs/mine --out runs/mine-merged"

@@ -21,14 +21,12 @@ from torch import nn
 
 from lora_core.adapters import LoRAConfig
 from lora_core.checkpoint import base_model_path, load_model
-from lora_core.cli.finetune import finetune
-from lora_core.cli.finetune_flags import FinetuneConfig
 from lora_core.cli.merge import merged_folder, probe_logits
-from lora_core.cli.opening import open_model
 from lora_core.data import SFTDataset, Tokenizer, load_tokenizer
 from lora_core.data.stdlib import FunctionRow, function_conversations
 from lora_core.evaluate import perplexity
 from lora_core.models import generate_ids, left_pad
+from lora_core.runs import FinetuneConfig, finetune, open_model
 from lora_core.train import TrainConfig
 
 HELP = "the whole path on the model that ships with the package, in minutes"

@@ -9,7 +9,7 @@ import torch
 from lora_core.adapters import LoRAConfig, adapted_modules, add_adapter
 from lora_core.checkpoint import load_model, read_adapter, save_adapter
 from lora_core.cli.main import main
-from lora_core.cli.opening import open_model
+from lora_core.runs.opening import open_model
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora_core.cli.main import main
-from lora_core.cli.opening import open_model
+from lora_core.runs.opening import open_model
 
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 

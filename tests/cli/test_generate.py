@@ -17,7 +17,7 @@ from lora_core import base_model_path, generate, load_model, load_tokenizer, sav
 from lora_core.adapters import LoRAConfig, add_adapter
 from lora_core.cli.chat import Chat, named, open_choices
 from lora_core.cli.main import main
-from lora_core.cli.opening import open_model
+from lora_core.runs.opening import open_model
 
 BASE = str(base_model_path())
 WORDS = ["generate", "--model", BASE, "--max-new-tokens", "12"]

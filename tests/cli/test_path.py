@@ -11,9 +11,9 @@ import torch
 
 from lora_core.checkpoint import load_model
 from lora_core.cli.main import main
-from lora_core.cli.opening import open_model
 from lora_core.data import load_tokenizer
 from lora_core.quant import NF4Linear
+from lora_core.runs.opening import open_model
 
 METHODS = ["lora", "qlora", "full", "bottleneck", "prompt", "prefix"]
 

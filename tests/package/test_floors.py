@@ -20,10 +20,13 @@ FLOORS = {
     "lora_core.models": 3,
     "lora_core.checkpoint": 4,
     "lora_core.evaluate": 4,
+    "lora_core.report": 4,
     "lora_core.testing": 4,
     "lora_core.train": 5,
     "lora_core.plan": 6,
-    "lora_core.cli": 7,
+    "lora_core.runs": 6,
+    "lora_core.compare": 7,
+    "lora_core.cli": 8,
 }
 
 
