@@ -40,9 +40,8 @@ from lora_core.adapters import (
 from lora_core.adapters.merge_report import compared
 from lora_core.adapters.merge_samples import Moments, gather, model_output_error
 from lora_core.checkpoint import base_model_path, load_model
-from lora_core.cli.quickstart import write_rows
 from lora_core.data import load_tokenizer
-from lora_core.data.stdlib import function_conversations
+from lora_core.data.stdlib import function_conversations, write_rows
 from lora_core.evaluate import perplexity
 from lora_core.quant import quantize_4bit
 from lora_core.quant.compensate import output_cost, requantize_4bit

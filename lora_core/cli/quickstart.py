@@ -12,44 +12,22 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lora_core.adapters import LoRAConfig
 from lora_core.checkpoint import base_model_path, load_model
 from lora_core.cli.merge import merged_folder, probe_logits
-from lora_core.data import SFTDataset, Tokenizer, load_tokenizer
-from lora_core.data.stdlib import FunctionRow, function_conversations
-from lora_core.evaluate import perplexity
-from lora_core.models import generate_ids, left_pad
+from lora_core.data import load_tokenizer
+from lora_core.data.stdlib import HELD_OUT_FILE, TRAIN_FILE, write_function_task
+from lora_core.evaluate.function_task import MAX_LENGTH, Judged, judge
 from lora_core.runs import FinetuneConfig, finetune, open_model
 from lora_core.train import TrainConfig
 
 HELP = "the whole path on the model that ships with the package, in minutes"
 EXAMPLE = "lora-core quickstart --out quickstart"
-
-MAX_LENGTH = 512
-TRAIN, HELD_OUT = Path("data/train.jsonl"), Path("data/held-out.jsonl")
-
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """What the held-out functions say about a model."""
-
-    valid_json: float
-    """Share of answers that are a JSON object with the three keys."""
-    right_module: float
-    """Share of answers that name the right module."""
-    right_answer: float
-    """Share of answers that are right in all three."""
-    perplexity: float
-    """On the graded tokens of the held-out answers."""
-    answers: list[str]
-    """The answers, in the order of the rows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,60 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
 
-def parse_answer(text: str) -> dict[str, Any] | None:
-    """The JSON object an answer consists of, if it is one with exactly the three keys."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    wanted = {"module", "name", "summary"}
-    return found if isinstance(found, dict) and found.keys() == wanted else None
-
-
-@torch.no_grad()
-def judge(model: nn.Module, tok: Tokenizer, rows: Sequence[FunctionRow], file: Path) -> Judged:
-    """Let the model answer every held-out question, and score the answers."""
-    prompts = [tok.encode_prompt(row["messages"][:1]) for row in rows]
-    answers: list[str] = []
-    for start in range(0, len(prompts), 32):
-        ids, mask = left_pad(prompts[start : start + 32], tok.pad_id)
-        found = generate_ids(model, ids, mask, max_new_tokens=96, eos_ids=tok.eos_ids)
-        answers += [tok.decode(new, skip_special_tokens=True) for new in found]
-    parsed = [parse_answer(answer) for answer in answers]
-    truths = [json.loads(row["messages"][1]["content"]) for row in rows]
-    data = SFTDataset.from_jsonl(file, tok, max_length=MAX_LENGTH)
-    pairs = list(zip(parsed, truths, strict=True))
-    return Judged(
-        valid_json=sum(p is not None for p in parsed) / len(rows),
-        right_module=sum(p is not None and p["module"] == t["module"] for p, t in pairs)
-        / len(rows),
-        right_answer=sum(p == t for p, t in pairs) / len(rows),
-        perplexity=perplexity(model, data).perplexity,
-        answers=answers,
-    )
-
-
-def write_rows(path: Path, rows: Sequence[FunctionRow]) -> None:
-    """Write rows as JSONL, as a user's own data would be."""
-    lines = [json.dumps({"messages": row["messages"]}, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def folder_bytes(path: Path) -> int:
     """Bytes of a folder's files, its sub-folders left out."""
     return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-
-
-def prepare(out: Path, held_out: int, seed: int) -> tuple[list[FunctionRow], list[FunctionRow]]:
-    """Build the data set and split it by function; both parts are written under `out`."""
-    rows = function_conversations(seed)
-    if len(rows) <= 2 * held_out:
-        raise ValueError(f"{len(rows)} functions are too few to hold out {held_out} of them")
-    kept, held = rows[held_out:], rows[:held_out]
-    (out / "data").mkdir(parents=True)
-    write_rows(out / TRAIN, kept)
-    write_rows(out / HELD_OUT, held)
-    return kept, held
 
 
 def run(args: argparse.Namespace) -> int:
@@ -127,20 +54,20 @@ def run(args: argparse.Namespace) -> int:
         shutil.rmtree(out)
     base = base_model_path()
     print(f"1. data: questions about the functions of the standard library → {out / 'data'}")
-    kept, held = prepare(out, args.held_out, args.seed)
+    kept, held = write_function_task(out / "data", args.held_out, args.seed)
     print(f"   {len(kept)} functions to train on, {len(held)} held out")
 
     print("2. base model, quantized to NF4 with double quantization as it loads")
     tok = load_tokenizer(base)
     quantized = load_model(base, quantize="nf4", dtype=torch.float32)
-    before = judge(quantized, tok, held, out / HELD_OUT)
+    before = judge(quantized, tok, held, out / "data" / HELD_OUT_FILE)
     _print_judged("   before", before)
 
     print("3. QLoRA: rank 16 on every linear layer")
     done = finetune(
         FinetuneConfig(
             model=str(base),
-            data=(str(out / TRAIN),),
+            data=(str(out / "data" / TRAIN_FILE),),
             out=str(out / "adapter"),
             method="qlora",
             eval_fraction=0.0125,
@@ -157,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
         ),
     )
-    after = judge(done.model, tok, held, out / HELD_OUT)
+    after = judge(done.model, tok, held, out / "data" / HELD_OUT_FILE)
     _print_judged("   before", before)
     _print_judged("   after ", after)
     for row, was, now in list(zip(held, before.answers, after.answers, strict=True))[:2]:

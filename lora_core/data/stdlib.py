@@ -4,7 +4,8 @@ Two things are made here. `read_corpus` gives the text the shipped base model is
 source files (their documentation strings and comments in them), the language reference inside
 `pydoc_data`, and the documentation strings once more as ChatML conversations, so that the turn
 marks are no strangers to the model. `function_conversations` gives the quickstart's data: what
-`help()` prints about a function, to be answered by a JSON object.
+`help()` prints about a function, to be answered by a JSON object; `write_function_task` splits them
+and writes both parts, as a user's own data would lie there.
 
 Files are read and parsed, never imported: importing `antigravity` opens a browser and `this`
 prints a poem. Left out are test suites, tables that a program wrote (codec maps, build variables)
@@ -19,7 +20,7 @@ import random
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -33,6 +34,7 @@ _SKIPPED_FOLDERS = frozenset(
 _GENERATED = re.compile(
     r"_sysconfigdata\w*|encodings\.(?!aliases|idna|punycode|utf_8)\w+|.*\.entities"
 )
+TRAIN_FILE, HELD_OUT_FILE = "train.jsonl", "held-out.jsonl"
 _INSTRUCTION = "Give the module, the name and the summary of this function as JSON."
 
 
@@ -250,3 +252,35 @@ def _row(function: Function) -> FunctionRow:
         "module": function.module,
         "name": function.name,
     }
+
+
+def write_rows(path: Path, rows: Sequence[FunctionRow]) -> None:
+    """Write rows as JSONL, as a user's own data would be."""
+    lines = [json.dumps({"messages": row["messages"]}, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_function_task(
+    folder: Path, held_out: int, seed: int = 0
+) -> tuple[list[FunctionRow], list[FunctionRow]]:
+    """Make the quickstart's data, split it by function and write both parts.
+
+    Args:
+        folder: gets `TRAIN_FILE` and `HELD_OUT_FILE`; it is made.
+        held_out: how many functions to hold out.
+        seed: order of the rows, and so the split.
+
+    Returns:
+        (rows to train on, rows held out).
+
+    Raises:
+        ValueError: fewer than twice as many functions as are to be held out.
+    """
+    rows = function_conversations(seed)
+    if len(rows) <= 2 * held_out:
+        raise ValueError(f"{len(rows)} functions are too few to hold out {held_out} of them")
+    kept, held = rows[held_out:], rows[:held_out]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / TRAIN_FILE, kept)
+    write_rows(folder / HELD_OUT_FILE, held)
+    return kept, held

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.cli.main import main
-from lora_core.cli.quickstart import parse_answer
+from lora_core.evaluate.function_task import parse_answer
 
 
 def test_the_whole_path_on_the_shipped_model(
