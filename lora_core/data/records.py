@@ -141,7 +141,7 @@ def read_records(path: str | Path, columns: Mapping[str, str] | None = None) -> 
         ValueError: see `read_rows`; also an unknown format, key type or role.
     """
     for where, row in read_rows(path):
-        yield parse_record(_rename(row, columns or {}, where), where)
+        yield parse_record(rename_columns(row, columns or {}, where), where)
 
 
 def parse_records(
@@ -154,7 +154,7 @@ def parse_records(
         where = f"records[{number}]"
         if not isinstance(row, Mapping):
             raise ValueError(f"{where} must be a mapping; got {type(row).__name__}")
-        yield parse_record(_rename(row, columns or {}, where), where)
+        yield parse_record(rename_columns(row, columns or {}, where), where)
     if empty:
         raise ValueError("no records given")
 
@@ -170,6 +170,24 @@ def parse_record(row: Mapping[str, Any], where: str = "record") -> Record:
         f"{where}: keys {sorted(row)} match no format ({_SUPERVISED}); if they only bear other "
         "names, map them: --columns prompt=question,completion=answer"
     )
+
+
+def rename_columns(
+    row: Mapping[str, Any], columns: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    """A row with this library's names for the file's; `where` stands at the front of messages.
+
+    Raises:
+        ValueError: the row has no such column.
+    """
+    for name, column in columns.items():
+        if column not in row:
+            raise ValueError(
+                f"{where}: no key {column!r} (columns maps {name} to it); keys are {sorted(row)}"
+            )
+    taken = set(columns.values())
+    kept = {key: value for key, value in row.items() if key not in taken}
+    return kept | {name: row[column] for name, column in columns.items()}
 
 
 # --- one parser a format ---
@@ -349,14 +367,3 @@ def _unknown_role(role: object, known: Mapping[str, str] | tuple[str, ...]) -> s
     near = difflib.get_close_matches(str(role), list(known), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown role {role!r} (known: {', '.join(known)}){hint}"
-
-
-def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    for name, column in columns.items():
-        if column not in row:
-            raise ValueError(
-                f"{where}: no key {column!r} (columns maps {name} to it); keys are {sorted(row)}"
-            )
-    taken = set(columns.values())
-    kept = {key: value for key, value in row.items() if key not in taken}
-    return kept | {name: row[column] for name, column in columns.items()}
