@@ -63,6 +63,8 @@ class Variant:
     """4-bit code of the base, with double quantization; None: dense"""
     lr: float = 4e-3
     """peak rate: twenty times the usual one, for a model of a thousandth of the usual size"""
+    lora_plus: float = 1.0
+    """rate of LoRA's B over that of A"""
     steps: int | None = None
     """optimizer steps; None: the settings'; 0: nothing is trained"""
     batch_size: int = 8
@@ -196,6 +198,7 @@ def trained(settings: Settings, variant: Variant, seed: int) -> nn.Module:
         add_adapter(model, variant.adapter)
     config = TrainConfig(
         lr=variant.lr,
+        lora_plus=variant.lora_plus,
         steps=settings.steps if variant.steps is None else variant.steps,
         batch_size=variant.batch_size,
         accumulate=1,
@@ -214,6 +217,7 @@ def trained(settings: Settings, variant: Variant, seed: int) -> nn.Module:
         "steps": result.steps,
         "tokens": result.tokens,
         "loss": [record["loss"] for record in result.history],
+        "grad_norm": [record["grad_norm"] for record in result.history],
         "trained": parameter_counts(model)[0],
         "tokens_per_second": result.tokens_per_second,
     }
