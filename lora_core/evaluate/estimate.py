@@ -18,12 +18,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-Numbers = Sequence[float] | npt.NDArray[np.float64]
+Numbers: TypeAlias = "Sequence[float] | npt.NDArray[np.float64]"
 RESAMPLES = 1000
 _CELLS = 4_000_000  # of resampled numbers held at once
 
@@ -45,7 +46,7 @@ class Estimate:
     level: float = 0.95
     """confidence of the interval, in (0, 1)"""
     method: str = "bootstrap"
-    """how the interval was made: "wilson" or "bootstrap" """
+    """how the interval was made: "wilson", "bootstrap" or "jackknife" """
 
     def __str__(self) -> str:
         text = f"{self.value:.4g}"
@@ -108,7 +109,7 @@ def proportion(successes: int, count: int, *, unit: str = "rows", level: float =
 
 def bootstrap(  # options by name
     rows: int,
-    statistic: Callable[[npt.NDArray[np.int64]], float],
+    statistic: Callable[["npt.NDArray[np.int64]"], float],
     *,
     unit: str = "rows",
     count: int | None = None,
@@ -134,6 +135,8 @@ def bootstrap(  # options by name
     Raises:
         ValueError: no rows, or an option out of range.
     """
+    import numpy as np
+
     _check_rows(rows, resamples)
     value = float(statistic(np.arange(rows)))
     found = [float(statistic(draw)) for block in _draws(rows, resamples, seed) for draw in block]
@@ -166,6 +169,8 @@ def ratio(
     Raises:
         ValueError: no rows, other lengths, or denominators that sum to 0.
     """
+    import numpy as np
+
     above = np.asarray(numerators, dtype=np.float64)
     below = np.asarray(denominators, dtype=np.float64)
     if above.shape != below.shape or above.ndim != 1:
@@ -205,7 +210,7 @@ def mean(
     Raises:
         ValueError: no rows.
     """
-    ones = np.ones(len(scores))
+    ones = [1.0] * len(scores)
     return ratio(scores, ones, unit=unit, resamples=resamples, seed=seed, level=level)
 
 
@@ -227,6 +232,8 @@ def paired_difference(
     Raises:
         ValueError: no rows, or other numbers of them.
     """
+    import numpy as np
+
     if len(after) != len(before):
         raise ValueError(f"pairs need as many of each; got {len(after)} and {len(before)}")
     differences = np.asarray(after, np.float64) - np.asarray(before, np.float64)
@@ -246,11 +253,13 @@ def _check_rows(rows: int, resamples: int) -> None:
         raise ValueError(f"resamples must be 1 or more; got {resamples}")
 
 
-def _draws(rows: int, resamples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+def _draws(rows: int, resamples: int, seed: int) -> Iterator["npt.NDArray[np.int64]"]:
     """Row numbers drawn with replacement, in blocks of (some resamples, rows).
 
     One row is not drawn from: its resamples are all itself, an interval of no width and no truth.
     """
+    import numpy as np
+
     generator, block = np.random.default_rng(seed), max(1, _CELLS // rows)
     for start in range(0, resamples if rows > 1 else 0, block):
         yield generator.integers(rows, size=(min(block, resamples - start), rows))
@@ -260,6 +269,8 @@ def _percentiles(
     value: float, count: int, found: Sequence[float], unit: str, level: float
 ) -> Estimate:
     """An estimate with the percentile interval of what resampling found."""
+    import numpy as np
+
     tail = (1 - _checked(level)) / 2
     low, high = np.quantile(found, [tail, 1 - tail]).tolist() if found else (math.nan, math.nan)
     return Estimate(value, count, low, high, unit, level, "bootstrap")
