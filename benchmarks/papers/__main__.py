@@ -27,9 +27,10 @@ from typing import Any
 
 import benchmarks.papers
 from benchmarks.harness import RESULTS, machine, record
-from benchmarks.papers.claim import Claim, Estimate, Finding, Settings
+from benchmarks.papers.claim import Claim, Finding, Settings
 from benchmarks.papers.page import write_page
 from lora_core.checkpoint import base_model_path
+from lora_core.evaluate.estimate import Estimate
 
 FILE = RESULTS / "papers.jsonl"
 QUICK = {"steps": 4, "held_out": 4}
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     made.add_argument("--model", metavar="DIR", help="base model [the shipped one]")
     made.add_argument("--text", metavar="FILE", help="text for perplexity [held-out modules]")
-    made.add_argument("--out", metavar="DIR", default="papers-runs", help="[papers-runs]")
+    made.add_argument("--out", metavar="DIR", default="runs/papers", help="[runs/papers]")
     made.add_argument("--quick", action="store_true", help="toy counts")
     made.add_argument("--again", action="store_true", help="run what has a result, too")
     made.add_argument("--write", action="store_true", help="write docs/papers.md")

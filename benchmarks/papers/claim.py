@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 from lora_core.evaluate.estimate import Estimate
 
-AGREES, DISAGREES, UNDECIDED = "agrees", "disagrees", "undecided"
 Verdict = Literal["agrees", "disagrees", "undecided"]
 MOST_REASONS = 4
 
@@ -89,7 +88,7 @@ class Check:
             disagrees = low > self.margin or high < -self.margin
         else:
             agrees, disagrees = high < 0, low > 0
-        return AGREES if agrees else DISAGREES if disagrees else UNDECIDED
+        return "agrees" if agrees else "disagrees" if disagrees else "undecided"
 
     def __str__(self) -> str:
         wanted = f"within ±{self.margin:g}" if self.expects == "within" else f"{self.expects} 0"
@@ -113,17 +112,17 @@ class Finding:
     def verdict(self) -> Verdict:
         """What the checks decide together."""
         found = [check.verdict for check in self.checks]
-        if DISAGREES in found:
-            return DISAGREES
-        return AGREES if found and set(found) == {AGREES} else UNDECIDED
+        if "disagrees" in found:
+            return "disagrees"
+        return "agrees" if found and set(found) == {"agrees"} else "undecided"
 
     @property
     def why(self) -> str:
         """The checks that decided it, in words: of more than four those that do not agree first."""
-        decided = sorted(self.checks, key=lambda check: check.verdict == AGREES)
+        decided = sorted(self.checks, key=lambda check: check.verdict == "agrees")
         shown = "; ".join(str(check) for check in decided[:MOST_REASONS])
         left = decided[MOST_REASONS:]
-        agreeing = sum(check.verdict == AGREES for check in left)
+        agreeing = sum(check.verdict == "agrees" for check in left)
         return shown + (f"; and {len(left)} more, of which {agreeing} agree" if left else "")
 
 

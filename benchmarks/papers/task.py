@@ -309,6 +309,17 @@ def row_losses(
 
 
 @torch.no_grad()
+def answers(model: nn.Module, tok: Tokenizer, chats: Sequence[Sequence[Any]]) -> list[str]:
+    """What the model writes to the first turn of each conversation, greedily."""
+    prompts = [tok.encode_prompt(chat[:1]) for chat in chats]
+    written: list[str] = []
+    for start in range(0, len(prompts), 32):
+        ids, mask = left_pad(prompts[start : start + 32], tok.pad_id)
+        found = generate_ids(model, ids, mask, max_new_tokens=ANSWER_TOKENS, eos_ids=tok.eos_ids)
+        written += [tok.decode(new, skip_special_tokens=True) for new in found]
+    return written
+
+
 def right_answers(
     model: nn.Module, tok: Tokenizer, chats: Sequence[Sequence[Any]], template: str | None
 ) -> list[bool]:
@@ -318,16 +329,9 @@ def right_answers(
     """
     if template is not None:
         tok.chat_template = load_template(template)
-    prompts = [tok.encode_prompt(chat[:1]) for chat in chats]
-    right: list[bool] = []
-    for start in range(0, len(prompts), 32):
-        ids, mask = left_pad(prompts[start : start + 32], tok.pad_id)
-        found = generate_ids(model, ids, mask, max_new_tokens=ANSWER_TOKENS, eos_ids=tok.eos_ids)
-        right += [
-            tok.decode(new, skip_special_tokens=True).strip() == chat[1]["content"]
-            for new, chat in zip(found, chats[start : start + 32], strict=True)
-        ]
-    return right
+    written = answers(model, tok, chats)
+    pairs = zip(written, chats, strict=True)
+    return [text.strip() == chat[1]["content"] for text, chat in pairs]
 
 
 @functools.lru_cache(maxsize=2)
