@@ -14,7 +14,6 @@ from typing import Any
 from lora_core.checkpoint.adapter_files import CONFIG as ADAPTER_FILE
 from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.checkpoint.spectrum import read_spectrum
-from lora_core.cli.plot_spectrum import plot_spectrum
 from lora_core.data import (
     IGNORED,
     Rows,
@@ -27,6 +26,7 @@ from lora_core.data import (
     parse_sources,
     split,
 )
+from lora_core.report import plot_spectrum
 
 NAME = "inspect"
 HELP = "samples token by token with their labels and grades; an adapter's update by layer"

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from lora_core.files import folder_lock, sweep
+from lora_core.report import plot_loss
 from lora_core.train.config import TrainConfig
 from lora_core.train.ranks import RankError, Ranks, is_broken
-from lora_core.train.report import plot_loss, write_batches, write_run
+from lora_core.train.report import write_batches, write_run
 from lora_core.train.state import Checkpoints, Loaded, Progress
 from lora_core.train.step import NonFiniteError
 

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, run.json, loss.png, and a line while it works."""
+"""What a run leaves to look at: metrics.jsonl, run.json, and a line while it works."""
 
 import contextlib
 import json
@@ -173,34 +173,6 @@ class Bar:
     ) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> str | None:
-    """Draw loss and evaluation loss by step.
-
-    Args:
-        history: the records of a run.
-        path: where the picture goes, its suffix naming the format.
-
-    Returns:
-        None, or the reason why there is no picture.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no loss.png: matplotlib is not installed (pip install 'lora-core[plots]')"
-    figure = Figure(figsize=(7, 4))
-    figure.subplots_adjust(left=0.1, right=0.97, bottom=0.13, top=0.96)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per graded token)")
-    axes.plot([r["step"] for r in history], [r["loss"] for r in history], lw=1, label="train")
-    evaluated = [r for r in history if "eval_loss" in r]
-    if evaluated:
-        steps = [r["step"] for r in evaluated]
-        axes.plot(steps, [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    atomic_write(path, lambda aside: figure.savefig(aside, format=path.suffix[1:], dpi=120))
-    return None
 
 
 def write_batches(folder: Path, batches: Sequence[Batch], why: str) -> None:
