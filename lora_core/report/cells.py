@@ -3,11 +3,13 @@
 What a model wrote is shown, never obeyed. HTML's own characters are escaped where the page is made
 (page.py); here are the characters that escaping leaves alone and that still do harm:
 
-    control characters    NUL and its like are not allowed in HTML: shown as their pictures, ␀
+    control characters    NUL and its like are not allowed in HTML
     bidirectional marks   U+202E turns the rest of the line around, so that "gpj.exe" reads well
-                          and is not: shown by number, ‹U+202E›. Right-to-left scripts need no
-                          marks: each piece is isolated and finds its direction by itself
-    lone surrogates       no UTF-8 exists for them: shown by number
+                          and is not. Right-to-left scripts need no marks: each piece is isolated
+                          and finds its direction by itself
+    lone surrogates       no UTF-8 exists for them
+
+They are shown by number, ‹U+202E›: there are pictures for some, ␀, but many fonts lack them.
 
 Joiners (U+200C, U+200D) stay: Persian, Hindi and half of the emoji are written with them.
 
@@ -70,10 +72,6 @@ def _shown(character: str) -> str:
     if character in _KEPT:
         return character
     code = ord(character)
-    if code < 32:
-        return chr(0x2400 + code)
-    if code == 127:
-        return "␡"
     silent = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
     if silent or code & 0xFFFE == 0xFFFE or 0xFDD0 <= code <= 0xFDEF:  # noncharacters
         return f"‹U+{code:04X}›"

@@ -1,4 +1,4 @@
-"""How figures are made and become files: one style, two shapes, SVG in the reader's colours.
+"""How figures are made and become files: one style, two shapes.
 
 A figure of 7 × 4 inches shown on a phone has letters of 6 pixels. So a figure knows two shapes, one
 for wide screens and one for narrow, with letters of the same size in both; what depends on the
@@ -9,18 +9,16 @@ matplotlib's object interface is used, without pyplot: no window system is looke
 is kept alive. Importing it takes about a second, so it is imported where something is drawn.
 """
 
-import hashlib
 import io
-import re
 import warnings
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from lora_core.files import atomic_write
 from lora_core.report.cells import visible
+from lora_core.report.inline_svg import inline_svg
 from lora_core.report.palette import INK, LIGHT
 
 __all__ = ["new_figure", "no_matplotlib", "on_layout", "png", "save", "svg"]
@@ -204,23 +202,17 @@ def svg(figure: Any, alt: str, *, narrow: bool) -> str:
         in the page's font.
     """
     text = _drawn(figure, narrow, "svg", metadata={"Date": None}, transparent=True).decode()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    opening, inner = text[: text.index(">") + 1], text[text.index(">") + 1 :]
-    box = re.search(r'viewBox="([^"]*)"', opening)
-    assert box is not None  # matplotlib always writes it
-    kind = "narrow" if narrow else "wide"
-    head = (
-        f'<svg class="{kind}" viewBox="{box[1]}" role="img" aria-label="{escape(visible(alt))}" '
-        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
-    mark = hashlib.sha256(text.encode()).hexdigest()[:6]  # ids are the whole page's
-    used = set(re.findall(r"#(\w+)", inner))
-    return head + re.sub(r"<[^>]*>", lambda tag: _themed(tag[0], mark, used), inner)
+    return inline_svg(text, alt, "narrow" if narrow else "wide")
 
 
-def _themed(tag: str, mark: str, used: set[str]) -> str:
-    """A tag with colours as variables, and with ids that no other figure of the page has."""
-    for name, colour in LIGHT.items():
-        tag = tag.replace(f": {colour}", f": var(--{name})")
-    tag = re.sub(r' id="(\w+)"', lambda m: f' id="{mark}{m[1]}"' if m[1] in used else "", tag)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{mark}", tag)
+def legend_above(figure: Any, axes: Any) -> None:
+    """A legend above the panel, in as many columns as the figure's shape has room for."""
+
+    def arrange(narrow: bool) -> None:
+        handles, names = axes.get_legend_handles_labels()
+        longest = max(map(len, names), default=0) + 6  # the handle, in letters
+        columns = max(1, min(len(names), (48 if narrow else 90) // longest))
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3}
+        axes.legend(handles, names, ncols=columns, handlelength=1.6, **place)
+
+    on_layout(figure, arrange)

@@ -9,7 +9,7 @@ Shieber 1995, "An empirical study of algorithms for point-feature label placemen
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_core.report.drawing import on_layout
 from lora_core.report.palette import FAINT
@@ -17,12 +17,27 @@ from lora_core.report.palette import FAINT
 __all__ = ["place_labels"]
 
 Box = tuple[float, float, float, float]
-Named = tuple[str, float, float, float, float]
+
+
+class Named(NamedTuple):
+    """A point that wants a name."""
+
+    name: str
+    x: float
+    """in data, as all of these"""
+    y: float
+    low: float
+    """lower end of its interval bar"""
+    high: float
+    colour: str
+
+
 _SIZE = 9  # points
 _RADIUS = 6.0  # of a point, in points of length
 # where a name may stand: direction from the point
 _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 _STEPS = (0.0, 8.0, 16.0, 26.0, 38.0, 52.0, 70.0)
+_HARD, _SOFT = 10.0, 3.0  # what covering a pixel costs: of a name or point, of an interval bar
 
 
 def place_labels(figure: Any, axes: Any, points: Sequence[Named]) -> None:
@@ -31,7 +46,7 @@ def place_labels(figure: Any, axes: Any, points: Sequence[Named]) -> None:
     Args:
         figure: of `new_figure`.
         axes: the panel.
-        points: (name, x, y, low, high) each, in data; the interval bar runs from low to high.
+        points: what to name.
     """
     held: list[Any] = []
 
@@ -49,26 +64,27 @@ def _write(figure: Any, axes: Any, points: Sequence[Named]) -> Iterator[Any]:
     """Annotations, each at the best place left."""
     unit = figure.dpi / 72  # pixels in a point of length
     border = axes.get_window_extent()
-    at = [axes.transData.transform((p[1], p[2])) for p in points]
-    taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in at]
-    for _, x, _, low, high in points:
-        (left, bottom), (_, top) = axes.transData.transform([(x, low), (x, high)])
-        taken.append((left - unit, bottom, left + unit, top))
+    at = [axes.transData.transform((p.x, p.y)) for p in points]
+    taken = [((x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit), _HARD) for x, y in at]
+    for point in points:
+        low, high = axes.transData.transform([(point.x, point.low), (point.x, point.high)])
+        taken.append(((low[0] - unit, low[1], low[0] + unit, high[1]), _SOFT))
     for place in sorted(range(len(points)), key=lambda i: -_crowd(at, i)):
-        name = points[place][0]
+        name, x, y, *_ = points[place]
         width, height = _measure(figure, name)
         _, box, distance = min(
             (_cost(box, taken, border.extents, step, unit), box, step)
             for box, step in _candidates(at[place], width, height, unit)
         )
-        taken.append(box)
+        taken.append((box, _HARD))
         line = {"arrowstyle": "-", "color": FAINT, "lw": 0.7, "shrinkA": 0, "shrinkB": 3}
         yield axes.annotate(
             name,
-            points[place][1:3],
+            (x, y),
             ((box[0] - at[place][0]) / unit, (box[1] - at[place][1]) / unit),
             textcoords="offset points",
             size=_SIZE,
+            c=points[place].colour,
             ha="left",
             va="bottom",
             arrowprops=line if distance > 8 else None,
@@ -97,15 +113,15 @@ def _candidates(
 
 
 def _cost(
-    box: Box, taken: Sequence[Box], border: Sequence[float], step: float, unit: float
+    box: Box, taken: Sequence[tuple[Box, float]], border: Sequence[float], step: float, unit: float
 ) -> float:
     """What a place costs: area covered, area outside of the panel, distance."""
     pad = 1.5 * unit
     grown = (box[0] - pad, box[1] - pad / 2, box[2] + pad, box[3] + pad / 2)
-    covered = sum(_overlap(grown, other) for other in taken)
+    covered = sum(cost * _overlap(grown, other) for other, cost in taken)
     area = (box[2] - box[0]) * (box[3] - box[1])
     inside = _overlap(box, (border[0], border[1], border[2], border[3]))
-    return 10 * covered + 30 * (area - inside) + step * unit * unit
+    return covered + 30 * (area - inside) + 3 * step * unit * unit
 
 
 def _overlap(a: Box, b: Box) -> float:

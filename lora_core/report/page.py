@@ -115,11 +115,11 @@ class Page:
                 )
         aligned = _aligned(columns, rows, numeric)
         head = "".join(
-            f'<th scope="col"{_class(i in aligned)}>{_safe(name)}</th>'
+            f'<th scope="col"{_class(i in aligned)}><div>{_safe(name)}</div></th>'
             for i, name in enumerate(columns)
         )
         body = "".join(f"<tr>{_row(row, aligned)}</tr>" for row in rows)
-        named = "" if caption is None else f"<caption>{_safe(caption)}</caption>"
+        named = "" if caption is None else f"<caption><div>{_safe(caption)}</div></caption>"
         label = escape(visible(caption or "table"), quote=True)
         self._parts.append(
             f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table>{named}'
@@ -255,9 +255,11 @@ def _aligned(
 def _row(row: Sequence[object], aligned: Collection[int]) -> str:
     first, *rest = row
     cells = (
-        f'<td{_class(i in aligned)} dir="auto">{_cell(cell)}</td>' for i, cell in enumerate(rest, 1)
+        f'<td{_class(i in aligned)}><div dir="auto">{_cell(cell)}</div></td>'
+        for i, cell in enumerate(rest, 1)
     )
-    return f'<th scope="row"{_class(0 in aligned)} dir="auto">{_cell(first)}</th>{"".join(cells)}'
+    named = f'<th scope="row"{_class(0 in aligned)}><div dir="auto">{_cell(first)}</div></th>'
+    return named + "".join(cells)
 
 
 def _cell(value: object) -> str:

@@ -5,6 +5,7 @@ into a report. Names stand at the lines and points themselves, where there is ro
 sends the eye to and fro and relies on colour. An interval is always drawn where there is one.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,16 @@ from typing import Any
 
 from lora_core.files import atomic_write
 from lora_core.report.cells import EstimateLike, number, value_and_interval
-from lora_core.report.drawing import MISSING, label, new_figure, on_layout, save, styled
-from lora_core.report.labels import place_labels
+from lora_core.report.drawing import (
+    MISSING,
+    label,
+    legend_above,
+    new_figure,
+    on_layout,
+    save,
+    styled,
+)
+from lora_core.report.labels import Named, place_labels
 from lora_core.report.palette import FAINT, GROUND, INK, SERIES
 
 __all__ = [
@@ -27,7 +36,7 @@ __all__ = [
 ]
 
 History = Sequence[Mapping[str, Any]]
-_SHAPES = "osD^vPX*"
+_SHAPES = "osD^vPX<>"
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ def loss_curves(histories: Mapping[str, History]) -> Any:
         several = len(histories) > 1
         for place, (name, history) in enumerate(histories.items()):
             _run(axes, label(name) if several else "", history, _colour(place))
-        axes.legend()
+        legend_above(figure, axes)
     return figure
 
 
@@ -194,7 +203,7 @@ def _cloud(
         axes.plot([x, x], [low, high], "-", lw=1.2, c=colour, alpha=0.7, zorder=2)
         axes.plot([left, right], [y, y], "-", lw=1.2, c=colour, alpha=0.7, zorder=2)
         axes.plot([x], [y], shape, ms=7, c=colour, mec=GROUND, mew=0.8, zorder=3)
-        held.append((label(point.name), x, y, low, high))
+        held.append(Named(label(point.name), x, y, low, high, colour))
     axes.margins(x=0.12, y=0.1)
     place_labels(figure, axes, held)
 
@@ -228,7 +237,8 @@ def bars(
         axes.grid(visible=False, axis="y")
         for place, value in enumerate(values.values()):
             _bar(axes, place, value)
-        axes.set_yticks(range(len(values)), [label(name) for name in values])
+        names = [label(name) for name in values]
+        on_layout(figure, lambda narrow: _name_bars(axes, names, 18 if narrow else 36))
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.invert_yaxis()
         axes.margins(x=0.16)
@@ -240,9 +250,14 @@ def bars(
     return figure
 
 
+def _name_bars(axes: Any, names: Sequence[str], width: int) -> None:
+    """Names at the left, broken into lines where they would take the bars' room."""
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, width) for name in names])
+
+
 def _bar(axes: Any, place: int, value: EstimateLike | float) -> None:
     middle, low, high = _parts(value)
-    axes.barh(place, middle, height=0.62, color=SERIES[0], alpha=0.85)
+    axes.barh(place, middle, height=0.62, color=SERIES[0])
     if high > low:
         axes.plot([low, high], [place, place], c=INK, lw=1.2)
         for end in (low, high):
@@ -296,7 +311,7 @@ def sweep(
         axes.set_xticks(settings, [number(s) for s in settings])
         axes.minorticks_off()
         if len(series) > 1:
-            axes.legend()
+            legend_above(figure, axes)
     return figure
 
 

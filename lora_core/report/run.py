@@ -118,7 +118,7 @@ def run_facts(run_dir: str | os.PathLike[str]) -> dict[str, object]:
     batch = f"{train.get('batch_size', '?')} × {train.get('accumulate', '?')}"
     found = {
         "base model": base.get("model"),
-        "base in": base.get("quantize") or ("16 or 32 bits" if base else None),
+        "base weights in": base.get("quantize") or ("16 or 32 bits" if base else None),
         "method": own.get("method"),
         "rank r, alpha": _pair(adapter.get("r"), adapter.get("alpha")),
         "targets": adapter.get("targets"),
@@ -176,7 +176,7 @@ def updates(page: Page, model: nn.Module, adapter: str = "default") -> None:
     most, kind, at = max(cells)
     least = min(cells)[0]
     where = kind if at == NO_LAYER else f"{kind} of layer {at}"
-    told = f"From {least:.2%} to {most:.2%}, the largest in {where}."
+    told = f"From {_percent(least)} to {_percent(most)}, the largest in {where}."
     caption = "Norm of the change of each weight, relative to the weight's norm. " + told
     _figure(page, lambda: update_sizes(sizes), "Heat map of update sizes. " + told, caption)
 
@@ -200,7 +200,7 @@ def base_weights(page: Page, model: nn.Module, code: str = "nf4", block_size: in
     alt = f"Histogram of weights over the {found.code} bins. {told}"
     _figure(page, lambda: weight_histogram(found), alt, told)
     rows = [
-        (f"{level:+.4f}", count, f"{share:.2%}")
+        (f"{level:+.4f}", count, _percent(share))
         for level, count, share in zip(found.levels, found.counts, found.shares, strict=True)
     ]
     with page.details("Counts of each bin"):
@@ -211,8 +211,8 @@ def _told(found: WeightHistogram) -> str:
     even = 1 / len(found.levels)
     return (
         f"{found.total:,} weights of {found.layers} layers, {found.code} in blocks of "
-        f"{found.block_size}: the bins hold from {min(found.shares):.2%} to "
-        f"{max(found.shares):.2%} of them; equal use would be {even:.2%}."
+        f"{found.block_size}: the bins hold from {_percent(min(found.shares))} to "
+        f"{_percent(max(found.shares))} of them; equal use would be {_percent(even)}."
     )
 
 
@@ -232,3 +232,7 @@ def _part(run: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _pair(first: object, second: object) -> str | None:
     return None if first is None else f"{first}, {second}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -32,22 +32,29 @@ nav a{display:inline-block;padding:.35em 0}
 dl{display:grid;grid-template-columns:minmax(8rem,max-content) minmax(0,1fr);margin:1em 0;
  border-top:1px solid var(--rule)}
 dt,dd{margin:0;padding:.35em 0;border-bottom:1px solid var(--rule)}
-dt{color:var(--faint);padding-right:1.2em;max-width:14rem}
+dt{color:var(--faint);padding-right:1em;max-width:14rem}
 .scroll{overflow-x:auto;margin:1em 0;border:1px solid var(--rule);border-radius:8px}
-table{border-collapse:separate;border-spacing:0;width:100%;font-size:1rem}
-caption{text-align:left;padding:.6em .75em;color:var(--faint);position:sticky;left:0}
-th,td{text-align:left;vertical-align:top;padding:.45em .75em;border-top:1px solid var(--rule);
- min-width:4.5rem;max-width:26rem}
-thead th{border-top:0;background:var(--raised);white-space:nowrap;font-weight:600}
+table{border-collapse:separate;border-spacing:0;width:100%}
+caption{text-align:left;color:var(--faint)}
+caption div{position:sticky;left:0;width:max-content;max-width:calc(100vw - 2.2rem);
+ padding:.6em .75em}
+th,td{text-align:left;vertical-align:top;padding:.45em .75em;border-top:1px solid var(--rule)}
+td>div,th>div{width:max-content;max-width:min(26rem,66vw);max-height:24rem;overflow:auto}
+tbody th>div{max-width:min(13rem,36vw)}
+thead th{border-top:0;background:var(--raised);font-weight:600;vertical-align:bottom}
+thead th>div{max-width:9rem}
 caption+thead th{border-top:1px solid var(--rule)}
-tbody th{font-weight:600;position:sticky;left:0;background:var(--ground);max-width:11rem;
- border-right:1px solid var(--rule)}
-thead th:first-child{position:sticky;left:0;border-right:1px solid var(--rule)}
-.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+tbody th,thead th:first-child{position:sticky;left:0;border-right:1px solid var(--rule)}
+tbody th{font-weight:600;background:var(--ground)}
+.num{text-align:right;font-variant-numeric:tabular-nums}
+.num>div{margin-left:auto}
 .range,.count{color:var(--faint);font-size:.875rem}
+.range{white-space:nowrap}
 .count{display:block}
 .note{color:var(--faint);font-size:.9375rem;margin:.3em 0}
 figure{margin:1.4em 0}
+figure svg *{stroke-linejoin:round;stroke-linecap:butt}
+figure svg text{font-family:inherit}
 figure svg,figure img{display:block;width:100%;height:auto}
 figure img{background:#fff;border-radius:8px}
 figcaption{color:var(--faint);font-size:.9375rem;margin-top:.5em}
@@ -60,11 +67,14 @@ pre,code{font:.9375rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 details{margin:1em 0;border:1px solid var(--rule);border-radius:8px;padding:0 .9em}
 summary{cursor:pointer;padding:.7em 0;font-weight:600}
 @media(min-width:40rem){.wide{display:block}.narrow{display:none}main{padding:2rem 1.5rem 4rem}
- h1{font-size:2.1rem}.range{white-space:nowrap}}
-@media(max-width:26rem){dl{display:block}dt{border:0;padding-bottom:0;max-width:none}
- dd{padding-top:0}.range{display:block}}
+ h1{font-size:2.1rem}}
+@media(min-width:50rem){main>.scroll{position:relative;left:50%;translate:-50% 0;
+ width:max-content;min-width:100%;max-width:min(calc(100vw - 4rem),80rem)}}
+@media(max-width:26rem){dl{grid-template-columns:7.5rem minmax(0,1fr)}
+ .num .range{display:block}}
 @media print{main{max-width:none;padding:0}body{font-size:11pt}
- .scroll,blockquote,pre{overflow:visible;max-height:none}nav{display:none}
+ .scroll,blockquote,pre,td>div,th>div{overflow:visible;max-height:none}nav{display:none}
+ table{font-size:9pt}td>div,th>div{width:auto}
  figure,tr,blockquote{break-inside:avoid}h2,h3{break-after:avoid}
  details::details-content{content-visibility:visible;block-size:auto}
  .wide{display:block}.narrow{display:none}}

@@ -42,7 +42,7 @@ def update_sizes(sizes: Mapping[str, Mapping[int, float]]) -> Any:
         known = [x for row in grid for x in row if math.isfinite(x)]
         edges = MaxNLocator(_STEPS).tick_values(0.0, max(known, default=0.0) or 1.0)
         norm = BoundaryNorm(edges, 256)
-        mesh = axes.pcolormesh(grid, cmap="cividis", norm=norm, ec=GROUND, lw=1)
+        mesh = axes.pcolormesh(grid, cmap="viridis", norm=norm, ec=GROUND, lw=1)
         places = [i + 0.5 for i in range(len(layers))]
         step = max(1, math.ceil(len(layers) / 12))
         axes.set_xticks(places[::step], [str(x) for x in layers[::step]])
@@ -68,7 +68,7 @@ def _write_cells(figure: Any, axes: Any, grid: list[list[float]], mesh: Any) -> 
             if math.isfinite(value):
                 red, green, blue, _ = mesh.cmap(mesh.norm(value))
                 dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-                colour = "white" if dark else "black"
+                colour = "#fdfdfd" if dark else "#000000"  # fixed: not the palette's
                 place = {"ha": "center", "va": "center", "size": 9, "c": colour}
                 written.append(axes.text(column + 0.5, row + 0.5, f"{100 * value:.2g} %", **place))
 
@@ -99,12 +99,13 @@ def weight_histogram(found: WeightHistogram) -> Any:
         rows = figure.add_gridspec(2, 1, height_ratios=(3, 2)) if fine else None
         low = figure.add_subplot(rows[1] if rows is not None else 111)
         low.set(xlabel="w / absmax of its block", ylabel="share (%)", xlim=(-1.04, 1.04))
+        low.set_xticks((-1.0, -0.5, 0.0, 0.5, 1.0))
         if rows is not None:
             _fine(figure.add_subplot(rows[0], sharex=low), found)
         edges = (-1.0, *found.edges, 1.0)
         for place, share in enumerate(found.shares):
             left, right = edges[place], edges[place + 1]
-            style = {"color": SERIES[0], "alpha": 0.85, "ec": GROUND, "lw": 1}
+            style = {"color": SERIES[0], "ec": GROUND, "lw": 1}
             low.bar(left, 100 * share, right - left, align="edge", **style)
         low.axhline(100 / 16, c=SERIES[1], ls="--", lw=1.4)
         low.annotate(
@@ -132,6 +133,6 @@ def _fine(axes: Any, found: WeightHistogram) -> None:
         axes.axvline(edge, c=FAINT, lw=0.6)
     axes.plot(found.levels, [0] * len(found.levels), "^", c=INK, ms=6, clip_on=False, zorder=4)
     axes.set(ylabel="density", yticks=[])
-    axes.tick_params(labelbottom=False)
+    axes.tick_params(labelbottom=False, bottom=False)
     axes.grid(visible=False)
     axes.set_title("lines: edges of the bins · triangles: levels", weight="normal", size=9)
