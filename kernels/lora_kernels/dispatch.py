@@ -20,14 +20,14 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from lora_kernels.cpu import library
 
-__all__ = ["BACKENDS", "backend_for", "describe", "device_of", "requested"]
+__all__ = ["BACKENDS", "backend_for", "describe", "device_of", "inside", "requested"]
 
 BACKENDS = ("reference", "native", "triton")
 # what each device type tries first under `auto`; the interpreter has to be asked for by name
@@ -65,9 +65,10 @@ def backend_for(tensor: Tensor, offered: Collection[str] = ("reference",)) -> st
     """
     choice = requested()
     if choice == "auto":
-        order = _PREFERENCE.get(tensor.device.type, ("reference",))
-        able = (b for b in order if b in offered and _why_absent(b, tensor.device) is None)
-        return next(able)
+        for backend in _PREFERENCE.get(tensor.device.type, ()):
+            if backend in offered and _why_absent(backend, tensor.device) is None:
+                return backend
+        return "reference"
     if choice in offered:
         reason = _why_absent(choice, tensor.device)
     else:  # said without compiling anything
@@ -89,6 +90,30 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
         A context, empty for tensors that are on no GPU.
     """
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def inside(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """What the body of an operator works in: the tensor's device is the current one, autocast off.
+
+    The caller has cast what autocast casts; what the body does is not to be cast again. On a CPU
+    outside autocast that is how things are already, and leaving them so saves 5 µs an operator,
+    which one token of a small model pays a hundred times.
+
+    Args:
+        tensor: on any device.
+
+    Returns:
+        A context.
+    """
+    if tensor.is_cpu and not torch.is_autocast_enabled("cpu"):
+        return contextlib.nullcontext()
+    return _surroundings(tensor)
+
+
+@contextlib.contextmanager
+def _surroundings(tensor: Tensor) -> Iterator[None]:
+    with torch.autocast(tensor.device.type, enabled=False), device_of(tensor):
+        yield
 
 
 def describe() -> dict[str, str]:

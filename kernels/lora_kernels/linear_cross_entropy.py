@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.cross_entropy import Grading
-from lora_kernels.dispatch import device_of
+from lora_kernels.dispatch import inside
 from lora_kernels.head_chunks import IGNORE, Head, Wants, grade, weight_gradient
 from lora_kernels.operands import autocast_dtype, wide
 
@@ -213,7 +213,7 @@ def linear_cross_entropy_reference(
 @torch.library.impl("lora_kernels::linear_cross_entropy", "default")
 def _linear_cross_entropy(hidden: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, ...]:
     head, (dtype, *grading), wants = Head(*args[:5]), args[5:9], Wants(*args[9:])
-    with torch.autocast(hidden.device.type, enabled=False), device_of(hidden):
+    with inside(hidden):
         found = grade(hidden, targets, head, dtype, Grading(*grading), wants)
         return found.losses, found.losses.sum(), *found[1:]
 
@@ -221,7 +221,7 @@ def _linear_cross_entropy(hidden: Tensor, targets: Tensor, *args: Any) -> tuple[
 @torch.library.impl("lora_kernels::linear_cross_entropy_dweight", "default")
 def _dweight(factor: Tensor, norms: Tensor, hidden: Tensor, targets: Tensor, *args: Any) -> Tensor:
     head, (dtype, *grading) = Head(*args[:5]), args[5:]
-    with torch.autocast(hidden.device.type, enabled=False), device_of(hidden):
+    with inside(hidden):
         return weight_gradient(factor, norms, hidden, targets, head, dtype, Grading(*grading))
 
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import low_rank as part
-from lora_kernels.dispatch import backend_for, device_of, requested
+from lora_kernels.dispatch import backend_for, inside, requested
 from lora_kernels.dropout import drop_rows
 from lora_kernels.low_rank import HALF, LowRank
 from lora_kernels.matmul4 import dx_reference, matmul4, matmul4_reference
@@ -213,7 +213,7 @@ def _lora_linear4(x: Tensor, *args: Any) -> Tensor:
     weight, bias, lora = unflat(args[:WIDTH]), args[WIDTH], LowRank(*args[WIDTH + 1 :])
     part.check_values(lora)
     backend, x_rows = backend_for(x, BACKENDS), flatten(x)
-    with torch.autocast(x.device.type, enabled=False), device_of(x):
+    with inside(x):
         if backend == "triton":
             y = _forward_triton(x_rows, weight, bias, lora)
         else:
@@ -227,7 +227,7 @@ def _lora_linear4_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, T
     weight, lora = unflat(args[:WIDTH]), LowRank(*args[WIDTH:-2])
     wants, backend = (args[-2], args[-1]), backend_for(dy, BACKENDS)
     both = flatten(dy), flatten(x)
-    with torch.autocast(dy.device.type, enabled=False), device_of(dy):
+    with inside(dy):
         if backend == "triton":
             dx, ddown, dup = _backward_triton(*both, weight, lora, wants)
         else:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import low_rank as part
-from lora_kernels.dispatch import backend_for, device_of
+from lora_kernels.dispatch import backend_for, inside
 from lora_kernels.dropout import drop_rows
 from lora_kernels.low_rank import HALF, SCHEMA, WIDTH, LowRank
 from lora_kernels.operands import autocast
@@ -115,7 +115,7 @@ def _lora_update(y: Tensor | None, x: Tensor, *args: Any) -> Tensor:
     lora, backend = LowRank(*args), backend_for(x, BACKENDS)
     part.check_values(lora)
     n = lora.up.shape[1]
-    with torch.autocast(x.device.type, enabled=False), device_of(x):
+    with inside(x):
         if backend != "triton" or x.dtype not in HALF:
             change = part.update(flatten(x), lora, drop_rows)
         else:
@@ -135,7 +135,7 @@ def _lora_update(y: Tensor | None, x: Tensor, *args: Any) -> Tensor:
 def _lora_update_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     lora, wants = LowRank(*args[:WIDTH]), (args[-2], args[-1])
     dy_rows, x_rows = flatten(dy), flatten(x)
-    with torch.autocast(x.device.type, enabled=False), device_of(x):
+    with inside(x):
         if backend_for(x, BACKENDS) == "triton" and x.dtype in HALF:
             from lora_kernels.gpu import low_rank as gpu
 

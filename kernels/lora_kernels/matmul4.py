@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch import backend_for, device_of
+from lora_kernels.dispatch import backend_for, inside
 from lora_kernels.expand4 import expand4
 from lora_kernels.expansions import expanded, taken
 from lora_kernels.operands import (
@@ -150,7 +150,7 @@ def _matmul4(x: Tensor, *args: Any) -> Tensor:
     }
     run = offered[backend_for(x, BACKENDS)]
     # the caller's cast is the only one
-    with torch.autocast(x.device.type, enabled=False), device_of(x):
+    with inside(x):
         return run(x, unflat(args[:-1]), args[-1])
 
 
@@ -158,7 +158,7 @@ def _matmul4(x: Tensor, *args: Any) -> Tensor:
 def _matmul4_dx(dy: Tensor, *args: Any) -> Tensor:
     offered = {"reference": dx_reference, "native": _dx_native, "triton": _dx_triton}
     run = offered[backend_for(dy, BACKENDS)]
-    with torch.autocast(dy.device.type, enabled=False), device_of(dy):
+    with inside(dy):
         return run(dy, unflat(args))
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lora_kernels import operands
 from lora_kernels.derivatives import through
-from lora_kernels.dispatch import backend_for, device_of
+from lora_kernels.dispatch import backend_for, inside
 from lora_kernels.operands import rows
 
 __all__ = ["rms_norm", "rms_norm_reference"]
@@ -134,7 +134,7 @@ _HALVES = (torch.bfloat16, torch.float16, torch.float32)
 @torch.library.impl("lora_kernels::rms_norm", "default")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: bool, wide: bool) -> Tensor:
     backend, dtype, flat = _backend(x, weight, wide), _result(x, weight, wide), _rows(x)
-    with torch.autocast(x.device.type, enabled=False), device_of(x):
+    with inside(x):
         if backend == "native":
             from lora_kernels.cpu import rms_norm as cpu
 
@@ -163,7 +163,7 @@ def _rms_norm_backward(
     flat, rows_dy = _rows(x), rows(dy).contiguous()
     dx: Tensor | None
     dw: Tensor | None
-    with torch.autocast(x.device.type, enabled=False), device_of(x):
+    with inside(x):
         if backend == "native":
             from lora_kernels.cpu import rms_norm as cpu
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch import backend_for, device_of
+from lora_kernels.dispatch import backend_for, inside
 
 __all__ = ["rotary", "rotary_reference"]
 
@@ -110,7 +110,7 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     backend = backend_for(x, BACKENDS)
     if backend == "native" and x.dtype == torch.float64:
         backend = "reference"  # C has no float64
-    with torch.autocast(x.device.type, enabled=False), device_of(x):
+    with inside(x):
         if backend == "reference":
             return rotary_reference(x, cos, sin, inverse)
         out = torch.empty_like(x)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.derivatives import through
-from lora_kernels.dispatch import backend_for, device_of
+from lora_kernels.dispatch import backend_for, inside
 from lora_kernels.operands import rows
 
 __all__ = ["ACTIVATIONS", "swiglu", "swiglu_reference"]
@@ -108,7 +108,7 @@ def _backend(gate: Tensor) -> str:
 @torch.library.impl("lora_kernels::swiglu", "default")
 def _swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     backend = _backend(gate)
-    with torch.autocast(gate.device.type, enabled=False), device_of(gate):
+    with inside(gate):
         if backend == "reference":
             return swiglu_reference(gate, up, activation).contiguous()
         a, b = _flat(gate, up)
@@ -126,7 +126,7 @@ def _swiglu_backward(
     dout: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     backend = _backend(gate)
-    with torch.autocast(gate.device.type, enabled=False), device_of(gate):
+    with inside(gate):
         if backend == "reference":
             plain = gradients_reference(dout, gate, up, activation)
             return plain[0].contiguous(), plain[1].contiguous()

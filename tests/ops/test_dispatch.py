@@ -1,3 +1,4 @@
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -190,3 +191,12 @@ def test_describe_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines["native"] == "available: C for avx2, built by gcc 1.2.3"
     assert lines["triton"] == "not available: NVIDIA T4 is too old"
     assert lines["selected"] == "reference (LORA_KERNELS=auto: nothing faster is available)"
+
+
+def test_an_operator_works_outside_of_autocast_whoever_calls_it() -> None:
+    assert isinstance(dispatch.inside(X), contextlib.nullcontext)  # nothing is there to switch off
+    with torch.autocast("cpu", torch.bfloat16):
+        with dispatch.inside(X):
+            assert not torch.is_autocast_enabled("cpu")
+            assert (X @ X.T).dtype == torch.float32
+        assert (X @ X.T).dtype == torch.bfloat16
