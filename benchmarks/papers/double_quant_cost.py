@@ -14,6 +14,7 @@ from benchmarks.papers.quantized import DENSE, Format, loss_difference, measured
 from lora_core.checkpoint import load_model
 from lora_core.evaluate.estimate import Estimate
 from lora_core.quant import quantize_nf4
+from lora_core.targets import in_head, output_head_name
 
 PAPER_BITS = 0.127
 ROUNDING = 0.0005  # the paper gives three digits
@@ -37,7 +38,8 @@ def run(settings: Settings) -> Finding:
     """Bits of the scales and the loss, with and without."""
     model = load_model(settings.model, dtype=torch.float32)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    own = [m.weight.detach() for n, m in layers.items() if "head" not in n]
+    head = output_head_name(model)
+    own = [m.weight.detach() for n, m in layers.items() if not in_head(n, head)]
     large = [torch.randn((64, 4096) if settings.quick else LARGE)]
     bits = {
         double: (scale_bits(large, double), scale_bits(own, double)) for double in (False, True)

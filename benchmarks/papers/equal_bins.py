@@ -16,44 +16,48 @@ the figures.
 
 import math
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.papers.claim import Check, Claim, Finding, Settings
-from lora_core.checkpoint import load_model
+from benchmarks.papers.page import PAGE
+from lora_core.checkpoint import base_model_path, load_model
 from lora_core.evaluate.estimate import Estimate, bootstrap
-from lora_core.quant import bin_masses, nf4_values, quantize_nf4
+from lora_core.quant import bin_masses, nf4_values
+from lora_core.report import WeightHistogram, save, weight_bins, weight_histogram
+from lora_core.targets import in_head, output_head_name
 
 BLOCK = 64
 MARGIN = 0.1
 PICTURE = "images/nf4-bins.png"
+Shares = Sequence[float] | np.ndarray
 
 
-def layer_counts(settings: Settings) -> np.ndarray:
-    """How many weights of each layer of the base have each code, (layers, 16)."""
+def layers_of(settings: Settings) -> list[WeightHistogram]:
+    """Each linear layer of the base by NF4's bins, the output head left out."""
     model = load_model(settings.model, dtype=torch.float32)
-    counts = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "head" not in name:
-            packed = quantize_nf4(module.weight.detach(), block_size=BLOCK).packed
-            codes = torch.cat((packed >> 4, packed & 15))
-            counts.append(torch.bincount(codes.int(), minlength=16).numpy())
-    return np.stack(counts)
+    head = output_head_name(model)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return [weight_bins(m, "nf4", BLOCK) for n, m in linears.items() if not in_head(n, head)]
 
 
-def unevenness(shares: Sequence[float] | np.ndarray) -> float:
+def unevenness(shares: Shares) -> float:
     """(largest - smallest share) / (1/16): 0 where all bins are alike."""
     return float(16 * (max(shares) - min(shares)))
 
 
-def entropy(shares: Sequence[float] | np.ndarray) -> float:
+def entropy(shares: Shares) -> float:
     """Bits that a code carries; 4 where all bins are alike."""
     return -sum(float(share) * math.log2(share) for share in shares if share > 0)
 
 
-def over_layers(counts: np.ndarray) -> Estimate:
+def over_layers(layers: Sequence[WeightHistogram]) -> Estimate:
     """The unevenness of all weights, layers resampled."""
+    counts = np.array([layer.counts for layer in layers])  # (layers, 16)
 
     def statistic(drawn: np.ndarray) -> float:
         total = counts[drawn].sum(axis=0)
@@ -62,40 +66,50 @@ def over_layers(counts: np.ndarray) -> Estimate:
     return bootstrap(len(counts), statistic, unit="layers")
 
 
+def draw(settings: Settings, found: WeightHistogram) -> str | None:
+    """Save the figure, for the page if it is the page's run; its name, None without matplotlib."""
+    shown = settings.model == base_model_path() and not settings.quick
+    path = PAGE.parent / PICTURE if shown else settings.out / Path(PICTURE).name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save(weight_histogram(found), path)
+    except ImportError:
+        print("  no figure: matplotlib is not installed")
+        return None
+    return PICTURE if shown else str(path)
+
+
 def run(settings: Settings) -> Finding:
     """Shares of the bins: computed for normal weights, counted on the base's."""
     expected = bin_masses("nf4", BLOCK).numpy()
-    counts = layer_counts(settings)
-    total = counts.sum(axis=0)
-    shares = total / total.sum()
+    layers = layers_of(settings)
+    found = reduce(add, layers)
     values = nf4_values().tolist()
     rows = [
         {
             "bin": code,
             "value": values[code],
             "normal weights, × 1/16": float(16 * expected[code]),
-            "this base's weights, × 1/16": float(16 * shares[code]),
+            "this base's weights, × 1/16": 16 * found.shares[code],
         }
         for code in range(16)
     ]
     computed = unevenness(expected)
     exact = Estimate(computed, 1, computed, computed, "distribution", 1.0, "exact")
+    what = "(fullest − emptiest bin) / (1/16)"
     checks = [
-        Check("fullest − emptiest bin by 1/16, normal weights", exact, "within", MARGIN),
-        Check(
-            "fullest − emptiest bin by 1/16, this base's weights",
-            over_layers(counts),
-            "within",
-            MARGIN,
-        ),
+        Check(f"{what}, normal weights", exact, "within", MARGIN),
+        Check(f"{what}, this base's weights", over_layers(layers), "within", MARGIN),
     ]
-    chi_square = float(((total - total.sum() / 16) ** 2 / (total.sum() / 16)).sum())
+    even = found.total / 16
+    chi_square = sum((count - even) ** 2 / even for count in found.counts)
     figures = {
-        "weights": int(total.sum()),
+        "weights": found.total,
         "chi_square_15_degrees": chi_square,
-        "chi_square_by_weights": chi_square / float(total.sum()),
+        "chi_square_by_weights": chi_square / found.total,
         "bits_of_4_normal": entropy(expected),
-        "bits_of_4_this_base": entropy(shares),
+        "bits_of_4_this_base": entropy(found.shares),
+        "picture": draw(settings, found),
     }
     return Finding(rows, checks, figures)
 

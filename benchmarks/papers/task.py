@@ -31,14 +31,12 @@ from lora_core.data import (
     SFTDataset,
     TextWindows,
     Tokenizer,
-    collate,
     load_template,
     load_tokenizer,
 )
 from lora_core.data.stdlib import FunctionRow, function_conversations, read_corpus
-from lora_core.evaluate import modes_kept
+from lora_core.evaluate import perplexity
 from lora_core.files import atomic_write, sha256_file
-from lora_core.losses import IGNORE, shift_labels, token_cross_entropy
 from lora_core.models import generate_ids, left_pad
 from lora_core.train import TrainConfig, train
 
@@ -290,22 +288,10 @@ def score(
     )
 
 
-@torch.no_grad()
-def row_losses(
-    model: nn.Module, rows: Sequence[Any], batch_size: int = 16
-) -> tuple[list[float], list[int]]:
+def row_losses(model: nn.Module, rows: Sequence[Any]) -> tuple[list[float], list[int]]:
     """Summed nats and graded tokens of each row."""
-    nll: list[float] = []
-    tokens: list[int] = []
-    with modes_kept(model):
-        model.eval()
-        for start in range(0, len(rows), batch_size):
-            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-            labels = batch.pop("labels")  # (B, T)
-            losses = token_cross_entropy(model(**batch).logits, labels)
-            nll += losses.sum(dim=-1, dtype=torch.float64).tolist()
-            tokens += (shift_labels(labels) != IGNORE).sum(dim=-1).tolist()
-    return nll, tokens
+    found = perplexity(model, rows, batch_size=16)
+    return list(found.row_nll), list(found.row_tokens)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """A model that is asked in another template than the one it was trained in.
 
 "Using a format different from the format a model was trained with will usually cause severe, silent
-performance degradation." Models are trained in ChatML and in Llama 3's template, and asked in both
-and in Alpaca's. What is judged is the answer alone: the loss of its tokens, the mark that ends a
+performance degradation." Models are trained in ChatML and in Alpaca's template, and asked in both
+and in Llama 3's. What is judged is the answer alone: the loss of its tokens, the mark that ends a
 turn left out (it differs by template, and is not the answer), and whether what the model writes
 begins with the whole reference. The same tokens are graded in each template, in the same rows.
 """
@@ -17,8 +17,8 @@ from benchmarks.papers.claim import Check, Claim, Finding, Settings, over_seeds
 from benchmarks.papers.task import Variant, answers, function_task, row_losses, trained
 from lora_core.data import IGNORED, Tokenizer, load_template, load_tokenizer
 
-TRAINED = ("chatml", "llama3")
-ASKED = ("chatml", "llama3", "alpaca")
+TRAINED = ("chatml", "alpaca")
+ASKED = ("chatml", "alpaca", "llama3")
 
 
 def answer_rows(chats: Sequence[Sequence[Any]], tok: Tokenizer) -> list[dict[str, Any]]:
