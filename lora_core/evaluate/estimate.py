@@ -75,13 +75,15 @@ def _beyond(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def proportion(successes: int, count: int, *, unit: str = "rows", level: float = 0.95) -> Estimate:
+def proportion(
+    successes: float, count: int, *, unit: str = "rows", level: float = 0.95
+) -> Estimate:
     r"""A share, with Wilson's score interval.
 
     (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p = successes / n.
 
     Args:
-        successes: 0 … count.
+        successes: 0 … count; a tie may count half, and the interval is then wider than need be.
         count: n, how many tries there were.
         unit: what is counted.
         level: confidence.
@@ -130,7 +132,8 @@ def bootstrap(  # options by name
         level: confidence.
 
     Returns:
-        The statistic on the rows as they are, and the interval. One row gives none (NaN).
+        The statistic on the rows as they are, and the interval. One row gives none (NaN);
+        resamples of which the statistic is NaN say nothing and are left out.
 
     Raises:
         ValueError: no rows, or an option out of range.
@@ -139,7 +142,8 @@ def bootstrap(  # options by name
 
     _check_rows(rows, resamples)
     value = float(statistic(np.arange(rows)))
-    found = [float(statistic(draw)) for block in _draws(rows, resamples, seed) for draw in block]
+    drawn = [float(statistic(draw)) for block in _draws(rows, resamples, seed) for draw in block]
+    found = [figure for figure in drawn if not math.isnan(figure)]
     return _percentiles(value, rows if count is None else count, found, unit, level)
 
 
