@@ -31,7 +31,7 @@ from lora_core.evaluate.perplexity import modes_kept
 from lora_core.evaluate.questions import Message, Prompt, Question
 from lora_core.models import Sampling, generate_ids, left_pad
 
-__all__ = ["Answer", "answer_questions", "prompt_of"]
+__all__ = ["Answer", "answer_questions", "encode_prompts", "prompt_of"]
 
 Batch = list[int]  # places of questions
 Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
@@ -107,10 +107,12 @@ def answer_questions(  # noqa: PLR0913  # options by name
         ValueError: an option out of range, an id twice, a question that the template refuses or
             that leaves no room for an answer (with its file:line), or `out` of other settings.
     """
-    _check(questions, max_new_tokens, batch_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
     sampling = sampling or Sampling()
-    prompts = _encoded(tok, questions, system, shots)
-    _check_room(model, questions, prompts, max_new_tokens)
+    prompts = encode_prompts(
+        model, tok, questions, system=system, shots=shots, max_new_tokens=max_new_tokens
+    )
     settings = {
         **(bound or {}),
         "questions": digest_of([q.messages, q.references, q.tools, q.id] for q in questions),
@@ -138,6 +140,40 @@ def answer_questions(  # noqa: PLR0913  # options by name
                 file.append(new)
             kept |= {answer.id: answer for answer in new}
     return [kept[question.id] for question in questions]
+
+
+def encode_prompts(
+    model: nn.Module,
+    tok: Any,
+    questions: Sequence[Question],
+    *,
+    system: str | None = None,
+    shots: Sequence[Prompt] = (),
+    max_new_tokens: int = 128,
+) -> list[list[int]]:
+    """What the model will be given, checked before anything is generated.
+
+    Args:
+        model: whose positions have to suffice, where its configuration says how many there are.
+        tok: its tokenizer.
+        questions: what is asked.
+        system: as for `answer_questions`.
+        shots: likewise.
+        max_new_tokens: likewise.
+
+    Returns:
+        Token ids of each prompt.
+
+    Raises:
+        ValueError: no questions, an id twice, or a question that the template refuses or that
+            leaves no room for an answer, with its file:line.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more; got {max_new_tokens}")
+    _check_ids(questions)
+    prompts = [_encoded(tok, question, system, shots) for question in questions]
+    _check_room(model, questions, prompts, max_new_tokens)
+    return prompts
 
 
 class _Generator:
@@ -183,12 +219,9 @@ class _Generator:
         )
 
 
-def _check(questions: Sequence[Question], max_new_tokens: int, batch_size: int) -> None:
+def _check_ids(questions: Sequence[Question]) -> None:
     if not questions:
         raise ValueError("there are no questions to answer")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more; got {value}")
     seen: dict[str, Question] = {}
     for question in questions:
         if question.id in seen:
@@ -199,21 +232,16 @@ def _check(questions: Sequence[Question], max_new_tokens: int, batch_size: int) 
 
 
 def _encoded(
-    tok: Any, questions: Sequence[Question], system: str | None, shots: Sequence[Prompt]
-) -> list[list[int]]:
-    """Token ids of every prompt."""
-    found = []
-    for question in questions:
-        prompt = prompt_of(question, system, shots)
-        try:
-            if question.tools and not isinstance(prompt, str):
-                text = tok.render(prompt, add_generation_prompt=True, tools=list(question.tools))
-                found.append(tok.encode(text))
-            else:
-                found.append(tok.encode_prompt(prompt))
-        except ValueError as error:
-            raise ValueError(f"{question.where}: {error}") from None
-    return found
+    tok: Any, question: Question, system: str | None, shots: Sequence[Prompt]
+) -> list[int]:
+    prompt = prompt_of(question, system, shots)
+    try:
+        if question.tools and not isinstance(prompt, str):
+            tools = list(question.tools)
+            return list(tok.encode(tok.render(prompt, add_generation_prompt=True, tools=tools)))
+        return list(tok.encode_prompt(prompt))
+    except ValueError as error:
+        raise ValueError(f"{question.where}: {error}") from None
 
 
 def _check_room(

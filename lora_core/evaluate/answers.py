@@ -19,6 +19,7 @@ from typing import Any
 
 from lora_core.data.lines import read_rows
 from lora_core.evaluate.questions import Prompt, Question
+from lora_core.evaluate.row_log import RowLog, short
 from lora_core.files import atomic_write
 
 
@@ -72,18 +73,16 @@ class AnswerFile:
         settings = json.loads(json.dumps(settings))
         if self.path.is_file() and self.path.stat().st_size:
             self._check(settings)
-            _cut_torn_line(self.path)
         else:
             atomic_write(self.beside, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        held = self.path.is_file() and self.path.stat().st_size
-        self.kept = {answer.id: answer for answer in read_answers(self.path)} if held else {}
+        self.log = RowLog(self.path)
+        answers = (_parse(row, where) for where, row in self.log.kept)
+        self.kept = {answer.id: answer for answer in answers}
 
     def append(self, answers: Sequence[Answer]) -> None:
-        """Write answers to the end, and out of this process's buffers."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            for answer in answers:
-                stream.write(json.dumps(answer.facts(), ensure_ascii=False) + "\n")
-            stream.flush()
+        """Write answers to the end, each one whole."""
+        for answer in answers:
+            self.log.append(answer.facts())
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         if not self.beside.is_file():
@@ -96,7 +95,7 @@ class AnswerFile:
         except ValueError as error:
             raise ValueError(f"{self.beside} is not valid JSON: {error}") from None
         differing = [
-            f"{name} was {_short(before.get(name))}, is {_short(settings.get(name))}"
+            f"{name} was {short(before.get(name))}, is {short(settings.get(name))}"
             for name in dict.fromkeys([*before, *settings])
             if before.get(name) != settings.get(name)
         ]
@@ -203,19 +202,6 @@ def _parse(row: Mapping[str, Any], where: str) -> Answer:
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Take away what a killed process left of a line."""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        atomic_write(path, whole)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:56]} …"
 
 
 def digest_of(items: Iterable[Any]) -> str:
