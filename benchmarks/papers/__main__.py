@@ -8,8 +8,8 @@
 
 A module of this package with a `CLAIM` is a claim. Each result is appended as its claim ends, and a
 claim whose result is there under the same settings is not run again (`--again` does). What was
-trained lies in `--out` and is shared by the claims. Results of `--quick` and of other models than
-the shipped one go to `--out` too, never into the page.
+trained lies in `--out` and is shared by the claims. Results of `--quick` and of a model, a text or
+counts of one's own go to `--out` too, never into the page.
 """
 
 import argparse
@@ -34,17 +34,18 @@ from lora_core.evaluate.estimate import Estimate
 
 FILE = RESULTS / "papers.jsonl"
 QUICK = {"steps": 4, "held_out": 4}
+OWN = ("model", "text", "steps", "held_out")  # flags whose results are the user's, not the page's
 
 
 def claims() -> dict[str, Claim]:
-    """Every claim by name, by the papers' order in time."""
+    """Every claim by name, a paper's claims together."""
     found = []
     for module in pkgutil.iter_modules(benchmarks.papers.__path__):
         if not module.name.startswith("_"):
             loaded = importlib.import_module(f"benchmarks.papers.{module.name}")
             if isinstance(getattr(loaded, "CLAIM", None), Claim):
                 found.append(loaded.CLAIM)
-    return {claim.name: claim for claim in found}
+    return {claim.name: claim for claim in sorted(found, key=lambda c: (c.paper, c.name))}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="[0 1 2]")
     made.add_argument("--model", metavar="DIR", help="base model [the shipped one]")
     made.add_argument("--text", metavar="FILE", help="text for perplexity [held-out modules]")
+    made.add_argument("--steps", type=int, help=f"of a training [{Settings.steps}]")
+    made.add_argument("--held-out", type=int, help=f"rows to judge by [{Settings.held_out}]")
     made.add_argument("--out", metavar="DIR", default="runs/papers", help="[runs/papers]")
     made.add_argument("--quick", action="store_true", help="toy counts")
     made.add_argument("--again", action="store_true", help="run what has a result, too")
@@ -69,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that the flags mean."""
     counts: dict[str, Any] = QUICK if args.quick else {}
+    counts = counts | {k: getattr(args, k) for k in QUICK if getattr(args, k) is not None}
     return Settings(
         model=Path(args.model) if args.model else base_model_path(),
         out=Path(args.out),
@@ -127,7 +131,7 @@ def result(claim: Claim, finding: Finding, settings: Settings, command: str) -> 
         ],
         "figures": finding.figures,
         "verdict": finding.verdict,
-        "why": finding.why,
+        "reasons": finding.reasons,
         "seconds": round(finding.seconds, 1),
     }
 
@@ -152,9 +156,9 @@ def read_results(file: Path) -> dict[str, dict[str, Any]]:
 def command_of(claim: Claim, args: argparse.Namespace) -> str:
     """The command that makes a claim's result."""
     flags = [] if args.seeds == [0, 1, 2] else ["--seeds", *map(str, args.seeds)]
-    for name in ("model", "text"):
-        if getattr(args, name):
-            flags += [f"--{name}", getattr(args, name)]
+    for name in OWN:
+        if getattr(args, name) is not None:
+            flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     flags += ["--quick"] if args.quick else []
     return shlex.join(["python", "-m", "benchmarks.papers", claim.name, *flags])
 
@@ -162,7 +166,7 @@ def command_of(claim: Claim, args: argparse.Namespace) -> str:
 def run(args: argparse.Namespace) -> int:
     """Run what is asked for, one claim after the other; what fails does not stop the others."""
     settings, failed = settings_of(args), []
-    own = settings.quick or args.model or args.text
+    own = settings.quick or any(getattr(args, name) is not None for name in OWN)
     file = settings.out / "papers.jsonl" if own else FILE
     known = read_results(file)
     for claim in chosen(args.names):

@@ -28,6 +28,7 @@ from lora_core.evaluate.estimate import Estimate
 
 Verdict = Literal["agrees", "disagrees", "undecided"]
 MOST_REASONS = 4
+_WEIGHT = {"disagrees": 0, "undecided": 1, "agrees": 2}  # the first decides before the others
 
 # Student's t at 97.5 %, by degrees of freedom from 1
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -117,13 +118,18 @@ class Finding:
         return "agrees" if found and set(found) == {"agrees"} else "undecided"
 
     @property
-    def why(self) -> str:
-        """The checks that decided it, in words: of more than four those that do not agree first."""
-        decided = sorted(self.checks, key=lambda check: check.verdict == "agrees")
-        shown = "; ".join(str(check) for check in decided[:MOST_REASONS])
-        left = decided[MOST_REASONS:]
+    def reasons(self) -> list[str]:
+        """The checks in words; of more than four those that decided it, the others counted."""
+        decided = sorted(self.checks, key=lambda check: _WEIGHT[check.verdict])
+        shown, left = decided[:MOST_REASONS], decided[MOST_REASONS:]
         agreeing = sum(check.verdict == "agrees" for check in left)
-        return shown + (f"; and {len(left)} more, of which {agreeing} agree" if left else "")
+        more = [f"and {len(left)} more, of which {agreeing} agree"] if left else []
+        return [*map(str, shown), *more]
+
+    @property
+    def why(self) -> str:
+        """The reasons in a line."""
+        return "; ".join(self.reasons)
 
 
 @dataclass(frozen=True)

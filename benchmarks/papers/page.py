@@ -1,4 +1,7 @@
-"""docs/papers.md's generated part: a table of the verdicts, then each claim with its figures."""
+"""docs/papers.md's generated part: a table of the verdicts, then each claim with its figures.
+
+A claim without a result is not on the page.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,37 +11,30 @@ from benchmarks.papers.claim import Claim
 
 PAGE = Path(__file__).parents[2] / "docs" / "papers.md"
 MARK = ("<!-- papers: made by `python -m benchmarks.papers --write` -->", "<!-- end of papers -->")
-NOT_RUN = "not yet run"
 
 
 def generated(claims: Mapping[str, Claim], results: Mapping[str, Mapping[str, Any]]) -> str:
     """The part between the marks."""
+    found = [(claim, results[name]) for name, claim in claims.items() if name in results]
     lines = ["| claim | paper | verdict |", "|---|---|---|"]
-    for name, claim in claims.items():
-        verdict = results[name]["verdict"] if name in results else NOT_RUN
-        lines.append(f"| [{claim.says}](#{name}) | {claim.paper} | **{verdict}** |")
-    for name, claim in claims.items():
-        lines += ["", *_section(claim, results.get(name))]
+    for claim, row in found:
+        lines.append(f"| [{claim.says}](#{claim.name}) | {claim.paper} | **{row['verdict']}** |")
+    for claim, row in found:
+        lines += ["", *_section(claim, row)]
     return "\n".join(lines)
 
 
-def _section(claim: Claim, found: Mapping[str, Any] | None) -> list[str]:
+def _section(claim: Claim, found: Mapping[str, Any]) -> list[str]:
     """One claim: what it says, the command, its table, the verdict and why."""
     lines = [f"### {claim.name}", "", f"{claim.says} ({claim.paper})", ""]
-    if found is None:
-        return [*lines, f"**{NOT_RUN}**: `python -m benchmarks.papers {claim.name}`"]
     lines += ["```console", f"$ {found['command']}", "```", "", *table(found["rows"])]
-    lines += ["", f"**{found['verdict']}.**", "", *(f"- {part}" for part in _reasons(found))]
+    lines += ["", f"**{found['verdict']}.**", "", *(f"- {reason}" for reason in found["reasons"])]
     lines += [f"- On another scale: {claim.scale}"]
     if picture := found["figures"].get("picture"):
         lines += ["", f"![{claim.says}]({picture})"]
     where = found["machine"]
     lines += ["", f"{found['seconds']:.0f} s on {where['machine']}, {where['threads']} threads."]
     return lines
-
-
-def _reasons(found: Mapping[str, Any]) -> list[str]:
-    return str(found["why"]).split("; ")
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
