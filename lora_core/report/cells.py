@@ -117,7 +117,7 @@ def estimate_text(estimate: EstimateLike, *, percent: bool = False, count: bool 
 
 def value_and_interval(estimate: EstimateLike, *, percent: bool = False) -> tuple[str, str]:
     """The two parts of an estimate, rounded alike; the second is empty without an interval."""
-    scale, sign = (100.0, " %") if percent else (1.0, "")
+    scale, sign = (100.0, "\u00a0%") if percent else (1.0, "")
     value, low, high = (scale * float(x) for x in (estimate.value, estimate.low, estimate.high))
     if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(value)):
         return number(value) + sign, ""

@@ -26,10 +26,12 @@ class Named(NamedTuple):
     x: float
     """in data, as all of these"""
     y: float
-    low: float
-    """lower end of its interval bar"""
-    high: float
+    across: tuple[float, float]
+    """ends of its horizontal interval bar"""
+    upright: tuple[float, float]
+    """ends of its vertical one"""
     colour: str
+    """of the name"""
 
 
 _SIZE = 9  # points
@@ -67,7 +69,9 @@ def _write(figure: Any, axes: Any, points: Sequence[Named]) -> Iterator[Any]:
     at = [axes.transData.transform((p.x, p.y)) for p in points]
     taken = [((x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit), _HARD) for x, y in at]
     for point in points:
-        low, high = axes.transData.transform([(point.x, point.low), (point.x, point.high)])
+        ends = [(x, point.y) for x in point.across] + [(point.x, y) for y in point.upright]
+        left, right, low, high = axes.transData.transform(ends)
+        taken.append(((left[0], left[1] - unit, right[0], left[1] + unit), _SOFT))
         taken.append(((low[0] - unit, low[1], low[0] + unit, high[1]), _SOFT))
     for place in sorted(range(len(points)), key=lambda i: -_crowd(at, i)):
         name, x, y, *_ = points[place]

@@ -99,7 +99,8 @@ class Page:
         Args:
             columns: their headings.
             rows: cells in the order of the columns: text, numbers, None, estimates (anything with
-                value, low, high, count and unit), shown as value [low, high] and count.
+                value, low, high, count and unit), shown as value [low, high] and count; a count
+                that a whole column shares stands in its heading.
             caption: what the table shows.
             numeric: names of the columns to align as figures; None: those that hold only numbers,
                 estimates and None.
@@ -114,11 +115,12 @@ class Page:
                     f"row {place} has {len(row)} cells; the table has {len(columns)} columns"
                 )
         aligned = _aligned(columns, rows, numeric)
+        counts = [_common_count([row[i] for row in rows]) for i in range(len(columns))]
         head = "".join(
-            f'<th scope="col"{_class(i in aligned)}><div>{_safe(name)}</div></th>'
+            f'<th scope="col"{_class(i in aligned)}><div>{_safe(name)}{counts[i]}</div></th>'
             for i, name in enumerate(columns)
         )
-        body = "".join(f"<tr>{_row(row, aligned)}</tr>" for row in rows)
+        body = "".join(f"<tr>{_row(row, aligned, counts)}</tr>" for row in rows)
         named = "" if caption is None else f"<caption><div>{_safe(caption)}</div></caption>"
         label = escape(visible(caption or "table"), quote=True)
         self._parts.append(
@@ -252,29 +254,39 @@ def _aligned(
     return {i for i, name in enumerate(columns) if name in numeric}
 
 
-def _row(row: Sequence[object], aligned: Collection[int]) -> str:
-    first, *rest = row
-    cells = (
-        f'<td{_class(i in aligned)}><div dir="auto">{_cell(cell)}</div></td>'
-        for i, cell in enumerate(rest, 1)
-    )
-    named = f'<th scope="row"{_class(0 in aligned)}><div dir="auto">{_cell(first)}</div></th>'
-    return named + "".join(cells)
+def _common_count(cells: Sequence[object]) -> str:
+    """The count that all estimates of a column share, for its heading; "" where they differ."""
+    counts = {count_text(cell) for cell in cells if isinstance(cell, EstimateLike)}
+    several = sum(isinstance(cell, EstimateLike) for cell in cells) > 1
+    return _small("count", counts.pop()) if several and len(counts) == 1 else ""
 
 
-def _cell(value: object) -> str:
-    """A value as HTML."""
+def _row(row: Sequence[object], aligned: Collection[int], counts: Sequence[str]) -> str:
+    cells = []
+    for i, cell in enumerate(row):
+        tag, scope = ("td", "") if i else ("th", ' scope="row"')
+        inner = _cell(cell, count=not counts[i])
+        cells.append(f'<{tag}{scope}{_class(i in aligned)}><div dir="auto">{inner}</div></{tag}>')
+    return "".join(cells)
+
+
+def _cell(value: object, *, count: bool = True) -> str:
+    """A value as HTML, an estimate with its count or without."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None or isinstance(value, int | float):
         return number(value)
     if isinstance(value, EstimateLike):
         shown, interval = value_and_interval(value)
-        between = f' <span class="range">{interval}</span>' if interval else ""
-        return f'{shown}{between} <span class="count">{escape(count_text(value))}</span>'
+        between = f" {_small('range', interval)}" if interval else ""
+        return shown + between + (f" {_small('count', count_text(value))}" if count else "")
     if isinstance(value, list | tuple):
         return _safe(", ".join(map(str, value))) or "–"
     return _safe(value)
+
+
+def _small(kind: str, text: str) -> str:
+    return f'<span class="{kind}">{escape(text)}</span>'
 
 
 def _drawn(figure: Any, alt: str) -> str:

@@ -23,7 +23,7 @@ from lora_core.report.drawing import (
     styled,
 )
 from lora_core.report.labels import Named, place_labels
-from lora_core.report.palette import FAINT, GROUND, INK, SERIES
+from lora_core.report.palette import FAINT, GROUND, INK, SERIES, SHAPES
 
 __all__ = [
     "Point",
@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 History = Sequence[Mapping[str, Any]]
-_SHAPES = "osD^vPX<>"
 
 
 @dataclass(frozen=True)
@@ -199,11 +198,11 @@ def _cloud(
     for point, (x, left, right) in zip(points, places, strict=True):
         y, low, high = _parts(point.quality)
         style = order.index(point)
-        colour, shape = _colour(style), _SHAPES[style % len(_SHAPES)]
+        colour, shape = _colour(style), SHAPES[style % len(SHAPES)]
         axes.plot([x, x], [low, high], "-", lw=1.2, c=colour, alpha=0.7, zorder=2)
         axes.plot([left, right], [y, y], "-", lw=1.2, c=colour, alpha=0.7, zorder=2)
         axes.plot([x], [y], shape, ms=7, c=colour, mec=GROUND, mew=0.8, zorder=3)
-        held.append(Named(label(point.name), x, y, low, high, colour))
+        held.append(Named(label(point.name), x, y, (left, right), (low, high), colour))
     axes.margins(x=0.12, y=0.1)
     place_labels(figure, axes, held)
 
@@ -272,6 +271,7 @@ def _bar(axes: Any, place: int, value: EstimateLike | float) -> None:
         va="center",
         ha="left" if away > 0 else "right",
         size=9,
+        bbox={"fc": GROUND, "ec": "none", "pad": 1},
     )
 
 
@@ -320,7 +320,7 @@ def _line(axes: Any, name: str, runs: Mapping[float, Sequence[float]], place: in
     empty = [s for s in settings if not runs[s]]
     if empty:
         raise ValueError(f"the sweep has no figure at {number(empty[0])} of {name.strip()}")
-    colour, shape = _colour(place), _SHAPES[place % len(_SHAPES)]
+    colour, shape = _colour(place), SHAPES[place % len(SHAPES)]
     low, high = [min(runs[s]) for s in settings], [max(runs[s]) for s in settings]
     middle = [sum(runs[s]) / len(runs[s]) for s in settings]
     axes.fill_between(settings, low, high, color=colour, alpha=0.18, lw=0)

@@ -118,7 +118,7 @@ def run_facts(run_dir: str | os.PathLike[str]) -> dict[str, object]:
     batch = f"{train.get('batch_size', '?')} × {train.get('accumulate', '?')}"
     found = {
         "base model": base.get("model"),
-        "base weights in": base.get("quantize") or ("16 or 32 bits" if base else None),
+        "base quantized": base.get("quantize") or ("no" if base else None),
         "method": own.get("method"),
         "rank r, alpha": _pair(adapter.get("r"), adapter.get("alpha")),
         "targets": adapter.get("targets"),
@@ -235,4 +235,4 @@ def _pair(first: object, second: object) -> str | None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+    return f"{100 * share:.2f}\u00a0%"  # no line begins with the sign

@@ -42,7 +42,7 @@ th,td{text-align:left;vertical-align:top;padding:.45em .75em;border-top:1px soli
 td>div,th>div{width:max-content;max-width:min(26rem,66vw);max-height:24rem;overflow:auto}
 tbody th>div{max-width:min(13rem,36vw)}
 thead th{border-top:0;background:var(--raised);font-weight:600;vertical-align:bottom}
-thead th>div{max-width:9rem}
+thead th>div{max-width:8rem;text-wrap:balance}
 caption+thead th{border-top:1px solid var(--rule)}
 tbody th,thead th:first-child{position:sticky;left:0;border-right:1px solid var(--rule)}
 tbody th{font-weight:600;background:var(--ground)}
