@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,11 +72,11 @@ class Perplexity:
             "accuracy": ratio(self.row_correct, self.row_tokens, unit="tokens"),
         }
         if self.row_bytes is not None:
-            bits = np.asarray(self.row_nll) / math.log(2)
+            bits = [nats / math.log(2) for nats in self.row_nll]
             found["bits_per_byte"] = ratio(bits, self.row_bytes, unit="bytes")
         elif self.graded_bytes is not None:
-            bits = self.tokens / self.graded_bytes / math.log(2)  # of a nat per token
-            found["bits_per_byte"] = loss.map(lambda nats: nats * bits)
+            scale = self.tokens / self.graded_bytes / math.log(2)  # of nats per token to bits
+            found["bits_per_byte"] = loss.map(lambda nats: nats * scale)
         return found
 
 
@@ -206,7 +205,7 @@ class _Sums:
         self.bytes += [] if counts is None else counts.tolist()
 
     def measures(self, graded_bytes: int | None) -> Perplexity:
-        tokens, nll = sum(self.tokens), float(np.sum(self.nll))
+        tokens, nll = sum(self.tokens), math.fsum(self.nll)
         if tokens == 0:
             raise ValueError("no token of the data is graded, so it has no perplexity")
         if math.isnan(nll):
