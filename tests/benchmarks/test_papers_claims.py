@@ -60,6 +60,7 @@ def test_formats_are_compared_window_by_window(
         ({"int4": 4.0, "fp4": 3.0, "fp4_e3m0": 2.0, "nf4": 1.0}, "agrees"),
         ({"int4": 4.0, "fp4": 5.0, "fp4_e3m0": 2.0, "nf4": 1.0}, "disagrees"),
         ({"int4": 4.0, "fp4": 3.0, "fp4_e3m0": 3.0, "nf4": 1.0}, "undecided"),
+        ({"int4": 1.0, "fp4": 1.0, "fp4_e3m0": 1.0, "nf4": 1.5}, "disagrees"),
     ],
 )
 def test_table2s_order(
@@ -82,7 +83,7 @@ def test_table2s_order(
     found = table2.run(papers_settings)
     assert found.verdict == verdict
     assert len(found.rows) == 1 + 3 * 5
-    named = {(row["type"], row["block"]): row["the paper's mean perplexity"] for row in found.rows}
+    named = {(row["type"], row["block"]): row["the paper's perplexity"] for row in found.rows}
     assert named["NF4 + DQ", 64] == 27.41
     assert named["INT4", 64] == 34.34
     assert named["NF4", 64] == named["INT4", 256] == named["dense", ""] == ""
