@@ -2,29 +2,61 @@
 
 from lora_core.evaluate.answering import answer_questions, prompt_of
 from lora_core.evaluate.answers import Answer, AnswerFile, read_answers
+from lora_core.evaluate.bleu import Bleu, bleu, sentence_bleu
+from lora_core.evaluate.blind import BlindResult, BlindTest, preference_rows, sign_test
+from lora_core.evaluate.diversity import distinct, repetition, self_bleu
+from lora_core.evaluate.estimate import Estimate
 from lora_core.evaluate.golden import GoldenSet, model_answers, read_golden, run_golden
 from lora_core.evaluate.golden_diff import GoldenDiff, compare_golden
 from lora_core.evaluate.golden_result import GoldenResult
+from lora_core.evaluate.judge import JudgeScores, WinRate, pairwise, score_judge
+from lora_core.evaluate.model_judge import JUDGE_PROMPT, ModelJudge, model_judge
 from lora_core.evaluate.perplexity import Perplexity, modes_kept, perplexity
 from lora_core.evaluate.questions import Question, parse_question, read_questions
+from lora_core.evaluate.rouge import Rouge, rouge, rouge_row
+from lora_core.evaluate.squad import exact_match, f1_score, normalize_answer
 
 __all__ = [
+    "JUDGE_PROMPT",
     "Answer",
     "AnswerFile",
+    "Bleu",
+    "BlindResult",
+    "BlindTest",
+    "Estimate",
     "GoldenDiff",
     "GoldenResult",
     "GoldenSet",
+    "JudgeScores",
+    "ModelJudge",
     "Perplexity",
     "Question",
+    "Rouge",
+    "WinRate",
     "answer_questions",
+    "bleu",
     "compare_golden",
+    "distinct",
+    "exact_match",
+    "f1_score",
     "model_answers",
+    "model_judge",
     "modes_kept",
+    "normalize_answer",
+    "pairwise",
     "parse_question",
     "perplexity",
+    "preference_rows",
     "prompt_of",
     "read_answers",
     "read_golden",
     "read_questions",
+    "repetition",
+    "rouge",
+    "rouge_row",
     "run_golden",
+    "score_judge",
+    "self_bleu",
+    "sentence_bleu",
+    "sign_test",
 ]
