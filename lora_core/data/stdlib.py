@@ -20,7 +20,7 @@ import random
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -96,17 +96,20 @@ def library_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def read_modules(root: str | Path | None = None) -> list[Module]:
+def read_modules(
+    root: str | Path | None = None, wanted: Callable[[str], bool] = lambda name: True
+) -> list[Module]:
     """Read the library's modules, sorted by name.
 
     Args:
         root: folder of the library; None takes the running interpreter's.
+        wanted: whether to read the module of a name; the others' files are not opened.
 
     Returns:
         The modules that are text by people, with `\\n` line ends.
 
     Raises:
-        FileNotFoundError: the folder holds no Python file.
+        FileNotFoundError: the folder holds no Python file, or none that is wanted.
     """
     folder = library_root() if root is None else Path(root)
     modules = []
@@ -115,7 +118,7 @@ def read_modules(root: str | Path | None = None) -> list[Module]:
         if _SKIPPED_FOLDERS & set(parts) or any(part.startswith("config-") for part in parts):
             continue
         name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        if not _GENERATED.fullmatch(name):
+        if not _GENERATED.fullmatch(name) and wanted(name):
             text = _read(path)
             if text.strip():
                 modules.append(Module(name, text))
