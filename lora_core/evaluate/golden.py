@@ -35,6 +35,7 @@ from lora_core.evaluate.golden_checks import CHECKS, Check, Finding, expects_not
 from lora_core.evaluate.golden_result import GoldenResult, GoldenRow, header_of, row_facts, row_of
 from lora_core.evaluate.questions import Prompt, parse_question
 from lora_core.evaluate.row_log import RowLog, short
+from lora_core.evaluate.shown import is_unicode
 from lora_core.files import sha256_file
 
 __all__ = ["GoldenPrompt", "GoldenSet", "model_answers", "read_golden", "run_golden"]
@@ -264,7 +265,7 @@ def _answers(
     for row, text in zip(batch, said, strict=True):
         if not isinstance(text, str):
             raise ValueError(f"{row.where}: an answer must be a text; got {short(text)}")
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise ValueError(
                 f"{row.where}: the answer holds half of a surrogate pair: {text!a:.80}"
             )
@@ -273,14 +274,6 @@ def _answers(
 
 def _length(value: Any) -> str:
     return str(len(value)) if hasattr(value, "__len__") else "no length"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _judged(row: GoldenPrompt, text: str) -> GoldenRow:

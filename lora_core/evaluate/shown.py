@@ -9,20 +9,25 @@ import unicodedata
 from typing import TextIO
 
 _WIDTH = 100
+_ALLOWED = "\n\t\u200c\u200d\u200e\u200f"  # joiners and direction marks: Persian, Hindi, emoji
 
 
 def harmless(text: str) -> str:
     r"""A text without characters that steer a terminal; they stand as escapes (`\x1b`).
 
     Args:
-        text: any text. Line feeds and tabs stay.
+        text: any text. Line feeds, tabs, blanks of all kinds and joiners stay.
 
     Returns:
         What can be printed.
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t " else _escape(c) for c in text)
+    return "".join(c if _is_harmless(c) else _escape(c) for c in text)
+
+
+def _is_harmless(c: str) -> bool:
+    return c.isprintable() or c in _ALLOWED or unicodedata.category(c) == "Zs"
 
 
 def _escape(character: str) -> str:
@@ -72,6 +77,15 @@ def difference(expected: str, said: str) -> str:
     place = parting(expected, said)
     both = (quoted(text, 40, place) for text in (expected, said))
     return "differs at character {}: expected {}, got {}".format(place + 1, *both)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def say(screen: TextIO, text: str) -> None:

@@ -16,6 +16,7 @@ from lora_core.evaluate.golden import GoldenSet, model_answers, read_golden, run
 from lora_core.evaluate.golden_checks import parse_checks
 from lora_core.evaluate.golden_diff import compare_golden
 from lora_core.evaluate.golden_result import GoldenResult
+from lora_core.evaluate.shown import harmless
 
 SCHEMA = {
     "type": "object",
@@ -156,7 +157,8 @@ def test_reasons_are_one_short_harmless_line(expected: str, answer: str) -> None
     for row in rows:
         found = why(row, answer) or ""
         assert len(found) < 300
-        assert found.isprintable()
+        assert harmless(found) == found
+        assert "\n" not in found
     assert (why(rows[0], answer) is None) == (expected.strip() == answer.strip())
     assert why(rows[0], expected) is None
 
