@@ -233,3 +233,89 @@ def llama_folder(
     for file in tokenizer_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
+
+
+SPECIALS = {
+    "bert": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    "roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+    "xlm-roberta": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+}
+
+
+def encoder_tokenizer(family: str) -> Any:
+    """WordPiece for BERT, byte-level BPE for RoBERTa, Unigram with "▁" for XLM-R."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    specials = list(SPECIALS[family])
+    options: dict[str, Any] = {"special_tokens": specials, "show_progress": False}
+    if family == "bert":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, **options)
+    elif family == "roberta":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=letters, **options)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", **options)
+    texts = [torch.nn.Linear.__doc__, json.__doc__, os.__doc__, "naïve café, 日本語 😀"]
+    tokenizer.train_from_iterator(texts, trainer)
+    start, end = ("[CLS]", "[SEP]") if family == "bert" else ("<s>", "</s>")
+    around = [(mark, tokenizer.token_to_id(mark)) for mark in (start, end)]
+    if family == "roberta":
+        tokenizer.post_processor = processors.RobertaProcessing(
+            around[1], around[0], trim_offsets=True, add_prefix_space=False
+        )
+    else:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A {end}", pair=f"{start} $A {end} $B {end}", special_tokens=around
+        )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with an encoder of random weights and its tokenizer: bert, roberta, xlm-roberta.
+
+    Hidden size 32, 3 layers, 4 heads, 36 tokens of text and 2 special ones; no head. Cosines of
+    its tokens spread: norms are neutral.
+    """
+    from lora_core.checkpoint import save_model
+    from lora_core.models import EncoderConfig, build_model
+
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family in made:
+            return made[family]
+        folder = made[family] = tmp_path_factory.mktemp(family)
+        tokenizer = encoder_tokenizer(family)
+        names = ("pad", "unk", "cls", "sep", "mask") if family == "bert" else ()
+        names = names or ("cls", "pad", "sep", "unk", "mask")
+        kind = "RobertaTokenizer" if family == "roberta" else "PreTrainedTokenizerFast"
+        config: dict[str, Any] = {"tokenizer_class": kind, "model_max_length": 38}
+        marks = zip(names, SPECIALS[family], strict=True)
+        config |= {f"{name}_token": mark for name, mark in marks}
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        model = build_model(
+            EncoderConfig(
+                vocab_size=tokenizer.get_vocab_size(),
+                num_hidden_layers=3,
+                max_position_embeddings=40,
+                model_type=family,
+                pad_token_id=SPECIALS[family].index("[PAD]" if family == "bert" else "<pad>"),
+                head="none",
+                **sizes,
+            )
+        )
+        model.init_weights(0.2, torch.Generator().manual_seed(5))
+        save_model(model, folder)
+        return folder
+
+    return make
