@@ -33,7 +33,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from lora_core.evaluate.bleu_score import ORDERS, Scoring, row_sums, score
-from lora_core.evaluate.bleu_tokens import Tokenizer, tokenize_13a, tokenizer
+from lora_core.evaluate.bleu_tokens import tokenize_13a, tokenizer
 from lora_core.evaluate.estimate import RESAMPLES, Estimate, bootstrap
 from lora_core.evaluate.ngrams import Ngram, ngrams
 from lora_core.evaluate.pairs import check_pairs, check_references
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Bleu", "bleu", "sentence_bleu", "tokenize_13a"]
+__all__ = ["Bleu", "bleu", "bleu_counts", "sentence_bleu", "tokenize_13a"]
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,13 @@ def bleu(
     import numpy as np
 
     scoring = Scoring(smooth, smooth_value, effective_order)
-    cut = _Cut(tokenizer(tokenize), lowercase)
     check_pairs(predictions, references)
-    rows = np.array([_counts(cut, p, r) for p, r in zip(predictions, references, strict=True)])
+    rows = [
+        bleu_counts(prediction, row, tokenize=tokenize, lowercase=lowercase)
+        for prediction, row in zip(predictions, references, strict=True)
+    ]
     # float64 holds these integers exactly, and its products are fast
-    stats = rows.astype(np.float64)
+    stats = np.array(rows, dtype=np.float64)
 
     def of(draw: "npt.NDArray[np.int64]") -> float:
         drawn = np.bincount(draw, minlength=len(stats)) @ stats  # (10,)
@@ -161,19 +163,35 @@ def sentence_bleu(
     """
     scoring = Scoring(smooth, smooth_value, effective_order)
     check_references(references)
-    cut = _Cut(tokenizer(tokenize), lowercase)
-    return score(_counts(cut, prediction, references), scoring)[0]
+    counts = bleu_counts(prediction, references, tokenize=tokenize, lowercase=lowercase)
+    return score(counts, scoring)[0]
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """From a text to its tokens."""
+def bleu_counts(
+    prediction: str, references: Sequence[str], *, tokenize: str = "13a", lowercase: bool = False
+) -> list[int]:
+    """What a row adds to the corpus's sums, by which BLEU of any choice of rows is scored.
 
-    tokens: Tokenizer
-    lowercase: bool
+    Args:
+        prediction: a text.
+        references: one or more.
+        tokenize: as for `bleu`.
+        lowercase: as for `bleu`.
 
-    def __call__(self, text: str) -> list[str]:
-        return self.tokens((text.lower() if self.lowercase else text).rstrip())
+    Returns:
+        Ten counts; their sums over rows are what `lora_core.evaluate.bleu_score.score` takes.
+
+    Raises:
+        ValueError: an unknown tokenizer.
+    """
+    cut = tokenizer(tokenize)
+    texts = ((text.lower() if lowercase else text).rstrip() for text in (prediction, *references))
+    said, *rights = map(cut, texts)
+    most: Counter[Ngram] = Counter()
+    for right in rights:
+        for n in ORDERS:
+            most |= ngrams(right, n)  # of each n-gram the larger count
+    return row_sums(said, most.__getitem__, map(len, rights))
 
 
 def _version() -> str:
@@ -181,13 +199,3 @@ def _version() -> str:
         return f"lora-core-{metadata.version('lora-core')}"
     except metadata.PackageNotFoundError:  # run from its sources
         return "lora-core-not-installed"
-
-
-def _counts(cut: _Cut, prediction: str, references: Sequence[str]) -> list[int]:
-    """What a row adds to the corpus's sums."""
-    rights = [cut(reference) for reference in references]
-    most: Counter[Ngram] = Counter()
-    for right in rights:
-        for n in ORDERS:
-            most |= ngrams(right, n)  # of each n-gram the larger count
-    return row_sums(cut(prediction), most.__getitem__, map(len, rights))

@@ -88,10 +88,26 @@ def repetition(texts: Sequence[str], n: int = 4, *, tokenize: str = "13a") -> Es
         Welleck et al. 2019, "Neural Text Generation with Unlikelihood Training", arXiv:1908.04319,
         section 6 (there over a model's tokens).
     """
-    shares = [1 - len(row) / row.total() for row in _rows(texts, n, tokenize) if row]
+    rows = repetition_rows(texts, n, tokenize=tokenize)
+    shares = [share for share in rows if not math.isnan(share)]
     if not shares:
         return Estimate(math.nan, 0, math.nan, math.nan, "texts")
     return mean(shares, unit="texts")
+
+
+def repetition_rows(texts: Sequence[str], n: int = 4, *, tokenize: str = "13a") -> list[float]:
+    """`repetition` text by text; arguments and errors are its.
+
+    Args:
+        texts: what a model said, one text a row.
+        n: of the n-grams.
+        tokenize: what cuts texts.
+
+    Returns:
+        (rows,) shares; NaN for a text of fewer than n tokens.
+    """
+    rows = _rows(texts, n, tokenize)
+    return [1 - len(row) / row.total() if row else math.nan for row in rows]
 
 
 def self_bleu(texts: Sequence[str], *, tokenize: str = "13a") -> Estimate:

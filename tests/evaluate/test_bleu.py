@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_core.evaluate.bleu import bleu, sentence_bleu, tokenize_13a
+from lora_core.evaluate.bleu import bleu, bleu_counts, sentence_bleu, tokenize_13a
 from lora_core.evaluate.bleu_tokens import TOKENIZERS, tokenize_char, tokenize_intl
 from lora_core.evaluate.ngrams import ngrams
 
@@ -131,6 +131,14 @@ def test_equal_texts_score_100_and_empty_ones_nothing() -> None:
     assert bleu([""], [[""]]).brevity_penalty == 1.0
     assert sentence_bleu("", ["a"]) == sentence_bleu("a", [""]) == 0.0
     assert bleu(["", text], [["a"], [text]]).lengths == (5, 6)
+
+
+def test_counts_of_a_row_and_white_space_at_its_end() -> None:
+    counts = bleu_counts("the the cat", ["the cat", "the a cat sat sat"])
+    assert counts == [3, 2, 2, 1, 0, 0, 3, 2, 1, 0]
+    assert bleu_counts("The end-\n", ["the end"], lowercase=True)[2] == 1
+    # the hyphen stays, since white space at the end goes before a hyphen and a line break do
+    assert sentence_bleu("The end-\n", ["The end-"]) == pytest.approx(100)
 
 
 def test_what_options_do() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.evaluate.bleu import sentence_bleu
-from lora_core.evaluate.diversity import distinct, repetition, self_bleu
+from lora_core.evaluate.diversity import distinct, repetition, repetition_rows, self_bleu
 
 TEXTS = st.lists(
     st.lists(st.sampled_from(["a", "b", "c", "d."]), max_size=8).map(" ".join),
@@ -91,6 +91,9 @@ def test_repetition(texts: list[str], n: int) -> None:
 def test_repetition_facts() -> None:
     assert repetition(["a b c d " * 3]).value == 1 - 4 / 9
     assert repetition(["one two three four five", "a a a a a"]).value == 0.25
+    shares = repetition_rows(["a b c d " * 3, "a b c"])
+    assert shares[0] == 1 - 4 / 9
+    assert math.isnan(shares[1])
     short = repetition(["a b c", ""])
     assert (str(short), short.count) == ("nan (0 texts)", 0)
     assert short.facts()["value"] is None
