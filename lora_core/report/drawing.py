@@ -24,7 +24,8 @@ from lora_core.report.palette import INK, LIGHT
 __all__ = ["new_figure", "no_matplotlib", "on_layout", "png", "save", "svg"]
 
 MISSING = "matplotlib is not installed (pip install 'lora-core[plots]')"
-WIDE, NARROW = (7.0, 4.0), (3.9, 3.7)  # inches
+SMALL = 9.5  # points: the least size of letters; on a phone a point is 1.2 pixels
+WIDE, NARROW = (7.0, 4.0), (3.6, 3.7)  # inches
 _DPI = 192  # of a PNG: twice the 96 of a screen
 _LONGEST = 40  # characters of a name inside a figure
 
@@ -33,13 +34,13 @@ _shapes: "WeakKeyDictionary[Any, tuple[Size, Size]]" = WeakKeyDictionary()
 _arrange: "WeakKeyDictionary[Any, list[Callable[[bool], None]]]" = WeakKeyDictionary()
 
 _STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.labelsize": 10,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
+    "font.size": 10.5,
+    "axes.labelsize": 10.5,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
     "legend.frameon": False,
-    "axes.titlesize": 10,
+    "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,

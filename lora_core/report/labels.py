@@ -11,7 +11,7 @@ Shieber 1995, "An empirical study of algorithms for point-feature label placemen
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lora_core.report.drawing import on_layout
+from lora_core.report.drawing import SMALL, on_layout
 from lora_core.report.palette import FAINT
 
 __all__ = ["place_labels"]
@@ -34,7 +34,6 @@ class Named(NamedTuple):
     """of the name"""
 
 
-_SIZE = 9  # points
 _RADIUS = 6.0  # of a point, in points of length
 # where a name may stand: direction from the point
 _SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
@@ -87,7 +86,7 @@ def _write(figure: Any, axes: Any, points: Sequence[Named]) -> Iterator[Any]:
             (x, y),
             ((box[0] - at[place][0]) / unit, (box[1] - at[place][1]) / unit),
             textcoords="offset points",
-            size=_SIZE,
+            size=SMALL,
             c=points[place].colour,
             ha="left",
             va="bottom",
@@ -98,7 +97,7 @@ def _write(figure: Any, axes: Any, points: Sequence[Named]) -> Iterator[Any]:
 
 def _measure(figure: Any, name: str) -> tuple[float, float]:
     """Width and height of a name in pixels."""
-    probe = figure.text(0, 0, name, size=_SIZE)
+    probe = figure.text(0, 0, name, size=SMALL)
     extent = probe.get_window_extent()
     probe.remove()
     return extent.width, extent.height

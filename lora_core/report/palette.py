@@ -4,7 +4,8 @@ Seven series colours. The first two are close to Okabe and Ito's blue and vermil
 searched for at random, so that the two nearest of the seven are as far apart as can be for normal
 sight and for three kinds of colour blindness (simulated after Machado et al.), while each can be
 read as text on its ground (a contrast of 4.5 or more). The nearest pairs are 22 apart in CIELAB; a
-test holds that. No figure relies on colour alone all the same: points and lines have shapes and names.
+test holds that. No figure relies on colour alone all the same: what is told apart has a shape or a
+name too.
 
 A figure is drawn with the light colours. Inside a page each becomes a CSS variable of the same name
 and follows the reader's scheme; a PNG stays light, on white.

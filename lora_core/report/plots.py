@@ -15,6 +15,7 @@ from lora_core.files import atomic_write
 from lora_core.report.cells import EstimateLike, number, value_and_interval
 from lora_core.report.drawing import (
     MISSING,
+    SMALL,
     label,
     legend_above,
     new_figure,
@@ -144,11 +145,11 @@ def comparison(
     measured = [p for p in points if p.forgetting is not None]
     with styled():
         panels = 2 if measured else 1
-        figure = new_figure((7.0, 4.0 + 0.1 * len(points)), (3.9, 4.2 * panels))
-        first = figure.add_subplot(1, panels, 1, xlabel="trainable share", ylabel=quality)
+        figure = new_figure((7.0, 4.0 + 0.1 * len(points)), (3.6, 4.2 * panels))
+        first = figure.add_subplot(1, panels, 1, xlabel="trainable share", ylabel=label(quality))
         _by_share(figure, first, points)
         if measured:
-            second = figure.add_subplot(1, 2, 2, xlabel=forgetting, ylabel=quality)
+            second = figure.add_subplot(1, 2, 2, xlabel=label(forgetting), ylabel=label(quality))
             at = [_parts(p.forgetting) for p in measured]
             _cloud(figure, second, measured, at, points)
             _side_by_side(figure, first, second)
@@ -231,8 +232,8 @@ def bars(
         raise ValueError("no figure to draw as a bar")
     with styled():
         height = 1.0 + 0.36 * len(values)
-        figure = new_figure((7.0, height), (3.9, height))
-        axes = figure.add_subplot(xlabel=unit)
+        figure = new_figure((7.0, height), (3.6, height))
+        axes = figure.add_subplot(xlabel=label(unit))
         axes.grid(visible=False, axis="y")
         for place, value in enumerate(values.values()):
             _bar(axes, place, value)
@@ -245,7 +246,7 @@ def bars(
         if reference is not None:
             name, at = reference
             axes.axvline(at, c=INK, lw=1, ls="--")
-            axes.set_title(f"dashed: {label(name)}, {number(at)}", weight="normal", size=9)
+            axes.set_title(f"dashed: {label(name)}, {number(at)}", weight="normal", size=SMALL)
     return figure
 
 
@@ -270,7 +271,7 @@ def _bar(axes: Any, place: int, value: EstimateLike | float) -> None:
         textcoords="offset points",
         va="center",
         ha="left" if away > 0 else "right",
-        size=9,
+        size=SMALL,
         bbox={"fc": GROUND, "ec": "none", "pad": 1},
     )
 
@@ -302,7 +303,7 @@ def sweep(
         raise ValueError("no setting of the sweep has a figure")
     with styled():
         figure = new_figure()
-        axes = figure.add_subplot(xlabel=x, ylabel=y)
+        axes = figure.add_subplot(xlabel=label(x), ylabel=label(y))
         for place, (name, runs) in enumerate(series.items()):
             _line(axes, label(name), runs, place)
         settings = sorted({setting for runs in series.values() for setting in runs})

@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lora_core.report.drawing import label, new_figure, on_layout, styled
+from lora_core.report.drawing import SMALL, label, new_figure, on_layout, styled
 from lora_core.report.histogram import WeightHistogram
 from lora_core.report.palette import FAINT, GROUND, INK, SERIES
+from lora_core.report.updates import NO_LAYER
 
 __all__ = ["update_sizes", "weight_histogram"]
 
@@ -36,7 +37,7 @@ def update_sizes(sizes: Mapping[str, Mapping[int, float]]) -> Any:
         from matplotlib.ticker import MaxNLocator
 
         height = 1.3 + 0.34 * len(sizes)
-        figure = new_figure((7.0, height), (3.9, height))
+        figure = new_figure((7.0, height), (3.6, height))
         axes = figure.add_subplot(xlabel="layer")
         grid = [[sizes[kind].get(layer, math.nan) for layer in layers] for kind in sizes]
         known = [x for row in grid for x in row if math.isfinite(x)]
@@ -45,7 +46,7 @@ def update_sizes(sizes: Mapping[str, Mapping[int, float]]) -> Any:
         mesh = axes.pcolormesh(grid, cmap="viridis", norm=norm, ec=GROUND, lw=1)
         places = [i + 0.5 for i in range(len(layers))]
         step = max(1, math.ceil(len(layers) / 12))
-        axes.set_xticks(places[::step], [str(x) for x in layers[::step]])
+        axes.set_xticks(places[::step], ["–" if x == NO_LAYER else str(x) for x in layers[::step]])
         axes.set_yticks([i + 0.5 for i in range(len(sizes))], [label(kind) for kind in sizes])
         axes.tick_params(length=0, labelcolor=INK)
         axes.grid(visible=False)
@@ -69,7 +70,7 @@ def _write_cells(figure: Any, axes: Any, grid: list[list[float]], mesh: Any) -> 
                 red, green, blue, _ = mesh.cmap(mesh.norm(value))
                 dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
                 colour = "#fdfdfd" if dark else "#000000"  # fixed: not the palette's
-                place = {"ha": "center", "va": "center", "size": 9, "c": colour}
+                place = {"ha": "center", "va": "center", "size": SMALL, "c": colour}
                 written.append(axes.text(column + 0.5, row + 0.5, f"{100 * value:.2g} %", **place))
 
     def arrange(narrow: bool) -> None:
@@ -95,7 +96,7 @@ def weight_histogram(found: WeightHistogram) -> Any:
     """
     with styled():
         fine = found.fine is not None
-        figure = new_figure((7.0, 4.0 if fine else 2.6), (3.9, 4.4 if fine else 3.0))
+        figure = new_figure((7.0, 4.0 if fine else 2.6), (3.6, 4.4 if fine else 3.0))
         rows = figure.add_gridspec(2, 1, height_ratios=(3, 2)) if fine else None
         low = figure.add_subplot(rows[1] if rows is not None else 111)
         low.set(xlabel="w / absmax of its block", ylabel="share (%)", xlim=(-1.04, 1.04))
@@ -115,7 +116,7 @@ def weight_histogram(found: WeightHistogram) -> Any:
             textcoords="offset points",
             ha="right",
             c=SERIES[1],
-            size=9,
+            size=SMALL,
         )
         low.grid(visible=False, axis="x")
     return figure
@@ -135,4 +136,4 @@ def _fine(axes: Any, found: WeightHistogram) -> None:
     axes.set(ylabel="density", yticks=[])
     axes.tick_params(labelbottom=False, bottom=False)
     axes.grid(visible=False)
-    axes.set_title("lines: edges of the bins · triangles: levels", weight="normal", size=9)
+    axes.set_title("lines: edges of the bins · triangles: levels", weight="normal", size=SMALL)
