@@ -63,6 +63,7 @@ def why(row: dict[str, Any], answer: str) -> str | None:
         ({"expect": ""}, " ", "x", "differs at character 1"),
         ({"expect": LONG}, LONG, LONG[:-1] + "!", "differs at character"),
         ({"contains": ["a", "ß"]}, "aß", "a ss", "lacks 'ß'"),
+        ({"contains": "Paris"}, "In Paris.", "in paris", "lacks 'Paris'"),
         ({"excludes": "sorry"}, "Sorry", "I am sorry", "has 'sorry'"),
         ({"pattern": r"^\d+$"}, "12", "12 apples", "no match of"),
         ({"pattern": ["a", "(?i)B"]}, "ab", "a", "no match of '(?i)B'"),
@@ -90,6 +91,14 @@ def test_a_check(row: dict[str, Any], good: str | None, bad: str, reason: str) -
     assert reason in found
     assert len(found) < 300
     assert "\n" not in found
+
+
+def test_a_schema_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **_: asked.append(args))
+    schema = {"$defs": {"a": {"$id": "http://x.y/a"}}, "$ref": "http://x.y/b"}
+    assert "refers to what is not in it" in str(why({"schema": schema}, "1"))
+    assert asked == []
 
 
 @pytest.mark.parametrize("metric", ["exact", "f1", "bleu", "rouge_1", "rouge_2", "rougeL"])
@@ -346,6 +355,29 @@ def test_a_run_broken_off_is_continued(tmp_path: Path) -> None:
     assert GoldenResult.load(out) == found
     assert run_golden(rows, says(), out=out) == found
     assert found.save(tmp_path / "saved.jsonl").read_bytes() == out.read_bytes()
+
+
+def test_a_file_cut_at_any_byte_is_continued(tmp_path: Path, full_run: bool) -> None:
+    rows = golden(tmp_path, *({"prompt": f"é{i}", "expect": "x"} for i in range(3)))
+    out, asked = tmp_path / "out.jsonl", []
+
+    def answer(prompts: Sequence[Any], **limit: int) -> list[str]:
+        asked.extend(prompts)
+        return [f"☃{prompt}" for prompt in prompts]
+
+    whole = run_golden(rows, answer, out=out, batch_size=1)
+    content = out.read_bytes()
+    ends = [i for i, byte in enumerate(content) if byte == ord("\n")]  # of header and rows
+    near = {end + shift for end in ends for shift in (-1, 0, 1)}
+    for length in range(len(content)):
+        if not (full_run or length in near or length % 17 == 0):
+            continue
+        out.write_bytes(content[:length])
+        asked.clear()
+        assert run_golden(rows, answer, out=out, batch_size=1) == whole
+        assert out.read_bytes() == content
+        # a line that only lacks its line feed is whole
+        assert len(asked) == 3 - sum(end <= length for end in ends[1:])
 
 
 def test_results_of_other_settings_are_not_continued(tmp_path: Path) -> None:
