@@ -6,10 +6,12 @@ from lora_core.evaluate.bleu import Bleu, bleu, sentence_bleu
 from lora_core.evaluate.blind import BlindResult, BlindTest, preference_rows, sign_test
 from lora_core.evaluate.diversity import distinct, repetition, self_bleu
 from lora_core.evaluate.estimate import Estimate
+from lora_core.evaluate.figures import Figure, difference, differences, of_perplexity
 from lora_core.evaluate.golden import GoldenSet, model_answers, read_golden, run_golden
 from lora_core.evaluate.golden_diff import GoldenDiff, compare_golden
 from lora_core.evaluate.golden_result import GoldenResult
 from lora_core.evaluate.judge import JudgeScores, WinRate, pairwise, score_judge
+from lora_core.evaluate.metrics import METRICS, Metric, check_metrics, measure, metric_figures
 from lora_core.evaluate.model_judge import JUDGE_PROMPT, ModelJudge, model_judge
 from lora_core.evaluate.perplexity import Perplexity, modes_kept, perplexity
 from lora_core.evaluate.questions import Question, parse_question, read_questions
@@ -18,16 +20,19 @@ from lora_core.evaluate.squad import exact_match, f1_score, normalize_answer
 
 __all__ = [
     "JUDGE_PROMPT",
+    "METRICS",
     "Answer",
     "AnswerFile",
     "Bleu",
     "BlindResult",
     "BlindTest",
     "Estimate",
+    "Figure",
     "GoldenDiff",
     "GoldenResult",
     "GoldenSet",
     "JudgeScores",
+    "Metric",
     "ModelJudge",
     "Perplexity",
     "Question",
@@ -35,14 +40,20 @@ __all__ = [
     "WinRate",
     "answer_questions",
     "bleu",
+    "check_metrics",
     "compare_golden",
+    "difference",
+    "differences",
     "distinct",
     "exact_match",
     "f1_score",
+    "measure",
+    "metric_figures",
     "model_answers",
     "model_judge",
     "modes_kept",
     "normalize_answer",
+    "of_perplexity",
     "pairwise",
     "parse_question",
     "perplexity",
