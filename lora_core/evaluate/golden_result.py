@@ -95,6 +95,7 @@ class GoldenResult:
         lines = [f"{head}; {len(self.empty)} empty" if self.empty else head]
         for row in self.failures[:limit]:
             lines.append(f"FAILS  {row.id}  {row.title()}  ({row.where})")
+            lines.append(f"  answer: {cut(row.answer) or '(nothing)'}")
             lines += [f"  {finding.check}: {finding.why}" for finding in row.failures]
         return "\n".join([*lines, *rest(len(self.failures) - limit, "failing rows")])
 

@@ -307,7 +307,8 @@ def test_a_run_judges_every_row(tmp_path: Path) -> None:
     rate = result.pass_rate
     assert (rate.value, rate.count, rate.method) == (0.5, 4, "wilson")
     assert "2 of 4 rows pass; 2 empty" in str(result)
-    assert "nothing was generated" in str(result)
+    assert "  answer: (nothing)\n  empty: nothing was generated" in str(result)
+    assert "  answer: f\n  contains: lacks 'D'" in str(result)
     assert "1 more failing rows" in result.text(limit=1)
 
 
