@@ -2,9 +2,13 @@
 
 from lora_core.evaluate.answering import answer_questions, prompt_of
 from lora_core.evaluate.answers import Answer, AnswerFile, read_answers
+from lora_core.evaluate.bertscore import BertScore, bert_score
 from lora_core.evaluate.bleu import Bleu, bleu, sentence_bleu
 from lora_core.evaluate.blind import BlindResult, BlindTest, preference_rows, sign_test
+from lora_core.evaluate.choice import ChoiceResult, choice_accuracy
+from lora_core.evaluate.choices import Choice, read_choices
 from lora_core.evaluate.diversity import distinct, repetition, self_bleu
+from lora_core.evaluate.embedding import embed, embedding_similarity
 from lora_core.evaluate.estimate import Estimate
 from lora_core.evaluate.figures import Figure, difference, differences, of_perplexity
 from lora_core.evaluate.golden import GoldenSet, model_answers, read_golden, run_golden
@@ -15,6 +19,7 @@ from lora_core.evaluate.metrics import METRICS, Metric, check_metrics, measure, 
 from lora_core.evaluate.model_judge import JUDGE_PROMPT, ModelJudge, model_judge
 from lora_core.evaluate.perplexity import Perplexity, modes_kept, perplexity
 from lora_core.evaluate.questions import Question, parse_question, read_questions
+from lora_core.evaluate.retention import GeneralText, forgetting, general_loss, general_text
 from lora_core.evaluate.rouge import Rouge, rouge, rouge_row
 from lora_core.evaluate.squad import exact_match, f1_score, normalize_answer
 
@@ -23,11 +28,15 @@ __all__ = [
     "METRICS",
     "Answer",
     "AnswerFile",
+    "BertScore",
     "Bleu",
     "BlindResult",
     "BlindTest",
+    "Choice",
+    "ChoiceResult",
     "Estimate",
     "Figure",
+    "GeneralText",
     "GoldenDiff",
     "GoldenResult",
     "GoldenSet",
@@ -39,14 +48,21 @@ __all__ = [
     "Rouge",
     "WinRate",
     "answer_questions",
+    "bert_score",
     "bleu",
     "check_metrics",
+    "choice_accuracy",
     "compare_golden",
     "difference",
     "differences",
     "distinct",
+    "embed",
+    "embedding_similarity",
     "exact_match",
     "f1_score",
+    "forgetting",
+    "general_loss",
+    "general_text",
     "measure",
     "metric_figures",
     "model_answers",
@@ -60,6 +76,7 @@ __all__ = [
     "preference_rows",
     "prompt_of",
     "read_answers",
+    "read_choices",
     "read_golden",
     "read_questions",
     "repetition",
