@@ -3,8 +3,8 @@
 LIMA fine-tunes on 1,000 chosen conversations and is preferred to models tuned on fifty times as
 many that nobody chose. Here noise is the plainest there is: `WRONG` of the many rows have the
 answer of another row. All arms make the same number of steps over batches of the same size, so
-that the few are seen several times and the many once at most. The many without noise are the third
-arm: what the noise costs, apart from the number.
+that the few are seen several times and the many once at most. The third arm, all rows and no noise,
+is what could be had.
 
 A model that has seen wrong answers is right to be less sure, which the loss counts against it, so
 exact match of greedy answers is judged beside it.
@@ -17,7 +17,7 @@ FEW, MANY, WRONG = 200, 2000, 0.4
 ARMS = {
     f"{FEW} clean": Variant(rows=FEW),
     f"{MANY}, {WRONG:.0%} wrong": Variant(rows=MANY, wrong=WRONG),
-    f"{MANY} clean": Variant(rows=MANY),
+    "all, clean": Variant(),  # a run that other claims share
 }
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from benchmarks.papers.claim import Settings
-from benchmarks.papers.task import general_losses, general_windows
+from benchmarks.papers.task import general_losses
 from lora_core.checkpoint import load_model
-from lora_core.evaluate.estimate import Estimate, paired_difference, ratio
+from lora_core.evaluate.estimate import Estimate, ratio
+from lora_core.evaluate.perplexity import Perplexity
 from lora_core.quant import dequantize_model, quantize_model
 
 
@@ -41,22 +42,15 @@ DENSE = Format(None)
 class Measured:
     """A base in one format."""
 
-    nll: tuple[float, ...]
-    """summed nats of each window"""
-    tokens: int
-    """graded tokens of each window"""
+    found: Perplexity
+    """on the general text, with each window's sums"""
     error: float
     """‖W - Q‖ / ‖W‖ over all layers that were quantized; 0 for a dense base"""
 
     @property
-    def loss(self) -> Estimate:
-        """Nats a token, windows resampled."""
-        return ratio(self.nll, [float(self.tokens)] * len(self.nll), unit="windows")
-
-    @property
     def perplexity(self) -> Estimate:
-        """exp(loss)."""
-        return self.loss.map(math.exp)
+        """With windows resampled."""
+        return self.found.estimates()["perplexity"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,9 +58,7 @@ def measured(settings: Settings, form: Format) -> Measured:
     """Quantize the base, and judge it; once a process."""
     model = load_model(settings.model, dtype=torch.float32)
     error = 0.0 if form.code is None else quantize(model, form)
-    nll, _ = general_losses(model, settings)
-    tokens = len(general_windows(settings)[0][0]["input_ids"]) - 1
-    return Measured(tuple(nll), tokens, error)
+    return Measured(general_losses(model, settings), error)
 
 
 @torch.no_grad()
@@ -85,6 +77,9 @@ def quantize(model: nn.Module, form: Format) -> float:
 
 
 def loss_difference(after: Measured, before: Measured) -> Estimate:
-    """Nats a token that one format loses more than another, paired by window."""
-    mine, theirs = ([nll / one.tokens for nll in one.nll] for one in (after, before))
-    return paired_difference(mine, theirs, unit="windows")
+    """Nats a token that one format loses more than another, windows resampled in pairs."""
+    mine, theirs = after.found, before.found
+    if mine.row_tokens != theirs.row_tokens:
+        raise ValueError("formats are compared on the same windows, and these differ")
+    differences = [a - b for a, b in zip(mine.row_nll, theirs.row_nll, strict=True)]
+    return ratio(differences, mine.row_tokens, unit="tokens")

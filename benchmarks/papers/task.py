@@ -29,13 +29,20 @@ from lora_core.adapters import LoRAConfig, add_adapter, parameter_counts
 from lora_core.checkpoint import load_adapter, load_model, save_adapter, save_model
 from lora_core.data import (
     SFTDataset,
-    TextWindows,
     Tokenizer,
     load_template,
     load_tokenizer,
 )
-from lora_core.data.stdlib import FunctionRow, function_conversations, read_corpus
+from lora_core.data.stdlib import FunctionRow, function_conversations
 from lora_core.evaluate import perplexity
+from lora_core.evaluate.perplexity import Perplexity
+from lora_core.evaluate.retention import (
+    WINDOW,
+    GeneralText,
+    general_loss,
+    general_text,
+    windows,
+)
 from lora_core.files import atomic_write, sha256_file
 from lora_core.models import generate_ids, left_pad
 from lora_core.train import TrainConfig, train
@@ -43,8 +50,7 @@ from lora_core.train import TrainConfig, train
 MAX_LENGTH = 512
 DONE = "run.json"
 SCORES = "scores.json"
-GENERAL_WINDOWS = 64
-LONGEST_WINDOW = 1024  # tokens
+GENERAL_BYTES, QUICK_BYTES = 1 << 16, 1 << 11
 ANSWER_TOKENS = 96
 LORA = LoRAConfig(r=16, alpha=32)
 
@@ -261,15 +267,16 @@ def score(
     folder = run_folder(settings, variant, seed)
     file = folder / SCORES
     known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    keys = [f"loss {asked}", *([f"exact {asked}"] * exact), *(["general"] * general)]
+    keys = [f"loss {asked}", *([f"exact {asked}"] * exact)]
+    keys += [f"general {text_of(settings).sha256}"] * general
     missing = [key for key in keys if key not in known]
     if missing:
         model = trained(settings, variant, seed)
         tok = load_tokenizer(settings.model)
         chats = [row["messages"] for row in function_task(seed, settings.held_out)[1]]
         for key in missing:
-            if key == "general":
-                known[key] = general_bits(model, settings)
+            if key.startswith("general"):
+                known[key] = general_losses(model, settings).bits_per_byte
             elif key.startswith("exact"):
                 known[key] = right_answers(model, tok, chats, asked)
             else:
@@ -283,7 +290,7 @@ def score(
         nll=nll,
         tokens=tokens,
         exact=known.get(f"exact {asked}") if exact else None,
-        general=known["general"] if general else None,
+        general=known[keys[-1]] if general else None,
         facts=facts,
     )
 
@@ -321,30 +328,18 @@ def right_answers(
 
 
 @functools.lru_cache(maxsize=2)
+def text_of(settings: Settings) -> GeneralText:
+    """Text that no training here has seen: the user's, or the library's held-out modules."""
+    return general_text(settings.text, limit_bytes=QUICK_BYTES if settings.quick else GENERAL_BYTES)
+
+
+def general_losses(model: nn.Module, settings: Settings) -> Perplexity:
+    """What a model makes of the general text, window by window."""
+    return general_loss(model, load_tokenizer(settings.model), text_of(settings))
+
+
 def general_windows(settings: Settings) -> tuple[list[dict[str, Any]], list[int]]:
-    """Text that no training here has seen, as rows of the base's context, and each row's bytes.
-
-    The text is a file of the user's, or the library's held-out modules, which the base was not
-    pretrained on either; of long ones evenly spaced windows are taken.
-    """
+    """The general text as rows that judge each token once, and each row's bytes."""
     tok = load_tokenizer(settings.model)
-    given = settings.text
-    texts = [given.read_text(encoding="utf-8")] if given else read_corpus().held_out
-    config = json.loads((settings.model / "config.json").read_text())
-    context = min(int(config.get("max_position_embeddings", LONGEST_WINDOW)), LONGEST_WINDOW)
-    every = TextWindows.from_texts(texts, tok, context)
-    wanted = 4 if settings.quick else GENERAL_WINDOWS
-    rows = [every[i] for i in range(0, len(every), max(1, len(every) // wanted))][:wanted]
-    return rows, [len(tok.decode(row["input_ids"][1:]).encode()) for row in rows]
-
-
-def general_losses(model: nn.Module, settings: Settings) -> tuple[list[float], list[int]]:
-    """Summed nats of each window of the general text, and its bytes."""
-    rows, sizes = general_windows(settings)
-    return row_losses(model, rows)[0], sizes
-
-
-def general_bits(model: nn.Module, settings: Settings) -> float:
-    """Bits per byte of the general text."""
-    nll, sizes = general_losses(model, settings)
-    return sum(nll) / math.log(2) / sum(sizes)
+    rows = [row for text in text_of(settings).texts for row in windows(tok, text, WINDOW)]
+    return rows, [row["graded_bytes"] for row in rows]

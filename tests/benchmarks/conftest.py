@@ -68,7 +68,7 @@ def papers_settings(
         text=papers_folder / "text.txt",
         quick=True,
     )
-    task.general_windows.cache_clear()
+    task.text_of.cache_clear()
     papers("quantized").measured.cache_clear()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_core import load_model
 from lora_core.data import load_template, load_tokenizer
+from lora_core.evaluate.perplexity import Perplexity
 from lora_core.quant import bin_masses, quantize_4bit
 
 # --- 4-bit bases without training ---------------------------------------------------------------
@@ -40,18 +41,47 @@ def test_a_format_leaves_what_the_quantizer_leaves(
 
 
 def test_formats_are_compared_window_by_window(
-    papers: Callable[[str], ModuleType], papers_settings: Any
+    papers: Callable[[str], ModuleType],
+    papers_settings: Any,
+    judged: Callable[[list[float]], Any],
 ) -> None:
     quantized = papers("quantized")
-    one = quantized.Measured((10.0, 200.0, 30.0, 50.0), 10, 0.0)
-    other = quantized.Measured((20.0, 210.0, 40.0, 60.0), 10, 0.0)
+    one, other = judged([10.0, 200.0, 30.0, 50.0]), judged([20.0, 220.0, 40.0, 60.0])
     difference = quantized.loss_difference(other, one)
-    assert (difference.value, difference.low, difference.high) == pytest.approx((1.0, 1.0, 1.0))
-    assert one.loss.value == pytest.approx(7.25)
+    # 50 nats more over 4 · 10 tokens; each window's share is known in pairs
+    assert difference.value == pytest.approx(1.25)
+    assert 1 <= difference.low < difference.high <= 1.75
     assert one.perplexity.value == pytest.approx(math.exp(7.25))
+    with pytest.raises(ValueError, match="compared on the same windows"):
+        quantized.loss_difference(judged([1.0]), one)
     dense = quantized.measured(papers_settings, quantized.DENSE)
-    assert (len(dense.nll), dense.tokens, dense.error) == (4, 31, 0.0)
-    assert quantized.measured(papers_settings, quantized.Format("nf4")).nll != dense.nll
+    assert dense.error == 0
+    assert dense.found.tokens > 100
+    coded = quantized.measured(papers_settings, quantized.Format("nf4"))
+    assert coded.found.row_nll != dense.found.row_nll
+    assert quantized.loss_difference(coded, dense).count == dense.found.tokens
+
+
+@pytest.fixture
+def judged(papers: Callable[[str], ModuleType]) -> Callable[[list[float]], Any]:
+    """A made-up base in some format, by the summed nats of windows of 10 tokens."""
+
+    def make(nats: list[float]) -> Any:
+        tokens, total = 10 * len(nats), sum(nats)
+        found = Perplexity(
+            loss=total / tokens,
+            perplexity=math.exp(total / tokens),
+            accuracy=0.0,
+            tokens=tokens,
+            nll=total,
+            bits_per_byte=None,
+            row_nll=tuple(nats),
+            row_tokens=(10,) * len(nats),
+            row_correct=(0,) * len(nats),
+        )
+        return papers("quantized").Measured(found, 0.1)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -67,17 +97,18 @@ def test_table2s_order(
     papers: Callable[[str], ModuleType],
     papers_settings: Any,
     monkeypatch: pytest.MonkeyPatch,
+    judged: Callable[[list[float]], Any],
     nats: dict[str, float],
     verdict: str,
 ) -> None:
-    table2, quantized = papers("qlora_table2"), papers("quantized")
+    table2 = papers("qlora_table2")
 
     def made_up(_: Any, form: Any) -> Any:
         # NF4 without double quantization is out of the order: it is no part of the paper's table
         plain_nf4 = form.code == "nf4" and not form.double_quant
         nats_a_token = 9.0 if plain_nf4 else nats.get(form.code, 0.5)
         jitter = torch.tensor([0.01, -0.01, 0.02, -0.02]) * len(form.code or "")
-        return quantized.Measured(tuple((nats_a_token + jitter).tolist()), 1, 0.1)
+        return judged((10 * (nats_a_token + jitter)).tolist())
 
     monkeypatch.setattr(table2, "measured", made_up)
     found = table2.run(papers_settings)
@@ -131,7 +162,9 @@ def test_bins_that_were_even_would_agree(
 
 
 def test_double_quantizations_bits(
-    papers: Callable[[str], ModuleType], papers_settings: Any
+    papers: Callable[[str], ModuleType],
+    papers_settings: Any,
+    judged: Callable[[list[float]], Any],
 ) -> None:
     cost = papers("double_quant_cost")
     weight = [torch.randn(256, 256)]  # 1024 blocks, 4 groups
@@ -142,10 +175,8 @@ def test_double_quantizations_bits(
     assert found.checks[0].difference.value == pytest.approx(0, abs=0.0005)
     assert found.rows[0]["bits a parameter, this base"] == 0.5
     # a loss that double quantization doubles is no small one
-    worse = {d: papers("quantized").Measured((9.0 + d, 9.0 + d), 1, 0.0) for d in (0, 1)}
-    cost_of = {False: worse[0], True: worse[1]}
-    made_up = lambda _, form: cost_of[form.double_quant] if form.code else dense  # noqa: E731
-    dense = papers("quantized").Measured((8.0, 8.0), 1, 0.0)
+    nats = {"dense": 80.0, "NF4": 90.0, "NF4 + DQ": 100.0}
+    made_up = lambda _, form: judged([nats[str(form)]] * 2)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "measured", made_up)
         assert cost.run(papers_settings).verdict == "disagrees"
