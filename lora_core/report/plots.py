@@ -147,12 +147,13 @@ def comparison(
         panels = 2 if measured else 1
         figure = new_figure((7.0, 4.0 + 0.1 * len(points)), (3.6, 4.2 * panels))
         first = figure.add_subplot(1, panels, 1, xlabel="trainable share", ylabel=label(quality))
-        _by_share(figure, first, points)
+        named = [(first, _by_share(first, points))]
         if measured:
             second = figure.add_subplot(1, 2, 2, xlabel=label(forgetting), ylabel=label(quality))
             at = [_parts(p.forgetting) for p in measured]
-            _cloud(figure, second, measured, at, points)
+            named.append((second, _cloud(second, measured, at, points)))
             _side_by_side(figure, first, second)
+        place_labels(figure, named)
     return figure
 
 
@@ -169,32 +170,32 @@ def _side_by_side(figure: Any, first: Any, second: Any) -> None:
     on_layout(figure, arrange, first=True)
 
 
-def _by_share(figure: Any, axes: Any, points: Sequence[Point]) -> None:
+def _by_share(axes: Any, points: Sequence[Point]) -> list[Named]:
     """The panel over a logarithmic axis; what trains nothing stands at its left end, as 0."""
     shares = [p.share for p in points if p.share > 0]
     lowest = min(shares, default=1e-3)
     nothing = lowest / 6
     at = [(p.share or nothing,) * 3 for p in points]
     axes.set_xscale("log")
-    _cloud(figure, axes, points, at, points)
+    names = _cloud(axes, points, at, points)
     low, high = (nothing if len(shares) < len(points) else lowest), max(shares, default=1e-2)
     axes.set_xlim(low / 1.8, high * 2.2)
     ticks = [10.0**e for e in range(-6, 1) if lowest / 2 <= 10.0**e <= high * 2.2]
-    names = [f"{100 * t:.4g} %" for t in ticks]
+    shown = [f"{100 * t:.4g} %" for t in ticks]
     if len(shares) < len(points):
-        ticks, names = [nothing, *ticks], ["none", *names]
-    axes.set_xticks(ticks, names)
+        ticks, shown = [nothing, *ticks], ["none", *shown]
+    axes.set_xticks(ticks, shown)
     axes.minorticks_off()
+    return names
 
 
 def _cloud(
-    figure: Any,
     axes: Any,
     points: Sequence[Point],
     places: Sequence[tuple[float, float, float]],
     order: Sequence[Point],
-) -> None:
-    """Points with the intervals of both directions, and their names."""
+) -> list[Named]:
+    """Points with the intervals of both directions; returns what their names need."""
     held = []
     for point, (x, left, right) in zip(points, places, strict=True):
         y, low, high = _parts(point.quality)
@@ -205,7 +206,7 @@ def _cloud(
         axes.plot([x], [y], shape, ms=7, c=colour, mec=GROUND, mew=0.8, zorder=3)
         held.append(Named(label(point.name), x, y, (left, right), (low, high), colour))
     axes.margins(x=0.12, y=0.1)
-    place_labels(figure, axes, held)
+    return held
 
 
 def bars(

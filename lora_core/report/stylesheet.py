@@ -48,7 +48,7 @@ tbody th,thead th:first-child{position:sticky;left:0;border-right:1px solid var(
 tbody th{font-weight:600;background:var(--ground)}
 .num{text-align:right;font-variant-numeric:tabular-nums}
 .num>div{margin-left:auto}
-.range,.count{color:var(--faint);font-size:.875rem}
+.range,.count{color:var(--faint);font-size:.875em}
 .range{white-space:nowrap}
 .count{display:block}
 .note{color:var(--faint);font-size:.9375rem;margin:.3em 0}
