@@ -111,6 +111,7 @@ def test_rows_against_the_definition(prediction: str, references: list[str]) -> 
     [
         ("the cat sat", ["cat"], 2 / 3),
         ("cat cat dog", ["cat dog dog"], 2 / 3),  # each word as often as both have it
+        ("cat cat", ["cat cat dog"], 4 / 5),
         ("dog", ["cat", "a dog", "dog house"], 1.0),
         ("", [""], 1.0),
         ("the", [""], 1.0),  # nothing is left of it
