@@ -26,7 +26,6 @@ Ref:
     section 3.4 (both orders, two minds count as a tie).
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -219,7 +218,7 @@ def _verdict(value: Any) -> str:
     Raises:
         ValueError: it is none of them.
     """
-    if isinstance(value, str | int) and not isinstance(value, bool):
+    if isinstance(value, str | int):
         known = _VERDICTS.get(str(value).strip().casefold())
         if known is not None:
             return known
@@ -311,6 +310,6 @@ def score_judge(
 def _mark(low: float, high: float, value: Any) -> float:
     """What a judge returned as a number on its scale."""
     number = not isinstance(value, bool) and isinstance(value, int | float)
-    if not number or math.isnan(value) or not low <= value <= high:
+    if not number or not low <= value <= high:  # NaN is not between them either
         raise ValueError(f"a mark is a number from {low:g} to {high:g}")
     return float(value)
