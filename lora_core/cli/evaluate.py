@@ -1,59 +1,76 @@
-"""`lora-core evaluate`: loss, perplexity and accuracy on graded tokens."""
+"""`lora-core evaluate`: what a model, its answers or two files of answers are worth.
+
+evaluate_flags   the flags and which of them go together
+evaluate_work    what there is to do, read and checked before a model is loaded
+evaluate_model   a model judged, with its adapter and without
+evaluate_pairs   answers written before: scored, judged in pairs, voted on
+evaluate_show    the findings as text and JSON; evaluate_html: as a page
+"""
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from lora_core.cli.flags import add_opening_flags
-from lora_core.data import SFTDataset, parse_columns
-from lora_core.runs import check_writes_text, open_model
+from lora_core.cli.evaluate_flags import add_arguments, misuse
+from lora_core.files import atomic_write, folder_lock
 
-HELP = "loss, perplexity and accuracy on graded tokens"
-EXAMPLE = "lora-core evaluate --adapter runs/mine --data held-out.jsonl"
+__all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    add_opening_flags(parser)
-    parser.add_argument("--data", metavar="FILE", required=True, help="JSONL file")
-    parser.add_argument("--template", help="built-in name, file or Jinja text [the tokenizer's]")
-    parser.add_argument("--columns", help="names of the data's fields: prompt=question,…")
-    parser.add_argument("--train-on", choices=["assistant", "last", "all"], default="assistant")
-    parser.add_argument("--max-length", type=int, default=2048, help="longest row, tokens [2048]")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time [8]")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+HELP = "loss, perplexity and accuracy; answers and their metrics; a golden set; what was forgotten"
+EXAMPLE = """lora-core evaluate --adapter runs/mine --data held-out.jsonl
+  lora-core evaluate --adapter runs/mine --data held-out.jsonl --metrics exact,rouge,distinct \\
+      --compare-base --general --html report.html
+  lora-core evaluate --adapter runs/mine --golden golden.jsonl --against before.jsonl"""
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
-    from lora_core.evaluate import perplexity
+    if (fault := misuse(args)) is not None:
+        print(f"lora-core evaluate: {fault}", file=sys.stderr)
+        return 2
+    if args.blind is not None or args.answers is not None:
+        from lora_core.cli.evaluate_pairs import run_on_answers
 
-    opened = open_model(args.model, args.adapter, quantize=args.quantize, device=args.device)
-    check_writes_text(opened.model, opened.source)
-    rows = SFTDataset.from_jsonl(
-        args.data,
-        opened.tok,
-        template=args.template,
-        max_length=args.max_length,
-        columns=None if args.columns is None else parse_columns(args.columns),
-        train_on=args.train_on,
-    )
-    for note in [*opened.notes, f"data: {rows.report}"]:
-        print(f"note: {note}", file=sys.stderr)
-    found = perplexity(opened.model, rows, batch_size=args.batch_size)
-    facts = {
-        "model": str(opened.source),
-        "adapter": args.adapter,
-        "data": args.data,
-        "tokens": found.tokens,
-        "loss": found.loss,
-        "perplexity": found.perplexity,
-        "accuracy": found.accuracy,
-    }
-    if args.json:
-        print(json.dumps(facts))
-        return 0
-    for key, value in facts.items():
-        if value is not None:
-            print(f"{key:<16} {value:.4f}" if isinstance(value, float) else f"{key:<16} {value}")
-    return 0
+        return run_on_answers(args)
+    from lora_core.cli.evaluate_work import read_work
+
+    work = read_work(args)
+    with _place(args.out):
+        from lora_core.cli.evaluate_model import Evaluation
+        from lora_core.cli.evaluate_show import as_json, as_text
+
+        evaluation = Evaluation(work)
+        for note in evaluation.findings.notes:
+            print(f"note: {note}", file=sys.stderr)
+        shown = len(evaluation.findings.notes)
+        found = evaluation.run()
+        for note in found.notes[shown:]:
+            print(f"note: {note}", file=sys.stderr)
+        facts = json.dumps(as_json(found), ensure_ascii=False)
+        if args.out is not None:
+            atomic_write(Path(args.out) / "metrics.json", facts + "\n")
+        print(facts if args.json else as_text(found))
+        if args.html is not None:
+            from lora_core.cli.evaluate_html import write_page
+
+            write_page(args.html, found, evaluation.opened.model)
+    return int(found.failed)
+
+
+@contextlib.contextmanager
+def _place(out: str | None) -> Iterator[None]:
+    """Hold the folder of the results, and say where they are if the run is broken off."""
+    if out is None:
+        yield
+        return
+    with folder_lock(out):
+        try:
+            yield
+        except KeyboardInterrupt:
+            print(
+                f"\nwhat was answered is kept in {out}; the same command goes on", file=sys.stderr
+            )
+            raise
