@@ -81,6 +81,15 @@ def test_bytes_are_those_of_the_windows_own_text(tok: Tokenizer, text: str, leng
             assert row["graded_bytes"] == size
 
 
+def test_white_space_that_no_token_covers_is_counted(encoder_folder: Callable[[str], Path]) -> None:
+    """A tokenizer that drops white space: the bytes are the text's all the same."""
+    dropping = load_tokenizer(encoder_folder("bert"))
+    text = "  \n json  a encoder "
+    rows = list(windows(dropping, text, 4))
+    assert len(rows) > 1
+    assert sum(row["graded_bytes"] for row in rows) == len(text.encode())
+
+
 def test_a_tokenizer_that_names_no_start(tok: Tokenizer) -> None:
     nameless = Tokenizer(tok.backend, {}, None)
     (row,) = windows(nameless, "json encoder", 50)
@@ -210,6 +219,8 @@ def test_passages_are_whole_lines_at_equal_distances(tmp_path: Path) -> None:
         firsts.append(int(passage[:5]))
     steps = [b - a for a, b in pairwise(firsts)]
     assert max(steps) - min(steps) < 50  # about a passage
+    assert firsts[0] == 0
+    assert firsts[-1] > 1600  # from all of the file
     digest = hashlib.sha256("\0".join(text.texts).encode()).hexdigest()
     assert text.sha256 == digest
     assert (
