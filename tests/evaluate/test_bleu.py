@@ -23,7 +23,8 @@ TEXTS = st.text(alphabet="ab1., -'\n今é\u0301\ud800", max_size=20)
         ("It's 1,000.5, or 3.14.", "It's 1,000.5 , or 3.14 ."),
         ("2-3 well-known -4", "2 - 3 well-known -4"),
         (".5 5. ,5", ". 5 5 . , 5"),
-        ("a,,b", "a , , b"),
+        ("a,,b 1,,2", "a , , b 1 , , 2"),
+        ("٣.5 5.٣ 5.5", "٣ . 5 5 . ٣ 5.5"),  # digits are 0-9 alone
         ("(x)=[y]/{z}~`", "( x ) = [ y ] / { z } ~ `"),
         ("state-of-\nthe-art\nnow", "state-ofthe-art now"),
         ("&amp;lt;<skipped>&quot;", '< "'),
