@@ -21,6 +21,7 @@ VERBS = {
     "pretrain": "train a small model and its tokenizer from plain text",
     "generate": "answer a prompt with a model and, if given, an adapter",
     "evaluate": "loss, perplexity and accuracy on graded tokens",
+    "compare": "prompting and every way of tuning on one task: quality, forgetting, cost",
     "merge": "fold an adapter into its base and write a Hugging Face folder",
     "export": "write a copy of a LoRA adapter that vLLM, llama.cpp and SGLang scale right",
     "quantize": "write a model with its linear layers in 4 bits, in bitsandbytes' format",
