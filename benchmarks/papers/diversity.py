@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Literal
 
 from torch import nn
 
@@ -75,7 +76,8 @@ def samples(settings: Settings, variant: Variant, seed: int) -> Texts:
 def prefixes(settings: Settings) -> list[list[int]]:
     """The beginnings of evenly spaced windows of the general text."""
     rows = general_windows(settings)[0]
-    return [row["input_ids"][:PREFIX_TOKENS] for row in rows[:: max(1, len(rows) // PREFIXES)]]
+    chosen = rows[:: max(1, len(rows) // PREFIXES)][:PREFIXES]
+    return [row["input_ids"][:PREFIX_TOKENS] for row in chosen]
 
 
 def written_by(
@@ -107,6 +109,7 @@ def judge(written: Mapping[str, Sequence[Texts]]) -> Finding:
         }
         for name, texts in written.items()
     ]
+    pairs: list[tuple[str, str, Literal["below", "above"]]]
     pairs = [("LoRA", "base", "below"), ("full", "base", "below"), ("LoRA", "full", "above")]
     checks = [
         Check(f"distinct-2, {one} - {other}", over_seeds(shares[one], shares[other]), expects)

@@ -22,6 +22,7 @@ from lora_core.adapters import LoRAConfig
 
 RANKS = (8, 64, 128)  # 128: all that the narrowest matrices, keys' and values', have
 RATE = 1e-3
+BEST = {False: LORA_RATES, True: (2e-3, 4e-3, 8e-3)}  # a larger scaling wants a lower rate
 STEADY = 1.0  # doublings: what counts as a gradient that keeps its size
 
 Runs = Mapping[int, Sequence[Score]]
@@ -45,8 +46,8 @@ def run(settings: Settings) -> Finding:
         }
         middle = RANKS[1]
         best = {
-            rs: at_best(settings, lora(settings, adapter=adapter(middle, rs)), LORA_RATES)
-            for rs in (False, True)
+            rs: at_best(settings, lora(settings, adapter=adapter(middle, rs)), rates)
+            for rs, rates in BEST.items()
         }
     return judge(found[False], found[True], best[False], best[True])
 

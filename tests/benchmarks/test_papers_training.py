@@ -381,7 +381,7 @@ def test_variety_has_to_fall_in_order(
     papers: Papers, lora: list[str], full: list[str], verdict: str
 ) -> None:
     claim = papers("diversity")
-    base = ["a b c d", "e f g h", "i j k l"]
+    base = ["a b a c", "e f g h", "i j k l"]  # words come twice, pairs do not
     repeated = "x y x y x y x y"
     written = {
         "base": [claim.Texts([base])] * 3,
@@ -428,7 +428,7 @@ def test_samples_are_drawn_once_and_repeat(
 SMALL: dict[str, dict[str, Any]] = {
     "rank_sweep": {"RANKS": (1, 16, 32), "LORA_RATES": (1e-3,)},
     "targets": {"LORA_RATES": (1e-3,), "FULL_RATES": (1e-3,), "FEW_RATES": (1e-3,), "PARTS": {}},
-    "rslora": {"RANKS": (8, 16, 32), "LORA_RATES": (2e-3,)},
+    "rslora": {"RANKS": (8, 16, 32), "BEST": {False: (1e-3,), True: (1e-3,)}},
     "forgetting_lr": {},
     "full_vs_lora": {},
     "loss_mask": {"LORA_RATES": (1e-3,)},
