@@ -113,6 +113,12 @@ def test_table2s_order(
     monkeypatch.setattr(table2, "measured", made_up)
     found = table2.run(papers_settings)
     assert found.verdict == verdict
+    assert [check.says.removeprefix("nats, ") for check in found.checks] == [
+        "FP4 − INT4",
+        "FP4_E3M0 − FP4",
+        "NF4 + DQ − FP4_E3M0",
+        "NF4 + DQ − INT4",  # the best against the worst, and not by its neighbours alone
+    ]
     assert len(found.rows) == 1 + 3 * 5
     named = {(row["type"], row["block"]): row["the paper's perplexity"] for row in found.rows}
     assert named["NF4 + DQ", 64] == 27.41
