@@ -86,7 +86,7 @@ def _judge(args: argparse.Namespace) -> int:
         [answer.text for answer in b],
         out=args.out,
         names=names,
-        progress=bar("pairs"),
+        progress=bar("pairs", "pairs"),
     )
     print(json.dumps(_judged(found, args), ensure_ascii=False) if args.json else found)
     return 0

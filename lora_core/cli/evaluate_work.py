@@ -108,13 +108,13 @@ def with_bytes(rows: Rows, tok: Tokenizer) -> Iterator[dict[str, Any]]:
         yield {**row, "graded_bytes": len(text.encode())}
 
 
-def bar(what: str) -> Callable[[Sequence[T]], Iterable[T]]:
-    """A progress bar over batches on the terminal's error output; silent on short work."""
+def bar(what: str, unit: str = "batches") -> Callable[[Sequence[T]], Iterable[T]]:
+    """A progress bar over work on the terminal's error output; silent where it is short."""
 
     def watch(batches: Sequence[T]) -> Iterable[T]:
         from tqdm import tqdm
 
-        return tqdm(batches, desc=what, unit=" batches", delay=1, leave=False)
+        return tqdm(batches, desc=what, unit=f" {unit}", delay=1, leave=False)
 
     return watch
 
