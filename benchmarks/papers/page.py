@@ -30,8 +30,13 @@ def _section(claim: Claim, found: Mapping[str, Any]) -> list[str]:
     lines += ["```console", f"$ {found['command']}", "```", "", *table(found["rows"])]
     lines += ["", f"**{found['verdict']}.**", "", *(f"- {reason}" for reason in found["reasons"])]
     lines += [f"- On another scale: {claim.scale}"]
+    numbers = {k: v for k, v in found["figures"].items() if isinstance(v, int | float)}
+    if numbers:
+        lines += [
+            "- Also: " + ", ".join(f"{k.replace('_', ' ')} {v:.5g}" for k, v in numbers.items())
+        ]
     if picture := found["figures"].get("picture"):
-        lines += ["", f"![{claim.says}]({picture})"]
+        lines += ["", f"![figure of {claim.name}]({picture})"]
     where = found["machine"]
     lines += ["", f"{found['seconds']:.0f} s on {where['machine']}, {where['threads']} threads."]
     return lines

@@ -43,7 +43,9 @@ class Ran:
             if name == "b":
                 raise ValueError("b has no figures")
             figure = Estimate(-1.0, 3, -2.0, -0.5 if name == "a" else 0.5, "seeds")
-            return claim.Finding([{"loss": figure, "n": 3}], [claim.Check("d", figure, "below")])
+            checks = [claim.Check("d", figure, "below")]
+            also = {"bits_of_4": 3.8765432, "picture": "papers.md", "table": {"not": "shown"}}
+            return claim.Finding([{"loss": figure, "n": 3}], checks, also)
 
         return run
 
@@ -175,7 +177,7 @@ def test_a_page_of_made_up_results(
     assert "(#b)" not in text
     assert "$ python -m benchmarks.papers a\n```\n\n| loss | n |\n|---|---|\n" in text
     assert "| -1 [-2, -0.5] | 3 |\n\n**agrees.**\n\n- d = -1 [-2, -0.5] (3 seeds)" in text
-    assert "- On another scale: sc" in text
+    assert "- On another scale: sc\n- Also: bits of 4 3.8765\n\n![figure of a](papers.md)\n" in text
     command.main(["--write"])
     assert file.read_text() == text
 
