@@ -58,6 +58,10 @@ def read_work(args: argparse.Namespace) -> Work:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more; got {value}")
+    for name in ("html", "save"):  # an hour's work would have no place to go
+        value = getattr(args, name)
+        if value is not None and not Path(value).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--{name} {value}: there is no folder {Path(value).parent}")
     if work.metrics and args.answers is None:
         work.questions = read_questions(args.data, columns, args.limit)
         check_references(work.questions, work.metrics)

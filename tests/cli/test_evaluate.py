@@ -342,6 +342,15 @@ def test_bad_files_are_named(
     assert message in err
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("flag", ["--html", "--save"])
+def test_a_place_that_is_not_there(flag: str, evaluate: Run, tmp_path: Path) -> None:
+    file = golden(tmp_path, {"prompt": "a", "contains": "b"})
+    code, _, err = evaluate("--golden", file, flag, tmp_path / "absent" / "x")
+    assert code == 1
+    assert f"{flag} {tmp_path / 'absent' / 'x'}: there is no folder" in err
+
+
 def test_missing_files(evaluate: Run, folders: Path, tmp_path: Path) -> None:
     absent = tmp_path / "absent.jsonl"
     for words in (
