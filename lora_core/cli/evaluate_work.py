@@ -54,14 +54,7 @@ def read_work(args: argparse.Namespace) -> Work:
     """
     work = Work(args, args.metrics.split(",") if args.metrics else [])
     columns = None if args.columns is None else parse_columns(args.columns)
-    for name in ("limit", "max_new_tokens", "shots"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more; got {value}")
-    for name in ("html", "save"):  # an hour's work would have no place to go
-        value = getattr(args, name)
-        if value is not None and not Path(value).absolute().parent.is_dir():
-            raise FileNotFoundError(f"--{name} {value}: there is no folder {Path(value).parent}")
+    _check_flags(args)
     if work.metrics and args.answers is None:
         work.questions = read_questions(args.data, columns, args.limit)
         check_references(work.questions, work.metrics)
@@ -76,6 +69,18 @@ def read_work(args: argparse.Namespace) -> Work:
     if args.against is not None:
         work.before = GoldenResult.load(args.against)
     return work
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse counts below 1, and results that would have no place to go after an hour's work."""
+    for name in ("limit", "max_new_tokens", "shots"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more; got {value}")
+    for name in ("html", "save"):
+        value = getattr(args, name)
+        if value is not None and not Path(value).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--{name} {value}: there is no folder {Path(value).parent}")
 
 
 def _shots(args: argparse.Namespace, columns: dict[str, str] | None) -> list[Prompt]:
