@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lora_core import load_model
+from lora_core.adapters import adapted_modules
 from lora_core.data import load_template, load_tokenizer
 from lora_core.evaluate.perplexity import Perplexity
 from lora_core.quant import bin_masses, quantize_4bit
@@ -305,6 +306,9 @@ def test_merged_is_timed_in_turns_and_never_if_wrong(
     every = claim.models(papers_settings)
     ids = torch.arange(8)[None]
     plain, merged = every["LoRA, beside the weights"], every["LoRA, merged"]
+    assert all(host.merged is None for _, host in adapted_modules(plain))
+    assert all(host.merged is not None for _, host in adapted_modules(merged))
+    assert len(adapted_modules(merged)) == 14
     claim.check_same(plain, merged, ids)
     with pytest.raises(AssertionError, match="nothing is timed"):
         claim.check_same(every["base"], merged, ids)
