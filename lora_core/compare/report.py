@@ -204,9 +204,7 @@ def _page(
     for figure, alt, caption in figures.values():
         page.figure(figure, alt=alt, caption=caption)
     page.heading("What each costs")
-    _table(page, cost_columns(), rows, "Cost")
-    for note in notes(rows):
-        page.text(note)
+    _table(page, cost_columns(), rows, "Cost", notes(rows))
     if lines := failures(rows):
         page.heading("What failed")
         for line in lines:
@@ -223,10 +221,16 @@ def _curve(row: Row) -> bool:
     return bool(row.done[0].get("history"))
 
 
-def _table(page: Page, columns: Sequence[Column], rows: Sequence[Row], caption: str) -> None:
+def _table(
+    page: Page,
+    columns: Sequence[Column],
+    rows: Sequence[Row],
+    caption: str,
+    below: Sequence[str] = (),
+) -> None:
     shown = [cells(columns, row) for row in rows]
     headings = [column.heading for column in columns]
-    page.table(headings, shown, caption, numeric=headings[1:])
+    page.table(headings, shown, caption, numeric=headings[1:], notes=below)
 
 
 def _answers(page: Page, out: Path, rows: Sequence[Row]) -> None:

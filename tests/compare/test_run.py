@@ -69,11 +69,13 @@ def test_what_is_shown_costs_tokens(every: Compared, tiny_model: Path) -> None:
     assert tokens["system-prompt"] == len(tok.encode_prompt([system, question]))
     assert every.shots is not None
     assert tokens["few-shot"] > (every.shots + 1) * tokens["zero-shot"]
+    losses = {records[name]["loss"]["value"] for name in ("zero-shot", "few-shot", "system-prompt")}
+    assert len(losses) == 3
 
 
 def test_what_was_saved_is_what_was_measured(every: Compared, tiny_model: Path) -> None:
-    """The adapter in the folder gives the loss that is in the record."""
-    from lora_core.compare.measures import held_out_loss
+    """The adapter in the folder gives the loss and the forgetting that are in the record."""
+    from lora_core.compare.measures import general, held_out_loss
     from lora_core.compare.task import asked_questions
 
     record = next(r for r in every.records if r["name"] == "dora")
@@ -81,7 +83,11 @@ def test_what_was_saved_is_what_was_measured(every: Compared, tiny_model: Path) 
     questions = asked_questions(every.task)
     tok = load_tokenizer(tiny_model)
     before = held_out_loss(model, tok, questions, system=None, shots=())
+    bits = general(model, tok, every.task).bits_per_byte
     load_adapter(model, Path(every.config.out) / record["folder"] / "adapter")
+    worse = general(model.eval(), tok, every.task).bits_per_byte - bits
+    assert worse == pytest.approx(record["forgetting"]["value"], abs=1e-6)
+    assert abs(worse) > 1e-5
     after = held_out_loss(model.eval(), tok, questions, system=None, shots=())
     assert after["loss"]["value"] == pytest.approx(record["loss"]["value"], rel=1e-5)
     zero = next(r for r in every.records if r["name"] == "zero-shot")
@@ -121,7 +127,9 @@ def test_a_seed_changes_what_is_trained(make_config: Make, in_process: Any) -> N
 def test_one_failure_is_recorded_and_the_rest_goes_on(
     make_config: Make, in_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_core.compare import worker
+    from lora_core.compare import report, worker
+
+    monkeypatch.setattr(report, "no_matplotlib", lambda: "drawing takes a second")
 
     def broken(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")

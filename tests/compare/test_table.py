@@ -140,7 +140,7 @@ def test_names_do_not_break_the_table() -> None:
 @pytest.mark.filterwarnings("error")
 def test_the_files(make_config: Callable[..., CompareConfig], in_process: Any) -> None:
     config = make_config(
-        methods=("zero-shot", "lora", "prompt"),
+        methods=("lora",),
         sweep={"r": (1, 2), "targets": ("attention", "q_proj")},
     )
     found = compare(config, worker=in_process)
@@ -157,15 +157,13 @@ def test_the_files(make_config: Callable[..., CompareConfig], in_process: Any) -
     assert (out / "compare.png").read_bytes()[:4] == b"\x89PNG"
     told = json.loads((out / "compare.json").read_text())
     assert [v["name"] for v in told["variants"]] == [
-        "zero-shot",
         "lora r=1 targets=attention",
         "lora r=1 targets=q_proj",
         "lora r=2 targets=attention",
         "lora r=2 targets=q_proj",
-        "prompt",
     ]
     assert told["failed"] == []
-    swept = told["variants"][1]
+    swept = told["variants"][0]
     assert swept["swept"] == {"r": 1, "targets": "attention"}
     assert swept["quality"]["f1"]["count"] == 3
     assert math.isfinite(swept["forgetting"]["value"])
