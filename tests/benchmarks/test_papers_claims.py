@@ -308,7 +308,7 @@ def test_merged_is_timed_in_turns_and_never_if_wrong(
     plain, merged = every["LoRA, beside the weights"], every["LoRA, merged"]
     assert all(host.merged is None for _, host in adapted_modules(plain))
     assert all(host.merged is not None for _, host in adapted_modules(merged))
-    assert len(adapted_modules(merged)) == 14
+    assert len(list(adapted_modules(merged))) == 14
     claim.check_same(plain, merged, ids)
     with pytest.raises(AssertionError, match="nothing is timed"):
         claim.check_same(every["base"], merged, ids)
