@@ -33,7 +33,7 @@ from lora_core.targets import in_head, output_head_name
 
 BLOCK = 64
 MARGIN = 0.1
-PICTURE = "images/nf4-bins.png"
+PICTURE = "papers/equal_bins.png"
 Shares = Sequence[float] | np.ndarray
 
 

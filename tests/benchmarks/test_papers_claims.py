@@ -151,7 +151,7 @@ def test_bins_are_drawn_and_judged(
         assert row["normal weights, × 1/16"] == pytest.approx(16 * share)
         assert row["this base's weights, × 1/16"] == pytest.approx(16 * share, abs=0.15)
     assert found.verdict == "disagrees"
-    picture = papers_settings.out / "nf4-bins.png"
+    picture = papers_settings.out / "equal_bins.png"
     assert found.figures["picture"] == str(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
