@@ -8,6 +8,8 @@ the point would cross. Two more rounds let each name move again now that all oth
 Coordinate descent, good enough for a dozen points; the exact problem is NP-hard. Ref: Christensen,
 Marks and Shieber 1995, "An empirical study of algorithms for point-feature label placement", ACM
 TOG 14(3).
+
+It needs NumPy, as matplotlib does and the library does not: whoever draws imports it then.
 """
 
 from collections.abc import Iterator, Sequence

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_core.files import atomic_write
 from lora_core.report.cells import EstimateLike, number, value_and_interval
@@ -23,8 +23,10 @@ from lora_core.report.drawing import (
     save,
     styled,
 )
-from lora_core.report.labels import Named, place_labels
 from lora_core.report.palette import FAINT, GROUND, INK, SERIES, SHAPES
+
+if TYPE_CHECKING:
+    from lora_core.report.labels import Named
 
 __all__ = [
     "Point",
@@ -144,6 +146,8 @@ def comparison(
         raise ValueError("no point to compare")
     measured = [p for p in points if p.forgetting is not None]
     with styled():
+        from lora_core.report.labels import place_labels  # needs NumPy
+
         panels = 2 if measured else 1
         figure = new_figure((7.0, 4.0 + 0.1 * len(points)), (3.6, 4.2 * panels))
         first = figure.add_subplot(1, panels, 1, xlabel="trainable share", ylabel=label(quality))
@@ -170,7 +174,7 @@ def _side_by_side(figure: Any, first: Any, second: Any) -> None:
     on_layout(figure, arrange, first=True)
 
 
-def _by_share(axes: Any, points: Sequence[Point]) -> list[Named]:
+def _by_share(axes: Any, points: Sequence[Point]) -> list["Named"]:
     """The panel over a logarithmic axis; what trains nothing stands at its left end, as 0."""
     shares = [p.share for p in points if p.share > 0]
     lowest = min(shares, default=1e-3)
@@ -194,8 +198,10 @@ def _cloud(
     points: Sequence[Point],
     places: Sequence[tuple[float, float, float]],
     order: Sequence[Point],
-) -> list[Named]:
+) -> list["Named"]:
     """Points with the intervals of both directions; returns what their names need."""
+    from lora_core.report.labels import Named
+
     held = []
     for point, (x, left, right) in zip(points, places, strict=True):
         y, low, high = _parts(point.quality)
