@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lora_core.checkpoint.bnb import Packed, names_of, packed_layers
 from lora_core.checkpoint.names import Naming, Piece, matches, naming, pieces
@@ -86,11 +87,27 @@ def build_empty(build: Callable[[Any], nn.Module], config: object, where: object
         ValueError: sizes whose product is no tensor's.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoStart():
             return build(config)
     except (RuntimeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{where}: no model can have these sizes: {reason}") from None
+
+
+class _NoStart(TorchFunctionMode):
+    """Embeddings draw no first values, which nobody sees on the meta device.
+
+    torch works out `normal_` there by its compiler's decompositions, and importing those takes more
+    than a second, in every process that loads a model.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.init.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_core.checkpoint import folder, load_model, save_model
+from lora_core.checkpoint.layout import build_empty
 from lora_core.models import CausalLM, ModelConfig
 from lora_core.quant import NF4Linear
 
@@ -230,3 +231,22 @@ def test_4_bit_layers_are_made_of_the_values_on_disk(model: CausalLM, tmp_path: 
     expected = NF4Linear.from_linear(model.model.layers[1].mlp.up_proj)  # type: ignore[arg-type]
     found = narrow.model.layers[1].mlp.up_proj
     assert same(found, expected)  # type: ignore[arg-type]
+
+
+class Table(nn.Module):
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(rows, 4, padding_idx=0)
+        self.linear = nn.Linear(4, 4)
+
+
+def test_a_model_without_memory_draws_no_first_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(*_: object, **__: object) -> None:
+        raise AssertionError("worked out for nobody, by a compiler that takes a second to import")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", drawn)
+    model = build_empty(Table, 3, "config.json")
+    assert model.embedding.weight.is_meta
+    assert model.linear.weight.is_meta
+    with pytest.raises(AssertionError, match="a second"):  # elsewhere they are drawn as ever
+        Table(3)
