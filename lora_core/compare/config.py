@@ -89,11 +89,19 @@ class CompareConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < low):
                 raise ValueError(f"{name} must be a whole number, {low} or more; got {value!r}")
+        self._check_rates()
         if self.data is not None and "system-prompt" in self.methods and self.system is None:
             if self.methods != tuple(METHODS):
                 raise ValueError("system-prompt needs --system TEXT on data of your own")
             kept = tuple(name for name in self.methods if name != "system-prompt")
             object.__setattr__(self, "methods", kept)
+
+    def _check_rates(self) -> None:
+        for name in self.rates:
+            if name not in self.methods:
+                raise ValueError(f"--lr {name}=…: {name} is not among the methods compared")
+        if self.rates and "lr" in self.sweep:
+            raise ValueError("--lr and --sweep lr=… both set the rate: give one of them")
 
     @property
     def system_text(self) -> str:

@@ -21,8 +21,9 @@ from lora_core.compare.table import (
     markdown,
     notes,
     quality_columns,
+    shown_measures,
 )
-from lora_core.compare.variants import METHODS
+from lora_core.compare.variants import METHODS, word
 from lora_core.evaluate.estimate import Estimate
 from lora_core.files import atomic_write
 from lora_core.report import Page, Point, bars, comparison, loss_curves, no_matplotlib, save, sweep
@@ -139,13 +140,9 @@ def document(found: Compared, rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _first_metric(rows: Sequence[Row]) -> str | None:
-    return next((next(iter(row.done[0]["quality"])) for row in rows if row.done), None)
-
-
 def _figures(found: Compared, rows: Sequence[Row]) -> dict[str, tuple[Any, str, str]]:
     """File name -> (figure, what it shows, caption)."""
-    metric = _first_metric(rows)
+    metric = next(iter(shown_measures(rows)), None)
     if metric is None:
         return {}
     if (missing := no_matplotlib()) is not None:
@@ -183,7 +180,7 @@ def _sweep_figure(rows: Sequence[Row], field: str, metric: str) -> Any:
         if field not in row.swept or quality is None:
             continue
         rest = {k: v for k, v in row.swept.items() if k != field}
-        name = " ".join([row.method, *(f"{k}={v}" for k, v in rest.items())])
+        name = " ".join([row.method, *(f"{k}={word(v)}" for k, v in rest.items())])
         values = [estimate(r["quality"][metric]).value for r in row.done]
         series.setdefault(name, {})[row.swept[field]] = values
         named[row.name] = quality
@@ -244,8 +241,8 @@ def _answers(page: Page, out: Path, rows: Sequence[Row]) -> None:
             continue
         from lora_core.evaluate.answers import read_answers
 
-        # answers come longest question first; the file's own order is by place
-        answers = sorted(read_answers(file), key=lambda answer: answer.where)
+        # answers come longest question first; by place, line 2 before line 10
+        answers = sorted(read_answers(file), key=lambda a: (len(a.where), a.where))
         with page.details(row.name):
             for answer in answers[:_SHOWN]:
                 page.quote(answer.references[0], "reference")

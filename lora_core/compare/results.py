@@ -2,6 +2,7 @@ r"""Records of variants on disk, and what makes a second call go on where the fi
 
     task.json        what is measured, on what: hashes of model and data, and how it is measured
     results.jsonl    one record a variant and seed, appended the moment it ends, failures too
+    runs/            a folder a variant and seed: what it was told, its log, answers and adapter
 
 A record carries the fingerprint of its variant: a hash of its settings, its seed and the task. A
 call runs the variants whose fingerprints have no good record yet. So another seed, another rate or
@@ -24,7 +25,7 @@ from lora_core.compare.variants import Variant
 from lora_core.evaluate.estimate import Estimate
 from lora_core.files import atomic_write
 
-RESULTS, TASK = "results.jsonl", "task.json"
+RESULTS, TASK, WORK = "results.jsonl", "task.json", "runs"
 Record = dict[str, Any]
 
 
@@ -67,11 +68,12 @@ class Results:
 
     def _bind(self, file: Path) -> None:
         if not file.is_file():
-            if self.path.is_file():
-                raise ValueError(
-                    f"{self.path} is there and {file.name}, which says of what, is not: choose "
-                    "another --out"
-                )
+            for there in (self.path, file.parent / WORK):  # whose folders are removed and made anew
+                if there.exists():
+                    raise ValueError(
+                        f"{there} is there and {file.name}, which says of what, is not: choose "
+                        "another --out"
+                    )
             atomic_write(file, json.dumps(self.identity, indent=2, ensure_ascii=False) + "\n")
             return
         try:

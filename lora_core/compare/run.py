@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.compare.config import CompareConfig
-from lora_core.compare.results import Record, Results, fingerprint
+from lora_core.compare.results import WORK, Record, Results, fingerprint
 from lora_core.compare.task import Task, asked_questions, choose_examples, prepare
 from lora_core.compare.variants import Variant
 from lora_core.evaluate.questions import Prompt
@@ -29,7 +29,6 @@ from lora_core.files import atomic_write, folder_lock
 from lora_core.train.report import say, versions
 
 BASE_FILE = "base.json"
-WORK = "runs"
 _GRACE = 5.0  # seconds that a process has to end
 
 Job = tuple[Variant, str, dict[str, Any]]  # variant, fingerprint, what it is shown
@@ -123,7 +122,11 @@ def compare(
             base = _base(task, out, worker)
             for job in progress(left) if progress is not None else left:
                 results.add(_run(job, task, base, out, worker))
-    records = [results.records[mark] for _, mark, _ in jobs]
+    # an earlier call may have swept what this one sets, or the other way round
+    records = [
+        results.records[mark] | {"name": variant.name, "swept": dict(variant.swept)}
+        for variant, mark, _ in jobs
+    ]
     count = None if examples is None else len(next(iter(examples.values())))
     return Compared(config, task, [variant for variant, _, _ in jobs], records, count)
 

@@ -20,7 +20,9 @@ from lora_core.data.stdlib import HELD_OUT_FILE, TRAIN_FILE, write_function_task
 from lora_core.evaluate.metrics import check_metrics
 from lora_core.evaluate.questions import Prompt, Question, read_questions
 from lora_core.evaluate.retention import GeneralText, general_text
-from lora_core.files import sha256_file
+from lora_core.files import atomic_folder, sha256_file
+
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")  # weights; tokenizer, template, end tokens
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Task:
         """What figures depend on: settings, and files by their content."""
         facts = asdict(self)
         model = Path(self.model)
-        weights = sorted(model.glob("*.safetensors"))
-        facts["model"] = {p.name: sha256_file(p)[:16] for p in [model / "config.json", *weights]}
+        files = sorted(file for like in _MODEL_FILES for file in model.glob(like))
+        facts["model"] = {file.name: sha256_file(file)[:16] for file in files}
         for name in ("data", "eval_data"):
             facts[name] = sha256_file(facts[name])[:16]
         # without a file the text is that of the interpreter at hand
@@ -83,7 +85,7 @@ def prepare(config: CompareConfig, out: Path) -> Task:
 
     Raises:
         FileNotFoundError: a folder or file is missing.
-        ValueError: rows that cannot be asked, held-out rows without a reference, an unknown metric.
+        ValueError: an unknown metric, columns that cannot be read, or a folder of other data.
     """
     check_metrics(config.metrics, encoder=False)
     model = base_model_path() if config.model is None else Path(config.model)
@@ -118,9 +120,14 @@ _SAME = (
 def _data(config: CompareConfig, out: Path) -> tuple[Path, Path]:
     if config.data is not None and config.eval_data is not None:
         return Path(config.data), Path(config.eval_data)
-    train, held = out / "data" / TRAIN_FILE, out / "data" / HELD_OUT_FILE
-    if not (train.is_file() and held.is_file()):
-        write_function_task(out / "data", config.eval_rows)
+    folder = out / "data"
+    train, held = folder / TRAIN_FILE, folder / HELD_OUT_FILE
+    if not folder.exists():
+        with atomic_folder(folder) as aside:
+            write_function_task(aside, config.eval_rows)
+    for file in (train, held):
+        if not file.is_file():
+            raise ValueError(f"{folder} is there without {file.name}: choose another --out")
     return train, held
 
 
@@ -170,7 +177,7 @@ def choose_examples(
             asked,
             tok,
             context=positions.get("max_position_embeddings"),
-            answer=task.max_new_tokens,
+            answer=max(task.max_new_tokens, task.latency_tokens),
             count=config.shots,
             seed=seed,
         )

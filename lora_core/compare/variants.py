@@ -8,10 +8,11 @@ A method declares which settings it reads (`fields`). That decides where a sweep
 is trained. Every variant is described by plain JSON (`Variant.facts`), because it crosses a process
 boundary and because its hash decides whether it has been run already.
 
-The default rates are those of a small model and a short run: found by trying rates in factors of
-two to three on other held-out rows than those of the comparison's default split, and larger than a
-7B model would bear. Rates are part of a method's result; a fair comparison sweeps them (`--sweep
-lr=…`).
+The default rates are those of a small model and a short run, larger than a 7B model would bear.
+Those of prefix, prompt, ptuning and bottleneck-pfeiffer are the best of a few in factors of two to
+three, by other held-out rows than those of the comparison's default split. full, lora and
+bottleneck-parallel were tried at their one rate; qlora and dora take lora's, bottleneck-houlsby
+pfeiffer's. Rates are part of a method's result; a fair comparison sweeps them (`--sweep lr=…`).
 """
 
 import itertools

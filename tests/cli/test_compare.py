@@ -115,6 +115,8 @@ def test_a_failed_variant_is_exit_code_1_and_the_others_are_there(
         (["--sweep", "r=4", "--sweep", "r=8"], "--sweep names r twice"),
         (["--sweep", "r=4", "--methods", "prompt"], "none of prompt has a field 'r' to sweep over"),
         (["--lr", "lora"], "--lr takes METHOD=RATE"),
+        (["--lr", "lora=1e-3", "--methods", "full"], "lora is not among the methods compared"),
+        (["--lr", "lora=1e-3", "--sweep", "lr=1e-3,2e-3"], "--sweep lr=… both set the rate"),
         (["--shots", "9"], "--shots 9 do not fit: the model has 200 positions"),
         (["--columns", "a"], "columns entry 'a' is not NAME=COLUMN"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.compare import Results, Variant
-from lora_core.compare.results import RESULTS, TASK, estimate, fingerprint, over_seeds
+from lora_core.compare.results import RESULTS, TASK, WORK, estimate, fingerprint, over_seeds
 from lora_core.evaluate.estimate import Estimate
 
 VARIANT = Variant("lora", {"r": 4, "lr": 0.1}, {"r": 4}, 0)
@@ -79,6 +79,16 @@ def test_a_folder_holds_one_task(tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text("")
     with pytest.raises(ValueError, match=r"is there and task\.json, which says of what, is not"):
         Results(tmp_path, IDENTITY)
+
+
+def test_a_folder_of_other_runs_is_left_alone(tmp_path: Path) -> None:
+    """runs/base and the like would be removed and made anew."""
+    (tmp_path / WORK).mkdir()
+    with pytest.raises(
+        ValueError, match=r"runs is there and task\.json, which says of what, is not"
+    ):
+        Results(tmp_path, IDENTITY)
+    assert not (tmp_path / TASK).exists()
 
 
 def test_seeds_become_a_mean_and_its_spread() -> None:

@@ -1,6 +1,7 @@
 """A comparison from beginning to end, in process: figures, resumption, failures, interruption."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from lora_core.checkpoint import load_adapter, load_model
 from lora_core.compare import METHODS, CompareConfig, Compared, compare, leave
 from lora_core.compare.run import _how_it_ended, in_a_process
+from lora_core.compare.task import prepare
 from lora_core.compare.worker import main as work
 from lora_core.compare.worker import reason_of
 from lora_core.data import load_tokenizer
@@ -116,6 +118,42 @@ def test_a_second_call_runs_what_is_missing(make_config: Make, in_process: Any) 
     in_process.ran.clear()
     compare(replace(config, rates={"lora": 0.5}), worker=in_process)
     assert in_process.ran == ["lora"]
+
+
+def test_a_second_call_names_its_rows(make_config: Make, in_process: Any) -> None:
+    """What an earlier call set is a point of this one's sweep, and the other way round."""
+    plain = make_config(methods=("lora",))
+    compare(plain, worker=in_process)
+    swept = compare(replace(plain, sweep={"r": (2, 4)}, seeds=(0, 1)), worker=in_process)
+    assert in_process.ran == ["base", *["lora"] * 4]  # r=2 with seed 0 was there
+    rows = [("lora r=2", {"r": 2})] * 2 + [("lora r=4", {"r": 4})] * 2
+    assert [(r["name"], r["swept"]) for r in swept.records] == rows
+    (alone,) = compare(plain, worker=in_process).records
+    assert (alone["name"], alone["swept"]) == ("lora", {})
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "config.json"])
+def test_another_tokenizer_or_template_is_another_task(
+    name: str, make_config: Make, tmp_path: Path
+) -> None:
+    source, copy = Path(make_config().model or ""), tmp_path / "copy"
+    shutil.copytree(source, copy)
+    config = make_config(model=str(copy))
+    before = prepare(config, tmp_path).identity()
+    assert before == prepare(config, tmp_path).identity()
+    with (copy / name).open("a") as stream:
+        stream.write(" ")
+    assert prepare(config, tmp_path).identity() != before
+
+
+def test_data_that_is_not_the_tasks_is_not_replaced(make_config: Make, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    own = tmp_path / "data" / "train.jsonl"
+    own.write_text("mine\n")
+    with pytest.raises(ValueError, match=r"data is there without held-out\.jsonl: choose another"):
+        prepare(make_config(data=None, eval_data=None), tmp_path)
+    assert [file.name for file in own.parent.iterdir()] == ["train.jsonl"]
+    assert own.read_text() == "mine\n"
 
 
 def test_a_seed_changes_what_is_trained(make_config: Make, in_process: Any) -> None:

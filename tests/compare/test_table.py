@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from lora_core.compare import CompareConfig, compare, leave
-from lora_core.compare.report import _first_metric
 from lora_core.compare.rows import rows_of
 from lora_core.compare.table import (
     aligned,
@@ -18,6 +17,7 @@ from lora_core.compare.table import (
     markdown,
     notes,
     quality_columns,
+    shown_measures,
 )
 from lora_core.evaluate.estimate import Estimate
 
@@ -124,7 +124,17 @@ def test_a_failure_is_a_row_that_says_so() -> None:
     assert found["trained"] == "failed"
     assert found["mergeable"] == "–"
     assert table(markdown(quality_columns(rows), rows))["lora"]["loss (nats/token)"] == "failed"
-    assert _first_metric(rows) is None
+    assert shown_measures(rows) == []
+
+
+def test_what_is_drawn_is_in_the_table() -> None:
+    """Of ROUGE's kinds one is shown, and it is not the first that is measured."""
+    facts = record("lora")["quality"]
+    rows = rows_of(
+        [record("lora", quality=0.5) | {"quality": {"rouge1": facts["rouge1"], **facts}}]
+    )
+    assert next(iter(rows[0].done[0]["quality"])) == "rouge1"
+    assert shown_measures(rows) == ["exact_match", "rougeL"]
 
 
 def test_names_do_not_break_the_table() -> None:
