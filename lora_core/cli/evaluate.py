@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_core.cli.evaluate_flags import add_arguments, misuse
+from lora_core.cli.evaluate_flags import add_arguments, check_values, misuse
 from lora_core.files import atomic_write, folder_lock
 
 __all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if (fault := misuse(args)) is not None:
         print(f"lora-core evaluate: {fault}", file=sys.stderr)
         return 2
+    check_values(args)
     if args.blind is not None or args.answers is not None:
         from lora_core.cli.evaluate_pairs import run_on_answers
 

@@ -6,6 +6,7 @@ another is bad usage, said in one line before anything is loaded.
 """
 
 import argparse
+from pathlib import Path
 
 from lora_core.cli.flags import add_opening_flags
 
@@ -101,6 +102,30 @@ def misuse(args: argparse.Namespace) -> str | None:
         if flag in given and needed not in given:
             return f"{_flag(flag)} needs {_flag(needed)}"
     return _misuse_of_answers(args, given) or _misuse_of_metrics(args, given)
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Refuse counts below 1, and results that would have no place to go after an hour's work.
+
+    Raises:
+        ValueError: a count below 1.
+        OSError: no folder for a result, or a folder where a file belongs, or the other way round.
+    """
+    for name in ("limit", "max_new_tokens", "shots", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{_flag(name)} must be 1 or more; got {value}")
+    files = ["html", "save", *(["out"] if args.blind or args.judge else [])]
+    for name in files:
+        value = getattr(args, name)
+        if value is not None and not Path(value).absolute().parent.is_dir():
+            raise FileNotFoundError(
+                f"{_flag(name)} {value}: there is no folder {Path(value).parent}"
+            )
+        if value is not None and Path(value).is_dir():
+            raise IsADirectoryError(f"{_flag(name)} {value} is a folder: name a file")
+    if args.out is not None and "out" not in files and Path(args.out).is_file():
+        raise NotADirectoryError(f"--out {args.out} is a file: name a folder")
 
 
 def _misuse_of_blind(given: set[str]) -> str | None:

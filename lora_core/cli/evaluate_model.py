@@ -29,6 +29,7 @@ from lora_core.evaluate.metrics import Encoder, metric_figures
 from lora_core.evaluate.perplexity import Perplexity, perplexity
 from lora_core.evaluate.questions import Prompt, Question
 from lora_core.evaluate.retention import forgetting, general_loss
+from lora_core.evaluate.sides import key_of
 from lora_core.models import EncoderModel
 from lora_core.runs import check_writes_text, open_model
 from lora_core.runs.opening import device_named
@@ -226,7 +227,8 @@ class Evaluation:
     def _bound(self) -> dict[str, Any]:
         """What answers depend on, beside the questions."""
         made = fingerprint(self.opened.source, self.args.adapter)
-        return {**made, "quantize": self.opened.quantize, "template": self.args.template}
+        template = None if self.args.template is None else key_of(self.opened.tok.chat_template)
+        return {**made, "quantize": self.opened.quantize, "template": template}
 
 
 def of_choices(result: ChoiceResult) -> dict[str, Figure]:

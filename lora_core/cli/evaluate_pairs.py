@@ -6,6 +6,7 @@ none; where `--data` is not given, the questions are those that stand in the fir
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from lora_core.evaluate.blind import BlindTest
 from lora_core.evaluate.judge import WinRate, pairwise
 from lora_core.evaluate.metrics import check_references, metric_figures
 from lora_core.evaluate.questions import Question, read_questions
-from lora_core.files import atomic_write
+from lora_core.files import atomic_write, sha256_file
 
 
 def run_on_answers(args: argparse.Namespace) -> int:
@@ -86,6 +87,7 @@ def _judge(args: argparse.Namespace) -> int:
         [answer.text for answer in b],
         out=args.out,
         names=names,
+        bound=judge_source(args.judge, judge),
         progress=bar("pairs", "pairs"),
     )
     print(json.dumps(_judged(found, args), ensure_ascii=False) if args.json else found)
@@ -137,7 +139,7 @@ def load_judge(name: str) -> Callable[..., Any]:
         loaded = importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"--judge {name}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end the process
         raise ImportError(
             f"--judge {name}: importing {module} failed: {type(error).__name__}: {error}"
         ) from error
@@ -148,6 +150,22 @@ def load_judge(name: str) -> Callable[..., Any]:
         kind = "no" if judge is None else f"a {type(judge).__name__} and no function"
         raise ValueError(f"--judge {name}: {module} has {kind} {attribute!r}")
     return judge
+
+
+def judge_source(name: str, judge: Callable[..., Any]) -> dict[str, Any]:
+    """What verdicts are bound to: the judge's name and hashes of the files that it is written in.
+
+    Questions and answers need no hash here, a verdict is looked up by their texts. What the judge
+    imports, or a service that it calls, is not seen: after a change there, take another `--out`.
+    """
+    module = sys.modules[name.partition(":")[0]]
+    files = {getattr(module, "__file__", None)}
+    try:
+        files.add(inspect.getsourcefile(inspect.unwrap(judge)))
+    except TypeError:  # built in, or an object that is called
+        files.add(getattr(sys.modules.get(type(judge).__module__), "__file__", None))
+    hashes = {sha256_file(file) for file in files if file is not None and Path(file).is_file()}
+    return {"judge": name, "source": sorted(hashes)}
 
 
 def _names(one: str, other: str) -> tuple[str, str]:

@@ -54,7 +54,6 @@ def read_work(args: argparse.Namespace) -> Work:
     """
     work = Work(args, args.metrics.split(",") if args.metrics else [])
     columns = None if args.columns is None else parse_columns(args.columns)
-    _check_flags(args)
     if work.metrics and args.answers is None:
         work.questions = read_questions(args.data, columns, args.limit)
         check_references(work.questions, work.metrics)
@@ -69,18 +68,6 @@ def read_work(args: argparse.Namespace) -> Work:
     if args.against is not None:
         work.before = GoldenResult.load(args.against)
     return work
-
-
-def _check_flags(args: argparse.Namespace) -> None:
-    """Refuse counts below 1, and results that would have no place to go after an hour's work."""
-    for name in ("limit", "max_new_tokens", "shots"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more; got {value}")
-    for name in ("html", "save"):
-        value = getattr(args, name)
-        if value is not None and not Path(value).absolute().parent.is_dir():
-            raise FileNotFoundError(f"--{name} {value}: there is no folder {Path(value).parent}")
 
 
 def _shots(args: argparse.Namespace, columns: dict[str, str] | None) -> list[Prompt]:
@@ -145,14 +132,15 @@ def counter(what: str) -> Callable[[int, int], None]:
 
 
 def fingerprint(source: Path, adapter: str | None) -> dict[str, str | None]:
-    """Hashes of what answers come from: weights and settings of the base and of the adapter."""
+    """Hashes of what answers come from: weights, settings and tokenizer of base and adapter."""
     return {
-        "model": _digest(source, ("config.json", "*.safetensors")),
-        "adapter": None if adapter is None else _digest(Path(adapter), ("*.json", "*.safetensors")),
+        "model": _digest(source),
+        "adapter": None if adapter is None else _digest(Path(adapter)),
     }
 
 
-def _digest(folder: Path, patterns: Sequence[str]) -> str:
+def _digest(folder: Path) -> str:
+    patterns = ("*.json", "*.jinja", "*.model", "*.safetensors")
     files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     listed = "".join(f"{file.name} {sha256_file(file)}\n" for file in files)
     return hashlib.sha256(listed.encode()).hexdigest()[:16]

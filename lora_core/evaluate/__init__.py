@@ -1,4 +1,18 @@
-"""Measures of a model on data."""
+"""Measures of a model on data, each a figure with its count and interval.
+
+figures               estimate (value, count, interval), figures (compared row by row)
+the model's own       perplexity, choice, choices (their file), retention (what was forgotten)
+answers               questions (their file), answering, answers (kept and read again),
+                      metrics (all measures of answers by name)
+text against text     squad (exact match, F1), bleu, bleu_score, bleu_tokens, rouge, lcs, ngrams,
+                      pairs (checks of predictions and references)
+variety               diversity (distinct, repetition, self-BLEU)
+an encoder's eyes     encoding (texts to states), bertscore, embedding
+golden set            golden, golden_checks, golden_schema, refusals, golden_result, golden_diff
+one against another   judge, verdicts, model_judge, blind (a person votes), sides (checks of both)
+by all of them        row_log (rows on disk as they come), shown (texts for a terminal)
+the quickstart        function_task
+"""
 
 from lora_core.evaluate.answering import answer_questions, prompt_of
 from lora_core.evaluate.answers import Answer, AnswerFile, read_answers

@@ -19,7 +19,7 @@ from typing import Any
 
 from lora_core.data.lines import read_rows
 from lora_core.evaluate.questions import Prompt, Question
-from lora_core.evaluate.row_log import RowLog, short
+from lora_core.evaluate.row_log import RowLog, differing_settings, short
 from lora_core.files import atomic_write
 
 
@@ -94,15 +94,12 @@ class AnswerFile:
             before = json.loads(self.beside.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{self.beside} is not valid JSON: {error}") from None
-        differing = [
-            f"{name} was {short(before.get(name))}, is {short(settings.get(name))}"
-            for name in dict.fromkeys([*before, *settings])
-            if before.get(name) != settings.get(name)
-        ]
-        if differing:
+        if not isinstance(before, dict):
+            raise ValueError(f"{self.beside} must be a JSON object; got {short(before)}")
+        if differing := differing_settings(before, settings):
             raise ValueError(
-                f"{self.path} holds answers of other settings: {'; '.join(differing)}; write to "
-                "another place, or remove it"
+                f"{self.path} holds answers of other settings: {differing}; write to another "
+                "place, or remove it"
             )
 
 

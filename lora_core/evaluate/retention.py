@@ -202,7 +202,7 @@ def _documents(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no text file {str(path)!r}")
     try:
-        return [path.read_text(encoding="utf-8")]
+        return [path.read_text(encoding="utf-8-sig")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 

@@ -80,16 +80,20 @@ def _check_header(path: Path, before: Row, now: Row) -> None:
         raise ValueError(
             f"{path} does not begin as a {now.get('format')} does: write to another file"
         )
-    differing = [
+    if differing := differing_settings(before, now):
+        raise ValueError(
+            f"{path} holds results of other settings: {differing}; write to another file, or "
+            "remove it"
+        )
+
+
+def differing_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that differ, each with both values; "" where none does."""
+    return "; ".join(
         f"{name} was {short(before.get(name))}, is {short(now.get(name))}"
         for name in dict.fromkeys([*before, *now])
         if before.get(name) != now.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} holds results of other settings: {'; '.join(differing)}; write to another "
-            "file, or remove it"
-        )
+    )
 
 
 def short(value: Any, width: int = 60) -> str:

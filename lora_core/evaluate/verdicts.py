@@ -36,7 +36,7 @@ class Verdicts(Generic[Value]):
         self.read, self.attempts, self.log = read, attempts, RowLog(out)
         self.kept: dict[str, tuple[str, list[Any]]] = {}  # key -> file:line, what was said
         for where, row in self.log.kept:
-            if "key" not in row or "said" not in row:
+            if not isinstance(row.get("key"), str) or not isinstance(row.get("said"), list):
                 raise ValueError(f"{where}: {out} is no file of verdicts: write to another file")
             if row.get("error") is None:
                 self.kept[row["key"]] = where, row["said"]
@@ -79,7 +79,7 @@ class Verdicts(Generic[Value]):
         for _ in range(self.attempts):
             try:
                 returned = call()
-            except Exception as fault:  # noqa: BLE001  # a judge may raise anything
+            except (Exception, SystemExit) as fault:  # noqa: BLE001  # a judge may raise anything
                 error = f"the judge raised {type(fault).__name__}: {cut(str(fault), 200)}"
                 continue
             try:

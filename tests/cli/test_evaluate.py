@@ -1,6 +1,7 @@
 """`lora-core evaluate` on a model: figures, answers that are kept, the base, a golden set."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,28 @@ def test_another_adapter_is_refused(
     code, _, err = evaluate(*asking, "--out", tmp_path, adapter="prompt")
     assert code == 1
     assert "answers of other settings: adapter was" in err
+
+
+@pytest.mark.parametrize("changed", ["--template", "tokenizer_config.json"])
+def test_answers_are_bound_to_what_is_rendered(
+    changed: str, evaluate: Run, folders: Path, asking: list[str], tmp_path: Path
+) -> None:
+    """A template file that was edited, and a tokenizer's settings that were, ask otherwise."""
+    base = shutil.copytree(folders / "base", tmp_path / "base")
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}")
+    words = [*asking, "--no-loss", "--model", base, "--template", template, "--out", tmp_path / "r"]
+    assert evaluate(*words, adapter=None)[0] == 0
+    if changed == "--template":
+        template.write_text("Q: {{ messages[0].content }}")
+        name = "template"
+    else:
+        with (base / changed).open("a") as stream:
+            stream.write("\n")
+        name = "model"
+    code, _, err = evaluate(*words, adapter=None)
+    assert code == 1
+    assert f"holds answers of other settings: {name} was" in err
 
 
 def test_a_soft_prompt_answers(evaluate: Run, asking: list[str]) -> None:

@@ -1,7 +1,9 @@
 """`lora-core evaluate` without a model: answers scored, judged in pairs, voted on."""
 
+import importlib
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ def sometimes(prompt, first, second):
     if prompt[0]["content"] == "two?":
         return 42
     return shorter(prompt, first, second)
+def leaves(prompt, first, second):
+    raise SystemExit(0)
 nonsense = lambda prompt, first, second: "perhaps"
 number = 3
 """
@@ -148,9 +152,27 @@ def test_a_judge_that_returns_nonsense_once_is_named_and_the_rest_kept(evaluate:
     assert "42" in found["errors"][0]
 
 
+def test_a_judge_that_was_changed_is_asked_again(
+    evaluate: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts are kept for a function as it is written, not for its name."""
+    words = ["--judge", "changed:f", "--answers", "a.jsonl", "--versus", "b.jsonl", "--json"]
+
+    def wins(say: str) -> tuple[int, int]:
+        (folder / "changed.py").write_text(f"def f(prompt, first, second):\n    return {say}\n")
+        monkeypatch.delitem(sys.modules, "changed", raising=False)
+        importlib.invalidate_caches()
+        found = json.loads(evaluate(*words, "--out", "verdicts.jsonl")[1])
+        return found["wins"], len(Path("verdicts.jsonl").read_text().splitlines())
+
+    assert wins("'first' if len(first) > len(second) else 'second'") == (0, 2)
+    assert wins("'first' if len(first) > len(second) else 'second'") == (0, 2)  # kept
+    assert wins("'second' if len(first) > len(second) else 'first'  # the other") == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("raises", "the service is down"), ("nonsense", "perhaps")],
+    [("raises", "the service is down"), ("nonsense", "perhaps"), ("leaves", "raised SystemExit")],
 )
 def test_a_judge_that_always_fails(function: str, message: str, evaluate: Run) -> None:
     """Equal answers are never put to it, so one row is decided without; the others are named."""
@@ -169,13 +191,34 @@ def test_a_judge_that_always_fails(function: str, message: str, evaluate: Run) -
         ("judges_of_this_test:absent", "judges_of_this_test has no 'absent'"),
         ("judges_of_this_test:number", "has a int and no function 'number'"),
         ("broken_judges_here:f", "importing broken_judges_here failed: ZeroDivisionError"),
+        ("script_here:f", "importing script_here failed: SystemExit: 0"),
     ],
 )
 def test_a_judge_that_is_none(judge: str, message: str, evaluate: Run, folder: Path) -> None:
     (folder / "broken_judges_here.py").write_text("1 / 0\n")
+    (folder / "script_here.py").write_text("raise SystemExit(0)\n")
     code, _, err = evaluate("--judge", judge, "--answers", "a.jsonl", "--versus", "b.jsonl")
     assert code == 1
     assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metrics", "distinct", "--limit", "-1"], "--limit must be 1 or more; got -1"),
+        (["--metrics", "distinct", "--out", "b.jsonl"], "--out b.jsonl is a file: name a folder"),
+        (["--metrics", "distinct", "--html", "."], "--html . is a folder: name a file"),
+        (["--metrics", "distinct", "--html", "no/x"], "--html no/x: there is no folder no"),
+        (["--versus", "b.jsonl", "--judge", "m:f", "--out", "."], "--out . is a folder: name a"),
+    ],
+)
+def test_places_and_counts_are_checked_at_once(
+    words: list[str], message: str, evaluate: Run
+) -> None:
+    code, out, err = evaluate("--answers", "a.jsonl", *words)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"lora-core evaluate: {message}")
     assert len(err.splitlines()) == 1
 
 

@@ -237,6 +237,12 @@ def test_lines_without_end_are_cut(tmp_path: Path) -> None:
     assert [len(passage) for passage in text.texts] == [1024] * 4 + [910]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "marked.txt"
+    file.write_bytes(b"\xef\xbb\xbfone line\n")
+    assert general_text(file).texts == ("one line\n",)
+
+
 def test_json_lines(tmp_path: Path) -> None:
     file = tmp_path / "general.jsonl"
     file.write_text('{"text": "one"}\n{"text": " "}\n{"text": "two", "more": 1}\n')
