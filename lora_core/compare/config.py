@@ -89,14 +89,18 @@ class CompareConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < low):
                 raise ValueError(f"{name} must be a whole number, {low} or more; got {value!r}")
-        self._check_rates()
+        self._check_numbers()
         if self.data is not None and "system-prompt" in self.methods and self.system is None:
             if self.methods != tuple(METHODS):
                 raise ValueError("system-prompt needs --system TEXT on data of your own")
             kept = tuple(name for name in self.methods if name != "system-prompt")
             object.__setattr__(self, "methods", kept)
 
-    def _check_rates(self) -> None:
+    def _check_numbers(self) -> None:
+        for field_name in ("alpha", "reduction"):
+            if not 0 < getattr(self, field_name) < float("inf"):
+                value = getattr(self, field_name)
+                raise ValueError(f"{field_name} must be a number above 0; got {value}")
         for name in self.rates:
             if name not in self.methods:
                 raise ValueError(f"--lr {name}=…: {name} is not among the methods compared")

@@ -125,7 +125,8 @@ def _plain(value: Estimate | float | None) -> Any:
 
 def document(found: Compared, rows: Sequence[Row]) -> str:
     """The Markdown page: both tables, their notes, what failed and how to repeat it."""
-    told = "\n".join(f"* {name}: {value}" for name, value in setting(found).items())
+    # a system text may have lines
+    told = "\n".join(f"* {k}: {' '.join(str(v).split())}" for k, v in setting(found).items())
     parts = [
         "# Methods compared",
         told,

@@ -1,6 +1,7 @@
 r"""Records of variants on disk, and what makes a second call go on where the first one stopped.
 
     task.json        what is measured, on what: hashes of model and data, and how it is measured
+    base.json        what the base makes of general text, measured by the first call
     results.jsonl    one record a variant and seed, appended the moment it ends, failures too
     runs/            a folder a variant and seed: what it was told, its log, answers and adapter
 
@@ -8,7 +9,7 @@ A record carries the fingerprint of its variant: a hash of its settings, its see
 call runs the variants whose fingerprints have no good record yet. So another seed, another rate or
 one more method is added to what is there, a failure is tried again, and changed settings never
 borrow old figures. A folder holds one task: another model or other data would make a table whose
-rows do not compare, and are refused by name.
+rows do not compare, and are refused by name, once there is a record.
 
 A process may be killed while it writes. A last line without its end is therefore cut off, and its
 variant run again; anything else that cannot be read is an error with its line.
@@ -25,7 +26,7 @@ from lora_core.compare.variants import Variant
 from lora_core.evaluate.estimate import Estimate
 from lora_core.files import atomic_write
 
-RESULTS, TASK, WORK = "results.jsonl", "task.json", "runs"
+RESULTS, TASK, WORK, BASE_FILE = "results.jsonl", "task.json", "runs", "base.json"
 Record = dict[str, Any]
 
 
@@ -74,7 +75,7 @@ class Results:
                         f"{there} is there and {file.name}, which says of what, is not: choose "
                         "another --out"
                     )
-            atomic_write(file, json.dumps(self.identity, indent=2, ensure_ascii=False) + "\n")
+            self._write(file)
             return
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
@@ -83,11 +84,17 @@ class Results:
             )
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from None
-        if other:
+        if other and not self.path.is_file():  # nothing has ended here: a first try went wrong
+            (file.parent / BASE_FILE).unlink(missing_ok=True)
+            self._write(file)
+        elif other:
             told = _differing(held, self.identity, other)
             raise ValueError(
                 f"{file.parent} holds another comparison: {told}; choose another --out"
             )
+
+    def _write(self, file: Path) -> None:
+        atomic_write(file, json.dumps(self.identity, indent=2, ensure_ascii=False) + "\n")
 
     def _read(self) -> list[Record]:
         if not self.path.is_file():

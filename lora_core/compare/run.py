@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.compare.config import CompareConfig
-from lora_core.compare.results import WORK, Record, Results, fingerprint
+from lora_core.compare.results import BASE_FILE, WORK, Record, Results, fingerprint
 from lora_core.compare.task import Task, asked_questions, choose_examples, prepare
 from lora_core.compare.variants import Variant
 from lora_core.evaluate.questions import Prompt
 from lora_core.files import atomic_write, folder_lock
 from lora_core.train.report import say, versions
 
-BASE_FILE = "base.json"
 _GRACE = 5.0  # seconds that a process has to end
 
 Job = tuple[Variant, str, dict[str, Any]]  # variant, fingerprint, what it is shown

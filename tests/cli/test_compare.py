@@ -114,6 +114,7 @@ def test_a_failed_variant_is_exit_code_1_and_the_others_are_there(
         (["--sweep", "width=4"], "no method has a field 'width' to sweep over; fields: lr"),
         (["--sweep", "r=4", "--sweep", "r=8"], "--sweep names r twice"),
         (["--sweep", "r=4", "--methods", "prompt"], "none of prompt has a field 'r' to sweep over"),
+        (["--alpha", "0"], "alpha must be a number above 0; got 0"),
         (["--lr", "lora"], "--lr takes METHOD=RATE"),
         (["--lr", "lora=1e-3", "--methods", "full"], "lora is not among the methods compared"),
         (["--lr", "lora=1e-3", "--sweep", "lr=1e-3,2e-3"], "--sweep lr=… both set the rate"),

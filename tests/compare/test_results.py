@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from lora_core.compare import Results, Variant
-from lora_core.compare.results import RESULTS, TASK, WORK, estimate, fingerprint, over_seeds
+from lora_core.compare.results import (
+    BASE_FILE,
+    RESULTS,
+    TASK,
+    WORK,
+    estimate,
+    fingerprint,
+    over_seeds,
+)
 from lora_core.evaluate.estimate import Estimate
 
 VARIANT = Variant("lora", {"r": 4, "lr": 0.1}, {"r": 4}, 0)
@@ -67,8 +75,17 @@ def test_any_other_line_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             Results(tmp_path, IDENTITY)
 
 
-def test_a_folder_holds_one_task(tmp_path: Path) -> None:
+def test_a_folder_without_a_record_is_bound_anew(tmp_path: Path) -> None:
+    """A device that is not there, say, is found when the base is to be measured."""
+    Results(tmp_path, {**IDENTITY, "data": "9"})
+    (tmp_path / BASE_FILE).write_text("{}")
     Results(tmp_path, IDENTITY)
+    assert not (tmp_path / BASE_FILE).exists()
+    assert json.loads((tmp_path / TASK).read_text()) == IDENTITY
+
+
+def test_a_folder_holds_one_task(tmp_path: Path) -> None:
+    Results(tmp_path, IDENTITY).add(record("a"))
     with pytest.raises(ValueError, match='another comparison: data was "2", is "9"; choose anot'):
         Results(tmp_path, {**IDENTITY, "data": "9"})
     Results(tmp_path, dict(reversed(IDENTITY.items())))  # the order says nothing

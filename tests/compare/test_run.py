@@ -124,9 +124,9 @@ def test_a_second_call_names_its_rows(make_config: Make, in_process: Any) -> Non
     """What an earlier call set is a point of this one's sweep, and the other way round."""
     plain = make_config(methods=("lora",))
     compare(plain, worker=in_process)
-    swept = compare(replace(plain, sweep={"r": (2, 4)}, seeds=(0, 1)), worker=in_process)
-    assert in_process.ran == ["base", *["lora"] * 4]  # r=2 with seed 0 was there
-    rows = [("lora r=2", {"r": 2})] * 2 + [("lora r=4", {"r": 4})] * 2
+    swept = compare(replace(plain, sweep={"r": (2, 4)}), worker=in_process)
+    assert in_process.ran == ["base", "lora", "lora"]  # r=2 was there
+    rows = [("lora r=2", {"r": 2}), ("lora r=4", {"r": 4})]
     assert [(r["name"], r["swept"]) for r in swept.records] == rows
     (alone,) = compare(plain, worker=in_process).records
     assert (alone["name"], alone["swept"]) == ("lora", {})

@@ -150,8 +150,9 @@ def test_names_do_not_break_the_table() -> None:
 @pytest.mark.filterwarnings("error")
 def test_the_files(make_config: Callable[..., CompareConfig], in_process: Any) -> None:
     config = make_config(
-        methods=("lora",),
+        methods=("lora", "system-prompt"),
         sweep={"r": (1, 2), "targets": ("attention", "q_proj")},
+        system="Add.\n# Not a heading",
     )
     found = compare(config, worker=in_process)
     files = {file.name for file in leave(found)}
@@ -171,7 +172,9 @@ def test_the_files(make_config: Callable[..., CompareConfig], in_process: Any) -
         "lora r=1 targets=q_proj",
         "lora r=2 targets=attention",
         "lora r=2 targets=q_proj",
+        "system-prompt",
     ]
+    assert "\n* system-prompt: Add. # Not a heading\n" in (out / "compare.md").read_text()
     assert told["failed"] == []
     swept = told["variants"][0]
     assert swept["swept"] == {"r": 1, "targets": "attention"}
