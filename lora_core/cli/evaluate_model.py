@@ -128,7 +128,7 @@ class Evaluation:
         """All figures of the model as its adapters are now."""
         side, work, model = Side(), self.work, self.opened.model
         if self.rows is not None and not general_only:
-            rows = list(with_bytes(self.rows, self.opened.tok))
+            rows = with_bytes(self.rows, self.opened.tok)
             batches = bar(f"loss{suffix}", "rows")(rows)
             side.figures |= of_perplexity(
                 perplexity(model, batches, batch_size=self.args.batch_size)

@@ -6,7 +6,7 @@ would be found after an hour of generation otherwise.
 
 import argparse
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -92,16 +92,19 @@ def graded_rows(args: argparse.Namespace, tok: Tokenizer) -> SFTDataset:
     )
 
 
-def with_bytes(rows: Rows, tok: Tokenizer) -> Iterator[dict[str, Any]]:
+def with_bytes(rows: Rows, tok: Tokenizer) -> list[dict[str, Any]]:
     """The rows, each with the UTF-8 bytes of the text that its graded tokens stand for.
 
     The first token is graded in no row: nothing stands before it. The end of a turn is a token and
-    no text.
+    no text: where every answer is empty there are no bytes to count by, and the rows stay as they
+    are.
     """
+    found = []
     for row in rows:
         graded = [label for label in row["labels"][1:] if label != IGNORED]
         text = tok.decode(graded, skip_special_tokens=True)
-        yield {**row, "graded_bytes": len(text.encode())}
+        found.append({**row, "graded_bytes": len(text.encode())})
+    return found if any(row["graded_bytes"] for row in found) else [dict(row) for row in rows]
 
 
 def bar(what: str, unit: str = "batches") -> Callable[[Sequence[T]], Iterable[T]]:

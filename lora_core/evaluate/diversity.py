@@ -22,11 +22,11 @@ the number of n-grams, so that n different ones of n are 1. For n = 1 both are t
 import math
 from collections import Counter
 from collections.abc import Sequence
-from statistics import NormalDist
+from dataclasses import replace
 
 from lora_core.evaluate.bleu_score import ORDERS, Scoring, row_sums, score
 from lora_core.evaluate.bleu_tokens import tokenizer
-from lora_core.evaluate.estimate import Estimate, mean
+from lora_core.evaluate.estimate import Estimate, jackknife, mean
 from lora_core.evaluate.ngrams import Ngram, ngrams
 from lora_core.evaluate.pairs import check_texts
 
@@ -64,7 +64,8 @@ def distinct(texts: Sequence[str], n: int, *, tokenize: str = "13a") -> Estimate
         for own, size in zip(alone, totals, strict=True)
         if size < total
     ]
-    return _jackknife(different / total, without, total, f"{n}-grams")
+    found = jackknife(different / total, without, count=total, unit=f"{n}-grams")
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))  # NaN stays
 
 
 def repetition(texts: Sequence[str], n: int = 4, *, tokenize: str = "13a") -> Estimate:
@@ -169,18 +170,3 @@ def _two_largest(rows: Sequence[Sequence[str]]) -> dict[Ngram, tuple[int, int]]:
                 first, second = found.get(ngram, (0, 0))
                 found[ngram] = (max(first, count), max(second, min(first, count)))
     return found
-
-
-def _jackknife(value: float, without: Sequence[float], count: int, unit: str) -> Estimate:
-    """A share, with the normal interval of its jackknife variance.
-
-    (m − 1) / m · Σ (dᵢ − d̄)², dᵢ the figure without row i.
-    """
-    m, level = len(without), 0.95
-    if m < 2:
-        return Estimate(value, count, math.nan, math.nan, unit, level, "jackknife")
-    middle = math.fsum(without) / m
-    error = math.sqrt((m - 1) / m * math.fsum((d - middle) ** 2 for d in without))
-    half = NormalDist().inv_cdf(0.5 + level / 2) * error
-    low, high = max(0.0, value - half), min(1.0, value + half)
-    return Estimate(value, count, low, high, unit, level, "jackknife")

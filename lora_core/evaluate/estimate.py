@@ -244,6 +244,35 @@ def paired_difference(
     return mean(differences, unit=unit, seed=seed, level=level)
 
 
+def jackknife(
+    value: float, without: Sequence[float], *, count: int, unit: str = "rows", level: float = 0.95
+) -> Estimate:
+    r"""A statistic with the normal interval of its jackknife variance.
+
+    (m − 1) / m · Σ (dᵢ − d̄)², dᵢ the statistic without row i of m.
+
+    Args:
+        value: the statistic of all rows.
+        without: (m,), the statistic without each row.
+        count: of the estimate.
+        unit: what is counted.
+        level: confidence.
+
+    Returns:
+        The estimate; without an interval (NaN) where fewer than two rows are left out or one
+        leaves no statistic.
+
+    Ref:
+        Efron & Stein 1981, "The Jackknife Estimate of Variance".
+    """
+    m, half = len(without), math.nan
+    if m > 1:
+        middle = math.fsum(without) / m
+        error = math.sqrt((m - 1) / m * math.fsum((d - middle) ** 2 for d in without))
+        half = NormalDist().inv_cdf(0.5 + _checked(level) / 2) * error
+    return Estimate(value, count, value - half, value + half, unit, level, "jackknife")
+
+
 def _checked(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, 0.95 for one; got {level}")

@@ -13,13 +13,10 @@ sacreBLEU does so for its three metrics (`--paired-bs`); here it is one function
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
-from lora_core.evaluate.estimate import Estimate, Numbers, bootstrap, mean, ratio
-from lora_core.evaluate.perplexity import Perplexity
-
-_LEVEL = 0.95
+from lora_core.evaluate.estimate import Estimate, Numbers, bootstrap, jackknife, mean, ratio
+from lora_core.evaluate.perplexity import Perplexity, exp_nats
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def of_perplexity(found: Perplexity) -> dict[str, Figure]:
     nll, tokens = found.row_nll, found.row_tokens
     figures = {
         "loss": of_ratio(nll, tokens, "tokens"),
-        "perplexity": of_ratio(nll, tokens, "tokens", _exp),
+        "perplexity": of_ratio(nll, tokens, "tokens", exp_nats),
         "accuracy": of_ratio(found.row_correct, tokens, "tokens"),
     }
     if found.row_bytes is not None:
@@ -129,6 +126,8 @@ def difference(after: Figure, before: Figure) -> Estimate:
     Ref:
         Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation", section 4.
     """
+    import numpy as np
+
     if after.rows != before.rows:
         raise ValueError(f"pairs need as many rows of each; got {after.rows} and {before.rows}")
 
@@ -136,36 +135,12 @@ def difference(after: Figure, before: Figure) -> Estimate:
         return after.on(draw) - before.on(draw)
 
     if "jackknife" in (after.estimate.method, before.estimate.method):
-        return _jackknife(after.rows, on)
+        every = np.arange(after.rows)
+        without = [on(np.delete(every, row)) for row in every] if after.rows > 1 else []
+        return jackknife(on(every), without, count=after.rows)
     return bootstrap(after.rows, on)
 
 
 def differences(after: Mapping[str, Figure], before: Mapping[str, Figure]) -> dict[str, Estimate]:
     """`difference` of each figure that both have, by name."""
     return {name: difference(after[name], before[name]) for name in after if name in before}
-
-
-def _jackknife(rows: int, on: Callable[[Any], float]) -> Estimate:
-    """A statistic with the normal interval of its jackknife variance.
-
-    (m − 1) / m · Σ (dᵢ − d̄)², dᵢ the statistic without row i.
-
-    Ref:
-        Efron & Stein 1981, "The Jackknife Estimate of Variance".
-    """
-    import numpy as np
-
-    every = np.arange(rows)
-    value = on(every)
-    without = [on(np.delete(every, row)) for row in range(rows)] if rows > 1 else []
-    if not without or any(math.isnan(d) for d in without):
-        return Estimate(value, rows, math.nan, math.nan, "rows", _LEVEL, "jackknife")
-    middle = math.fsum(without) / rows
-    error = math.sqrt((rows - 1) / rows * math.fsum((d - middle) ** 2 for d in without))
-    half = NormalDist().inv_cdf(0.5 + _LEVEL / 2) * error
-    return Estimate(value, rows, value - half, value + half, "rows", _LEVEL, "jackknife")
-
-
-def _exp(nats: float) -> float:
-    # exp overflows a float from 710 on
-    return math.inf if nats >= 709 else math.exp(nats)

@@ -68,7 +68,7 @@ class Perplexity:
         loss = ratio(self.row_nll, self.row_tokens, unit="tokens")
         found = {
             "loss": loss,
-            "perplexity": loss.map(_exp),
+            "perplexity": loss.map(exp_nats),
             "accuracy": ratio(self.row_correct, self.row_tokens, unit="tokens"),
         }
         if self.row_bytes is not None:
@@ -216,7 +216,7 @@ class _Sums:
         in_all = self._bytes(graded_bytes)
         return Perplexity(
             loss=nll / tokens,
-            perplexity=_exp(nll / tokens),
+            perplexity=exp_nats(nll / tokens),
             accuracy=sum(self.correct) / tokens,
             tokens=tokens,
             nll=nll,
@@ -242,6 +242,6 @@ class _Sums:
         return sum(self.bytes)
 
 
-def _exp(nats: float) -> float:
-    # exp overflows a float from 710 on
+def exp_nats(nats: float) -> float:
+    """exp, and infinity from where it overflows a float (710)."""
     return math.inf if nats >= 709 else math.exp(nats)  # NaN, an interval's absent end, stays

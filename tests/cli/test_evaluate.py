@@ -179,6 +179,15 @@ def test_rows_without_an_answer_need_no_loss(evaluate: Run, tmp_path: Path) -> N
     assert "loss" not in json.loads(out)
 
 
+def test_answers_without_text_have_no_bytes(evaluate: Run, tmp_path: Path) -> None:
+    """Only the end of the turn is graded: that is a loss, and no bits per byte."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]
+    data = write(tmp_path / "empty.jsonl", {"messages": turns})
+    code, out, _ = evaluate("--data", data, "--json")
+    assert code == 0
+    assert list(json.loads(out)["figures"]) == ["loss", "perplexity", "accuracy"]
+
+
 def test_an_encoder_measures(evaluate: Run, folders: Path, asking: list[str]) -> None:
     words = ["--metrics", "bertscore,embedding", "--encoder", folders / "encoder", "--no-loss"]
     found = json.loads(evaluate(*asking, *words)[1])["figures"]
