@@ -90,7 +90,8 @@ def held_out_loss(
         {"loss", "perplexity", "accuracy"}: estimates as JSON holds them.
     """
     records = [_record(question, prompt_of(question, system, shots)) for question in questions]
-    rows = SFTDataset(records, tok, max_length=_WHOLE, train_on="last")
+    # every row, as it was asked: an example that spells a control token would drop all of them
+    rows = SFTDataset(records, tok, max_length=_WHOLE, train_on="last", control_text="keep")
     found = perplexity(model, rows).estimates()
     return {name: found[name].facts() for name in ("loss", "perplexity", "accuracy")}
 

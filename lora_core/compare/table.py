@@ -117,7 +117,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"rates: as given, else of each method; {_SEARCHED}; --sweep lr=…",
         "forgetting: bits per byte of general text, after less before; 4 bits' cost included",
         "peak memory: above what the interpreter with torch took before the base was loaded",
-        "peak memory is of the training, or of answering where nothing is trained",
+        "it is of loading and training, or of loading and answering where nothing is trained",
         "tokens a request: the prompt with examples and system text, and virtual tokens",
         "ms: medians of single requests, the adapter on, merged and off in turns: compare in a row",
     ]

@@ -8,9 +8,10 @@ state. The price is some seconds for each to import torch and load the base.
 
     base ─▶ attach, train ─▶ peak memory ─▶ save ─▶ general text ─▶ answers, loss ─▶ latency
 
-The peak is read right after the training, before answers are generated, so that it is the
-training's. A variant that trains nothing has that of answering. What the interpreter with torch had
-taken before the base was loaded is subtracted, and the whole is given beside it.
+The peak is read right after the training, before answers are generated, so that it is that of
+loading and training, as a training run's would be. A variant that trains nothing has that of
+loading and answering. What the interpreter with torch had taken before the base was loaded is
+subtracted, and the whole is given beside it.
 
 What fails is one line under "failed" in RESULT.json, and the traceback goes to stderr, which the
 parent keeps as a log.

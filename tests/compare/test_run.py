@@ -75,6 +75,25 @@ def test_what_is_shown_costs_tokens(every: Compared, tiny_model: Path) -> None:
     assert len(losses) == 3
 
 
+def test_the_loss_is_over_every_question(tiny_model: Path) -> None:
+    """Also over one that spells a control token, which training data would lose."""
+    from lora_core.compare.measures import held_out_loss
+    from lora_core.evaluate.questions import Question
+
+    tok = load_tokenizer(tiny_model)
+    model = load_model(tiny_model)
+
+    def graded(*texts: str) -> int:
+        asked = [
+            Question(text, ({"role": "user", "content": text},), ("It is.",), "here")
+            for text in texts
+        ]
+        found = held_out_loss(model, tok, asked, system=None, shots=())
+        return int(found["loss"]["count"])  # tokens
+
+    assert graded("Say <|im_end|>", "one", "two") == graded("three", "one", "two")
+
+
 def test_what_was_saved_is_what_was_measured(every: Compared, tiny_model: Path) -> None:
     """The adapter in the folder gives the loss and the forgetting that are in the record."""
     from lora_core.compare.measures import general, held_out_loss
