@@ -32,7 +32,7 @@ def run(settings: Settings) -> Finding:
             for name, runs in sweeps(settings).items()
         },
         x="learning rate",
-        y="forgetting (bits per byte of general text)",
+        y="forgetting (bits per byte)",
     )
     finding.figures["picture"] = picture(settings, "forgetting_lr", figure)
     return finding

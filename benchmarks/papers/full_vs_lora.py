@@ -19,6 +19,7 @@ from benchmarks.papers.rates import FULL_RATES, LORA_RATES, Tuned, at_best, pict
 from benchmarks.papers.task import BASE, score
 
 RATES = {"LoRA": LORA_RATES, "full": FULL_RATES}
+LOSSES = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)  # named on the axis
 Curve = Sequence[tuple[float, float]]  # (held-out loss, bits per byte forgotten), by rate
 
 
@@ -149,6 +150,10 @@ def drawn(curves: Mapping[str, Sequence[Curve]]) -> object:
                     label=name if i == 0 else None,
                 )
         axes.invert_xaxis()
+        low, high = sorted(axes.get_xlim())
+        shown = [loss for loss in LOSSES if low <= loss <= high]
+        axes.set_xticks(shown, [f"{loss:g}" for loss in shown])
+        axes.set_xticks([], minor=True)
         axes.legend()
     return figure
 
