@@ -23,7 +23,7 @@ from lora_core.checkpoint import base_model_path
 SHARE = 0.4
 BATCH = 8  # rows a step, a Variant's default
 MARGIN = 0.02  # of what LoRA of rank 16 gains on the base: no larger difference counts as none
-LORA_RATES = (4e-3, 8e-3, 1.6e-2)
+LORA_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 FULL_RATES = (5e-4, 1e-3, 2e-3)
 PICTURES = Path(__file__).parents[2] / "docs" / "papers"
 

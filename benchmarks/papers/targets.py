@@ -22,7 +22,7 @@ PARTS = {
     "all of attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 FULL = "every weight (full)"
-FEW_RATES = (8e-3, 1.6e-2, 3.2e-2)  # fewer layers want a higher rate
+FEW_RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)  # fewer layers want a higher rate
 
 
 def rank_of_equal_size(settings: Settings, targets: list[str]) -> int:

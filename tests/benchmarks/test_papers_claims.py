@@ -306,10 +306,13 @@ def test_merged_is_timed_in_turns_and_never_if_wrong(
     every = claim.models(papers_settings)
     ids = torch.arange(8)[None]
     plain, merged = every["LoRA, beside the weights"], every["LoRA, merged"]
+    kept = every["LoRA, merged in place"]
     assert all(host.merged is None for _, host in adapted_modules(plain))
-    assert all(host.merged is not None for _, host in adapted_modules(merged))
-    assert len(list(adapted_modules(merged))) == 14
+    assert all(host.merged is not None for _, host in adapted_modules(kept))
+    assert len(list(adapted_modules(kept))) == 14
+    assert not list(adapted_modules(merged))  # plain layers again
     claim.check_same(plain, merged, ids)
+    claim.check_same(plain, kept, ids)
     with pytest.raises(AssertionError, match="nothing is timed"):
         claim.check_same(every["base"], merged, ids)
     # a clock that each call moves on by its own time, and each turn makes slower
