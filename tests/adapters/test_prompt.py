@@ -510,6 +510,9 @@ def test_ddp(kind: str, tmp_path: Any) -> None:
         for _ in range(2):
             parallel(x, labels=x).loss.backward()
             twin(x, labels=x).loss.backward()
+        # a wrapper that outlives its group waits, at its end, for the group's threads while it
+        # holds Python's lock, which one of them may want: a deadlock, once in some hundred runs
+        del parallel
     finally:
         torch.distributed.destroy_process_group()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
