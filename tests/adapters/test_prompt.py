@@ -511,7 +511,7 @@ def test_ddp(kind: str, tmp_path: Any) -> None:
             parallel(x, labels=x).loss.backward()
             twin(x, labels=x).loss.backward()
         # a wrapper that outlives its group waits, at its end, for the group's threads while it
-        # holds Python's lock, which one of them may want: a deadlock, once in some hundred runs
+        # holds Python's lock, which one of them may want: a deadlock, seen once
         del parallel
     finally:
         torch.distributed.destroy_process_group()
