@@ -35,6 +35,7 @@ from lora_core.data import (
 )
 from lora_core.data.stdlib import FunctionRow, function_conversations
 from lora_core.evaluate import perplexity
+from lora_core.evaluate.function_task import ANSWER_TOKENS, first_answers
 from lora_core.evaluate.perplexity import Perplexity
 from lora_core.evaluate.retention import (
     WINDOW,
@@ -44,14 +45,12 @@ from lora_core.evaluate.retention import (
     windows,
 )
 from lora_core.files import atomic_write, sha256_file
-from lora_core.models import generate_ids, left_pad
 from lora_core.train import TrainConfig, train
 
 MAX_LENGTH = 512
 DONE = "run.json"
 SCORES = "scores.json"
 GENERAL_BYTES, QUICK_BYTES = 1 << 16, 1 << 11
-ANSWER_TOKENS = 96
 LORA = LoRAConfig(r=16, alpha=32)
 
 
@@ -301,16 +300,9 @@ def row_losses(model: nn.Module, rows: Sequence[Any]) -> tuple[list[float], list
     return list(found.row_nll), list(found.row_tokens)
 
 
-@torch.no_grad()
 def answers(model: nn.Module, tok: Tokenizer, chats: Sequence[Sequence[Any]]) -> list[str]:
     """What the model writes to the first turn of each conversation, greedily."""
-    prompts = [tok.encode_prompt(chat[:1]) for chat in chats]
-    written: list[str] = []
-    for start in range(0, len(prompts), 32):
-        ids, mask = left_pad(prompts[start : start + 32], tok.pad_id)
-        found = generate_ids(model, ids, mask, max_new_tokens=ANSWER_TOKENS, eos_ids=tok.eos_ids)
-        written += [tok.decode(new, skip_special_tokens=True) for new in found]
-    return written
+    return first_answers(model, tok, chats, ANSWER_TOKENS)
 
 
 def right_answers(

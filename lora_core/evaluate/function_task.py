@@ -20,6 +20,8 @@ from lora_core.models import generate_ids, left_pad
 
 MAX_LENGTH = 512
 """longest row of the task, in tokens"""
+ANSWER_TOKENS = 96
+"""longest answer"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,32 @@ def parse_answer(text: str) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
+def first_answers(
+    model: nn.Module,
+    tok: Tokenizer,
+    conversations: Sequence[Sequence[Any]],
+    max_new_tokens: int = ANSWER_TOKENS,
+) -> list[str]:
+    """What the model writes to the first turn of each conversation, greedily, 32 at a time.
+
+    Args:
+        model: a decoder.
+        tok: its tokenizer.
+        conversations: messages; what follows the first one is not shown.
+        max_new_tokens: longest answer.
+
+    Returns:
+        The answers, in order.
+    """
+    prompts = [tok.encode_prompt(messages[:1]) for messages in conversations]
+    written: list[str] = []
+    for start in range(0, len(prompts), 32):
+        ids, mask = left_pad(prompts[start : start + 32], tok.pad_id)
+        found = generate_ids(model, ids, mask, max_new_tokens=max_new_tokens, eos_ids=tok.eos_ids)
+        written += [tok.decode(new, skip_special_tokens=True) for new in found]
+    return written
+
+
 def judge(model: nn.Module, tok: Tokenizer, rows: Sequence[FunctionRow], file: Path) -> Judged:
     """Let the model answer every held-out question, and score the answers.
 
@@ -61,12 +89,7 @@ def judge(model: nn.Module, tok: Tokenizer, rows: Sequence[FunctionRow], file: P
     Returns:
         The scores.
     """
-    prompts = [tok.encode_prompt(row["messages"][:1]) for row in rows]
-    answers: list[str] = []
-    for start in range(0, len(prompts), 32):
-        ids, mask = left_pad(prompts[start : start + 32], tok.pad_id)
-        found = generate_ids(model, ids, mask, max_new_tokens=96, eos_ids=tok.eos_ids)
-        answers += [tok.decode(new, skip_special_tokens=True) for new in found]
+    answers = first_answers(model, tok, [row["messages"] for row in rows])
     parsed = [parse_answer(answer) for answer in answers]
     truths = [json.loads(row["messages"][1]["content"]) for row in rows]
     data = SFTDataset.from_jsonl(file, tok, max_length=MAX_LENGTH)
