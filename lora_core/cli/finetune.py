@@ -19,10 +19,11 @@ EXAMPLE = "lora-core finetune --model DIR --data chats.jsonl --out runs/mine --m
 
 def run(args: argparse.Namespace) -> int:
     """Train, and say where the result lies."""
-    config, adapter, training = settings(args)
+    chosen = settings(args)
+    config = chosen.config
     try:
         with joined_ranks() as ranks:
-            done = finetune(config, adapter, training)
+            done = finetune(config, chosen.adapter, chosen.training, chosen.options)
     except RankError as error:
         if error.speaks:
             raise
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     facts = {
         "out": config.out,
         "method": config.method,
+        "objective": config.objective,
         "steps": done.result.steps,
         "tokens": done.result.tokens,
         "loss": last.get("loss"),

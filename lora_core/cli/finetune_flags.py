@@ -4,6 +4,8 @@ A flag that was given wins over the recorded run, and that over the field's defa
 """
 
 import argparse
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ from lora_core.adapters import (
 from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.cli.flags import add_dataclass_flags, given
 from lora_core.files import sha256_file
+from lora_core.objectives import OBJECTIVES
 from lora_core.runs import AdapterConfig, FinetuneConfig, read_run
 from lora_core.runs.finetune import KINDS
 from lora_core.train import DEFAULT_LR, TrainConfig
 from lora_core.train.report import say
+
+OPTION_FLAGS: dict[str, dict[str, str]] = {}
+"""options class -> field -> flag, where the command line's word differs"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="JSONL files, mixed by weight",
     )
-    add_dataclass_flags(parser, FinetuneConfig, skip=("data",), title="model and data")
+    parser.add_argument(
+        "--objective",
+        choices=list(OBJECTIVES),
+        dest="FinetuneConfig.objective",
+        default=argparse.SUPPRESS,
+        help="; ".join(f"{name}: {kind.help}" for name, kind in OBJECTIVES.items()),
+    )
+    add_dataclass_flags(parser, FinetuneConfig, skip=("data", "objective"), title="model and data")
     add_dataclass_flags(parser, LoRAConfig, skip=_UNFLAGGED, title="LoRA (lora, qlora)")
     parser.add_argument(
         "--modules-to-save",
@@ -56,6 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataclass_flags(
         parser, TrainConfig, skip=("out",), title="training", defaults={"lr": f"by method: {rates}"}
     )
+    kinds: dict[type, list[str]] = {}
+    for name, objective in OBJECTIVES.items():
+        if dataclasses.fields(objective.options_class):
+            kinds.setdefault(objective.options_class, []).append(name)
+    for options, names in kinds.items():
+        words = OPTION_FLAGS.get(options.__name__, {})
+        title = f"objective {', '.join(names)}"
+        add_dataclass_flags(parser, options, rename=words, title=title)
     parser.add_argument("--config", metavar="run.json", help="repeat a run; flags override it")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -70,8 +91,20 @@ def _list(value: Any) -> Any:
     return value
 
 
-def settings(args: argparse.Namespace) -> tuple[FinetuneConfig, AdapterConfig | None, TrainConfig]:
-    """The three configurations, from `--config` and the flags over it."""
+@dataclass(frozen=True)
+class Settings:
+    """All that the flags say."""
+
+    config: FinetuneConfig
+    adapter: AdapterConfig | None
+    """None: every weight is trained, or an adapter is gone on with"""
+    training: TrainConfig
+    options: Any
+    """of the objective"""
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """The configurations, from `--config` and the flags over it."""
     run = _read_config(args.config)
     out = run.get("train", {}).get("out")
     wanted = {"out": out, **run.get("finetune", {}), **given(args, FinetuneConfig)}
@@ -81,7 +114,12 @@ def settings(args: argparse.Namespace) -> tuple[FinetuneConfig, AdapterConfig | 
     config = FinetuneConfig(**{**wanted, "data": tuple(wanted.get("data", ()))})
     kind = KINDS.get(config.method, LoRAConfig)
     adapter: AdapterConfig | None = None
-    if kind is not None:
+    if kind is not None and config.adapter is not None and (stray := _given(args, kind)):
+        raise ValueError(
+            f"--{next(iter(stray)).replace('_', '-')} is the shape of a fresh adapter: leave it "
+            "out, or leave out --adapter"
+        )
+    if kind is not None and config.adapter is None:
         same = run.get("finetune", {}).get("method") in (None, config.method)
         fields = {**((run.get("adapter") or {}) if same else {}), **_given(args, kind)}
         adapter = kind(**{k: v if k == "text" else _list(v) for k, v in fields.items()})
@@ -90,10 +128,28 @@ def settings(args: argparse.Namespace) -> tuple[FinetuneConfig, AdapterConfig | 
             "--init loftq quantizes the 16-bit base itself, and --method qlora has it quantized "
             "already: use --method lora, which trains on the 4-bit base that LoftQ makes"
         )
-    training = {"lr": DEFAULT_LR[config.method], **run.get("train", {}), **given(args, TrainConfig)}
+    objective = OBJECTIVES[config.objective]
+    rates = DEFAULT_LR | dict(objective.rates)
+    training = {"lr": rates[config.method], **objective.training}
+    training |= {**run.get("train", {}), **given(args, TrainConfig)}
     # whether to go on is this call's question, not the recorded run's
     training["resume"] = given(args, TrainConfig).get("resume", False)
-    return config, adapter, TrainConfig(**{**training, "out": config.out})
+    whole = TrainConfig(**{**training, "out": config.out})
+    return Settings(config, adapter, whole, _options(args, config, run))
+
+
+def _options(args: argparse.Namespace, config: FinetuneConfig, run: dict[str, Any]) -> Any:
+    """The objective's options; a flag of another objective's is refused, as it would do nothing."""
+    kind = OBJECTIVES[config.objective].options_class
+    others = {o.options_class for o in OBJECTIVES.values()} - {kind}
+    for other in sorted(others, key=lambda cls: cls.__name__):
+        if stray := given(args, other):
+            flag = OPTION_FLAGS.get(other.__name__, {}).get(next(iter(stray)), next(iter(stray)))
+            raise ValueError(f"--{flag.replace('_', '-')} is no option of {config.objective}")
+    same = run.get("finetune", {}).get("objective", "sft") == config.objective
+    fields = {**((run.get("objective") or {}) if same else {}), **given(args, kind)}
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in fields.items() if name in known})
 
 
 def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:

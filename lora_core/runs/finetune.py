@@ -1,14 +1,15 @@
 """Fine-tune from folder to folder: a Hugging Face model and JSONL in, a verified adapter out.
 
 The library's parts in their order, and nothing else: read the tokenizer and the data, load the base
-(quantized as it streams for `qlora`), attach the adapter, train, save, read the saved adapter back
-and compare it with the one in memory. `run.json` holds every setting with the hashes of what went
-in.
+(quantized as it streams for `qlora`), attach the adapter or go on with one, train, save, read the
+saved adapter back and compare it with the one in memory. What the run trains for (its data, its
+loss, its batches) is its objective's (lora_core/objectives). `run.json` holds every setting with
+the hashes of what went in.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,20 +24,17 @@ from lora_core.adapters import (
     PromptTuningConfig,
     add_adapter,
 )
-from lora_core.checkpoint import adapter_state_dict, load_model, save_adapter, save_model
-from lora_core.checkpoint.peft import read_adapter
-from lora_core.data import (
-    Record,
-    SFTDataset,
-    Tokenizer,
-    load_template,
-    load_tokenizer,
-    parse_columns,
-    parse_sources,
-    split,
+from lora_core.checkpoint import (
+    adapter_state_dict,
+    load_adapter,
+    load_model,
+    save_adapter,
 )
+from lora_core.checkpoint.peft import read_adapter
+from lora_core.data import Tokenizer, load_template, load_tokenizer, parse_sources
 from lora_core.files import atomic_write, sha256_file
 from lora_core.models import CausalLM
+from lora_core.objectives import OBJECTIVES, DataSettings, Objective, Setup
 from lora_core.runs.opening import (
     TEMPLATE_FILE,
     AdapterConfig,
@@ -44,6 +42,7 @@ from lora_core.runs.opening import (
     device_named,
     fit_notes,
     grow_to,
+    read_run,
     resident_dtype,
 )
 from lora_core.train import TrainConfig, TrainResult, train
@@ -61,92 +60,48 @@ KINDS: dict[str, Callable[..., AdapterConfig] | None] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(DataSettings):
     """What is trained, on what: the edge between the command line and the library."""
 
-    model: str
-    """Hugging Face folder of the base model."""
-    data: tuple[str, ...]
-    """JSONL files, each optionally with :weight."""
     out: str
     """Folder that gets the adapter (or the model), metrics, plot and run.json."""
+    objective: str = "sft"
+    """What is trained for; see OBJECTIVES."""
     method: Literal["lora", "qlora", "full", "bottleneck", "prompt", "prefix"] = "lora"
     """What is trained: LoRA, LoRA on a 4-bit base, every weight, bottlenecks, or soft prompts."""
+    adapter: str | None = None
+    """Folder of an adapter to go on training, in place of a fresh one."""
     quantize: Literal["nf4", "fp4", "int4"] = "nf4"
     """4-bit code of the base, for qlora."""
-    eval_data: str | None = None
-    """JSONL file to evaluate on; none: eval_fraction of the data."""
-    eval_fraction: float = 0.05
-    """Share of the rows that is set aside for evaluation; 0: no evaluation."""
-    template: str | None = None
-    """Chat template: a built-in name, a file, or Jinja text; none: the tokenizer's own."""
-    columns: str | None = None
-    """Names of the data's fields: prompt=question,completion=answer."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which turns are graded: the assistant's, its last one, or everything."""
-    max_length: int = 2048
-    """Longest row, in tokens."""
-    control_text: Literal["drop", "keep"] = "drop"
-    """A message that spells a control token: drop its row, counted, or keep it as that token."""
     add_tokens: str | None = None
     """Tokens to add to the vocabulary, separated by commas; their rows are trained and saved."""
     device: str | None = None
     """cpu, cuda, cuda:1 …; none: the accelerator, else the CPU."""
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise ValueError("no data: give --data FILE.jsonl (more than one is mixed by weight)")
+        super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction must be in [0, 1); got {self.eval_fraction}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}"
+            )
+        if self.adapter is not None and self.method == "full":
+            raise ValueError("an adapter cannot be gone on with by method full: leave one out")
+        if self.adapter is not None and self.add_tokens is not None:
+            raise ValueError("added tokens are trained by a fresh adapter: leave out adapter")
 
 
 @dataclass
 class Finetuned:
     """What a run leaves in memory."""
 
-    model: CausalLM
+    model: Any
+    """a decoder, or what the objective trains instead"""
     tok: Tokenizer
     result: TrainResult
     report: str
     """What was attached: sites, trainable parameters and their share."""
-
-
-def records_bar(records: Iterable[Record]) -> Iterable[Record]:
-    """A progress bar over records as they are read; silent where reading takes no time."""
-    from tqdm import tqdm
-
-    return tqdm(records, unit=" records", desc="reading", delay=1, leave=False)
-
-
-def read_data(
-    config: FinetuneConfig, tok: Tokenizer, seed: int, show: bool = True
-) -> tuple[Sequence[Any], Sequence[Any] | None, list[str]]:
-    """Rows to train on, rows to evaluate on, and the lines that say what was read."""
-
-    def read(paths: list[tuple[str, float]]) -> SFTDataset:
-        return SFTDataset.from_jsonl(
-            paths,
-            tok,
-            template=config.template,
-            max_length=config.max_length,
-            columns=None if config.columns is None else parse_columns(config.columns),
-            train_on=config.train_on,
-            seed=seed,
-            control_text=config.control_text,
-            progress=records_bar if show else None,
-        )
-
-    rows = read(parse_sources(config.data))
-    lines = [f"data: {rows.report}"]
-    if config.eval_data is not None:
-        held_out = read([(config.eval_data, 1.0)])
-        return rows, held_out, [*lines, f"evaluation data: {held_out.report}"]
-    if config.eval_fraction == 0 or len(rows) < 2:
-        return rows, None, [*lines, "no evaluation: no rows are set aside"]
-    kept, aside = split(rows, config.eval_fraction, seed)
-    return kept, aside, [*lines, f"{len(kept)} rows to train on, {len(aside)} to evaluate on"]
 
 
 def attach(
@@ -189,15 +144,35 @@ def provenance(config: FinetuneConfig, tok: Tokenizer) -> dict[str, Any]:
     }
 
 
+def go_on(model: nn.Module, directory: Path, quantize: str | None) -> str:
+    """Load an adapter to train it further; say what it is.
+
+    Args:
+        model: the base.
+        directory: the adapter's folder.
+        quantize: 4-bit code of the base.
+    """
+    recorded = read_run(directory).get("base", {})
+    said = f"going on with {directory}: {load_adapter(model, directory, trainable=True)}"
+    if recorded and recorded.get("quantize") != quantize:
+        before, now = recorded.get("quantize") or "dense", quantize or "dense"
+        said += f"\nnote: it was trained on a {before} base; this one is {now}"
+    return said
+
+
 def finetune(
-    config: FinetuneConfig, adapter: AdapterConfig | None, training: TrainConfig
+    config: FinetuneConfig,
+    adapter: AdapterConfig | None,
+    training: TrainConfig,
+    options: Any = None,
 ) -> Finetuned:
     """Run the whole path and leave the files in `config.out`.
 
     Args:
         config: model, data, method.
-        adapter: the method's configuration; None for full.
+        adapter: the method's configuration; None for full, and where `config.adapter` is given.
         training: the loop's settings; its `out` is `config.out`.
+        options: of the objective, an instance of its `options_class`; None: the defaults.
 
     Returns:
         The trained model and what is known of the run.
@@ -207,11 +182,17 @@ def finetune(
         FileNotFoundError: a folder or file is missing.
     """
     with joined_ranks() as ranks:
-        return _finetune(config, adapter, training, ranks)
+        kind = OBJECTIVES[config.objective]
+        objective = kind(kind.options_class() if options is None else options)
+        return _finetune(config, adapter, training, objective, ranks)
 
 
 def _finetune(
-    config: FinetuneConfig, adapter: AdapterConfig | None, training: TrainConfig, ranks: Ranks
+    config: FinetuneConfig,
+    adapter: AdapterConfig | None,
+    training: TrainConfig,
+    objective: Objective[Any],
+    ranks: Ranks,
 ) -> Finetuned:
     out = Path(config.out)
     if not training.resume and (out / "run.json").exists():
@@ -220,47 +201,88 @@ def _finetune(
     if config.template is not None:
         tok.chat_template = load_template(config.template)
     new_ids = tok.add_tokens(config.add_tokens.split(",")) if config.add_tokens else []
-    rows, held_out, lines = read_data(config, tok, training.seed, ranks.first)
-    for line in lines:
-        ranks.say(line)
-    device = local_device(device_named(config.device))
     code = config.quantize if config.method == "qlora" else None
-    # a whole model is trained in float32: small steps would round away in 16 bits
-    dtype = torch.float32 if config.method == "full" else resident_dtype(device)
-    torch.manual_seed(training.seed)  # the adapter's start
-    # what is to be split need not fit into one device
-    home = torch.device("cpu") if training.shard else device
-    model = load_model(config.model, quantize=code, dtype=dtype, device=home)
-    check_writes_text(model, config.model)
-    if new_ids:
-        grow_to(model, tok)  # an embedding padded to a round number may have room
-    for note in fit_notes(model.config.vocab_size, tok):
-        ranks.say(f"note: {note}")
-    report = attach(model, config.method, _with_tokens(adapter, tok), new_ids)
+    setup = Setup(
+        settings=config,
+        training=training,
+        method=config.method,
+        tok=tok,
+        device=local_device(device_named(config.device)),
+        out=out,
+        quantize=code,
+        continued=None if config.adapter is None else Path(config.adapter),
+        say=ranks.say,
+        show=ranks.first,
+    )
+    objective.check(setup)
+    objective.read(setup)
+    model, report = opened(setup, objective, adapter, new_ids)
     ranks.say(report)
-    ranks.say(f"learning rate {training.lr:g} ({config.method})")
+    work = objective.prepare(setup, model)
+    ranks.say(f"learning rate {training.lr:g} ({config.method}, {config.objective})")
     recorded = dataclasses.asdict(config)
     del recorded["out"]  # training's; a run may go on in a folder that was moved
     facts = {
         "finetune": recorded,
+        "objective": objective.facts(),
         "adapter": None if adapter is None else adapter_settings(adapter),
         "base": {"model": str(Path(config.model).resolve()), "quantize": code},
         "sha256": provenance(config, tok),
+        **work.facts,
     }
-    result = train(model, rows, training, eval_dataset=held_out, facts=facts, device=device)
+    result = train(
+        model,
+        work.dataset,
+        training,
+        eval_dataset=work.eval_dataset,
+        loss=work.loss,
+        optimizer=work.optimizer,
+        collate=work.collate,
+        facts=facts,
+        device=setup.device,
+    )
+    for line in objective.report(result):
+        ranks.say(line)
 
     def keep() -> None:
         mark, state = out / SAVED_FILE, state_of(result, training.keep_best)
         if mark.is_file() and mark.read_text() == state:
             return  # a finished run that was resumed
         try:
-            leave(out, model, tok, config, bool(new_ids))
+            leave(setup, model, objective, bool(new_ids))
             atomic_write(mark, state)  # last: a kill before it has all saved again
         except OSError as error:
             raise OSError(f"{error}; training is done, and --resume saves the result") from error
 
     ranks.on_first(keep)
     return Finetuned(model, tok, result, report)
+
+
+def opened(
+    setup: Setup, objective: Objective[Any], adapter: AdapterConfig | None, new_ids: Sequence[int]
+) -> tuple[Any, str]:
+    """The model with what is to be trained attached, and a line that says what that is."""
+    torch.manual_seed(setup.training.seed)  # the adapter's start
+    model: Any = objective.load(setup, lambda: load_base(setup))
+    if objective.needs_decoder:
+        check_writes_text(model, setup.settings.model)
+    if new_ids:
+        grow_to(model, setup.tok)  # an embedding padded to a round number may have room
+    for note in fit_notes(model.config.vocab_size, setup.tok):
+        setup.say(f"note: {note}")
+    if setup.continued is not None:
+        return model, go_on(model, setup.continued, setup.quantize)
+    wanted = objective.adapt(_with_tokens(adapter, setup.tok))
+    return model, attach(model, setup.method, wanted, new_ids)
+
+
+def load_base(setup: Setup) -> CausalLM:
+    """The base as it is trained on: quantized for qlora, where the device computes."""
+    # a whole model is trained in float32: small steps would round away in 16 bits
+    dtype = torch.float32 if setup.method == "full" else resident_dtype(setup.device)
+    # what is to be split need not fit into one device
+    home = torch.device("cpu") if setup.training.shard else setup.device
+    return load_model(setup.settings.model, quantize=setup.quantize, dtype=dtype, device=home)
 
 
 def _with_tokens(adapter: AdapterConfig | None, tok: Tokenizer) -> AdapterConfig | None:
@@ -284,17 +306,19 @@ def adapter_settings(config: AdapterConfig) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if not callable(v)}
 
 
-def leave(out: Path, model: CausalLM, tok: Tokenizer, config: FinetuneConfig, grown: bool) -> None:
-    """Write the adapter (or the model), its template, and read the adapter back."""
-    if config.method == "full":
-        save_model(model, out, source=config.model, dtype=None)
+def leave(setup: Setup, model: nn.Module, objective: Objective[Any], grown: bool) -> None:
+    """Write the adapter (or the model) and what belongs to it; read the adapter back."""
+    out, tok = setup.out, setup.tok
+    if setup.method == "full":
+        objective.save_model(setup, model)
         tok.save(out)
         return
-    save_adapter(model, out, base_model=str(Path(config.model).resolve()))
+    save_adapter(model, out, base_model=str(Path(setup.settings.model).resolve()))
     if tok.chat_template is not None:
         atomic_write(out / TEMPLATE_FILE, tok.chat_template)
     if grown:
         tok.save(out)
+    objective.save(setup, model)
     verify_saved(model, out)
 
 

@@ -41,7 +41,7 @@ __all__ = [
 
 
 def make_batches(
-    data: Iterable[Any],
+    data: Iterable[Any] | BatchSource,
     batch_size: int,
     seed: int | None,
     collate: Callable[[Sequence[Any]], Batch] | None = None,
@@ -53,7 +53,7 @@ def make_batches(
     """Batches from rows or from batches, whichever `data` holds.
 
     Args:
-        data: a sequence of rows, or an iterable of batches.
+        data: a sequence of rows, an iterable of batches, or a source, which is returned as it is.
         batch_size: rows in a batch; not used for ready batches.
         seed: of the order; None keeps the rows' own; not used for ready batches.
         collate: rows -> batch. When given, `data` is a sequence of rows of any kind.
@@ -69,6 +69,13 @@ def make_batches(
             that are made elsewhere.
         TypeError: `collate` for something else than a sequence of rows.
     """
+    if isinstance(data, BatchSource):
+        if packing is not None or by_length or collate is not None:
+            raise ValueError(
+                f"{type(data).__name__} makes its batches itself: leave out packing, "
+                "group_by_length and collate"
+            )
+        return data
     sequence = isinstance(data, Sized) and hasattr(data, "__getitem__")
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError("the data set is empty; it needs at least one row")

@@ -22,7 +22,14 @@ from lora_core.train.report import Record
 from lora_core.train.snapshot import restore_weights
 from lora_core.train.sources import batched
 from lora_core.train.state import Checkpoints, Loaded, Progress
-from lora_core.train.step import Loss, NonFiniteError, SourceMeans, counter, split_rows
+from lora_core.train.step import (
+    Figures,
+    Loss,
+    NonFiniteError,
+    SourceMeans,
+    counter,
+    loss_result,
+)
 
 
 @dataclass
@@ -74,13 +81,15 @@ class Evaluation:
             ranks: the processes that share the batches.
 
         Returns:
-            eval_loss, and `eval_loss/<source>` where the batches name their rows' sources.
+            eval_loss, `eval_loss/<source>` where the batches name their rows' sources, and
+            `eval_<figure>` of the loss's own figures.
 
         Raises:
             NonFiniteError: a batch's loss is NaN or infinite.
         """
         assert self.source is not None  # it is due only where there is one
-        graded, own, by_source, failure = 0.0, 0.0, SourceMeans(), None
+        graded, own, by_source, figures = 0.0, 0.0, SourceMeans(), Figures()
+        failure: NonFiniteError | None = None
         model.eval()
         for group in batched(self.source.epoch(0), ranks.world):
             graded += sum(map(counter(self.loss), group))
@@ -88,7 +97,8 @@ class Evaluation:
             for batch, counts in ranks.own(group):
                 moved = to_device(batch, policy.device)
                 with policy.autocast():
-                    value, rows = split_rows(self.loss(model, moved, 1))
+                    value, rows, named = loss_result(self.loss(model, moved, 1))
+                figures.add(named, counts)
                 number = value.item()
                 if not math.isfinite(number):
                     failure = failure or NonFiniteError(f"the evaluation loss is {number}", [batch])
@@ -99,8 +109,10 @@ class Evaluation:
                 break
         ranks.agree(failure)
         total = by_source.over(ranks, own)
+        figures.over(ranks)
         model.train()
-        return {"eval_loss": total / graded} | by_source.means("eval_loss/")
+        measured = {"eval_loss": total / graded} | by_source.means("eval_loss/")
+        return measured | figures.means("eval_")
 
     def note(self, loss: float, progress: Progress, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Write down what follows from an evaluation.

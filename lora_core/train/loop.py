@@ -54,16 +54,16 @@ from lora_core.train.schedule import Schedule, schedule_of
 from lora_core.train.shard import sharded_model
 from lora_core.train.snapshot import seed_everything
 from lora_core.train.state import Progress
-from lora_core.train.step import CausalLoss, Loss, NonFiniteError, split_rows, train_step
+from lora_core.train.step import CausalLoss, Loss, NonFiniteError, loss_result, train_step
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
 def train(  # noqa: PLR0913  # a run's parts, each with a default
     model: nn.Module,
-    dataset: Iterable[Any],
+    dataset: Iterable[Any] | BatchSource,
     config: TrainConfig | None = None,
-    eval_dataset: Iterable[Any] | None = None,
+    eval_dataset: Iterable[Any] | BatchSource | None = None,
     on_step: Callable[[Record], object] | None = None,
     *,
     loss: Loss | None = None,
@@ -81,7 +81,8 @@ def train(  # noqa: PLR0913  # a run's parts, each with a default
         model: any module; with the default loss one that returns `.logits` (B, T, V). It stays on
             its device, and is left in the mode it was found in.
         dataset: a sequence of rows `{"input_ids", "labels"}` (optionally `"source"`), or any
-            iterable of batches of tensors under those names.
+            iterable of batches of tensors under those names, or a `BatchSource`, asked for batches
+            as they are needed (which may so be made by the model as it then is).
         config: the run; `TrainConfig()` by default.
         eval_dataset: as `dataset`; read in its own order.
         on_step: is given each step's record once the step is done. KeyboardInterrupt from it ends
@@ -280,7 +281,7 @@ class Run:
         """Run one batch without a step; its gradients are dropped."""
         try:
             with self.policy.autocast():
-                value, _ = split_rows(self.loss(self.model, to_device(batch, self.device), 1))
+                value = loss_result(self.loss(self.model, to_device(batch, self.device), 1)).value
             torch.autograd.backward(self.scaler.scale(value))
         finally:
             self.optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,23 @@ from lora_core.train.batches import Batch, to_device, tokens_in
 from lora_core.train.parts import whole
 from lora_core.train.ranks import RankError, Ranks
 
-Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor]"]
-"""(model, batch, normalizer) -> the batch's sum / normalizer; optionally with each row's sum (B,)
-beside it, or each token's loss (B, T), which is only reported, by source. The normalizer is the sum
-of `loss.count(batch)` over the step's batches; a loss without `count` is taken to count graded
-tokens."""
+
+class LossResult(NamedTuple):
+    """A batch's loss, and what is reported beside it."""
+
+    value: Tensor
+    """sum over the batch / normalizer, a scalar"""
+    rows: Tensor | None = None
+    """each row's sum (B,), or each token's loss (B, T), without a gradient: reported by source"""
+    figures: Mapping[str, tuple[float | Tensor, float]] = {}
+    """name -> (sum, count), the same names for every batch of a run: the record gets the sum over
+    the step's batches / their count, and nothing where the count is 0"""
+
+
+Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor] | LossResult"]
+"""(model, batch, normalizer) -> the batch's sum / normalizer, a scalar; or a `LossResult`, or its
+first two entries. The normalizer is the sum of `loss.count(batch)` over the step's batches; a loss
+without `count` is taken to count graded tokens."""
 
 
 class NonFiniteError(ValueError):
@@ -132,8 +144,8 @@ def train_step(
         ranks: the processes that share the batches; by default there is this one.
 
     Returns:
-        loss (mean over graded tokens), grad_norm (before clipping), graded, tokens, and
-        `loss/<source>` where the batches name their rows' sources.
+        loss (mean over graded tokens), grad_norm (before clipping), graded, tokens,
+        `loss/<source>` where the batches name their rows' sources, and the loss's own figures.
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights did not move.
@@ -142,12 +154,13 @@ def train_step(
     """
     ranks = ranks or Ranks()
     graded = sum(map(counter(loss), batches))
-    own, by_source, failure = 0.0, SourceMeans(), None
+    own, by_source, figures, failure = 0.0, SourceMeans(), Figures(), None
     by_source.expect(batches)
     for batch, counts in ranks.own(batches):
         moved = to_device(batch, policy.device)
         with policy.autocast():
-            value, rows = split_rows(loss(model, moved, graded))
+            value, rows, named = loss_result(loss(model, moved, graded))
+        figures.add(named, counts)
         if not counts:
             value, rows = value * 0, None
         number = value.item()
@@ -161,6 +174,7 @@ def train_step(
         by_source.add(batch, rows)
     ranks.agree(failure)
     total = by_source.over(ranks, own)
+    figures.over(ranks)
     ranks.reduce_gradients(parameters.values())
     if check:
         check_gradients(parameters)
@@ -181,6 +195,7 @@ def train_step(
         "graded": graded,
         "tokens": tokens,
         **by_source.means(),
+        **figures.means(),
     }
 
 
@@ -189,9 +204,9 @@ def counter(loss: Loss) -> Callable[[Batch], float]:
     return getattr(loss, "count", CausalLoss().count)
 
 
-def split_rows(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """A loss's result as (scalar, rows' sums or None)."""
-    return result if isinstance(result, tuple) else (result, None)
+def loss_result(result: Tensor | tuple[Tensor, Tensor] | LossResult) -> LossResult:
+    """What a loss returned, with nothing in the places of what it left out."""
+    return LossResult(*result) if isinstance(result, tuple) else LossResult(result)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], clip: float | None) -> float:
@@ -229,6 +244,34 @@ def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
             f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}; the loss does not "
             "depend on them: freeze them, or look for a detach() or a module that is not called"
         )
+
+
+class Figures:
+    """What a loss reports beside itself: sums and counts by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, named: Mapping[str, tuple[float | Tensor, float]], counts: bool = True) -> None:
+        """Take a batch's figures; of one that does not count the names alone."""
+        for name, (value, count) in named.items():
+            pair = self.sums.setdefault(name, [0.0, 0.0])
+            if counts and count:
+                pair[0] += float(value)
+                pair[1] += float(count)
+
+    def over(self, ranks: Ranks) -> None:
+        """Sum over all processes, which have the same names."""
+        if ranks.world == 1 or not self.sums:
+            return
+        pairs = [self.sums[name] for name in sorted(self.sums)]
+        summed = ranks.sum(*(number for pair in pairs for number in pair))
+        for number, pair in enumerate(pairs):
+            pair[:] = summed[2 * number : 2 * number + 2]
+
+    def means(self, prefix: str = "") -> dict[str, float]:
+        """`<prefix><name>` -> mean, of what was counted."""
+        return {prefix + name: total / n for name, (total, n) in self.sums.items() if n}
 
 
 class SourceMeans:

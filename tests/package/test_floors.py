@@ -24,9 +24,10 @@ FLOORS = {
     "lora_core.testing": 4,
     "lora_core.train": 5,
     "lora_core.plan": 6,
-    "lora_core.runs": 6,
-    "lora_core.compare": 7,
-    "lora_core.cli": 8,
+    "lora_core.objectives": 6,
+    "lora_core.runs": 7,
+    "lora_core.compare": 8,
+    "lora_core.cli": 9,
 }
 
 

@@ -1,0 +1,8 @@
+"""The objectives of `lora-core finetune --objective`, by name."""
+
+from typing import Any
+
+from lora_core.objectives.objective import Objective
+from lora_core.objectives.supervised import Supervised
+
+OBJECTIVES: dict[str, type[Objective[Any]]] = {kind.name: kind for kind in (Supervised,)}
