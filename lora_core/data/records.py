@@ -14,24 +14,21 @@ no Arrow; a wrong type on line 70 000 is an error on line 70 000. The trade-off 
 Python, some 100 000 short lines a second.
 """
 
-import difflib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_core.data.lines import read_rows
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "function_response": "tool",
-    "observation": "tool",
-    **{role: role for role in ROLES},
-}
+from lora_core.data.messages import (
+    alpaca_user,
+    checked_messages,
+    checked_tools,
+    from_sharegpt,
+    typed,
+    ungraded,
+    with_system,
+)
 
 
 @dataclass(frozen=True)
@@ -76,18 +73,18 @@ class Tokens(Record):
 _FORMATS: tuple[tuple[frozenset[str], str, str | None], ...] = tuple(
     (frozenset(keys.split()), keys.replace(" ", "/"), objective)
     for keys, objective in (
-        ("chosen rejected", "preference training (DPO and its relatives, reward models)"),
+        ("chosen rejected", "preference training (--objective dpo, ipo, simpo, orpo, reward)"),
         ("messages", None),
         ("conversations", None),
         ("input_ids", None),
-        ("prompt completion label", "KTO"),
+        ("prompt completion label", "KTO (--objective kto)"),
         ("prompt completion", None),
         ("instruction output", None),
         ("text label", "sequence classification"),
         ("tokens tags", "token classification"),
         ("question context answers", "extractive question answering"),
         ("text", None),
-        ("prompt", "reinforcement learning (GRPO, PPO), where a reward judges the answer"),
+        ("prompt", "reinforcement learning (--objective grpo, rloo, ppo, rft), by a reward"),
     )
 )
 _SUPERVISED = ", ".join(name for _, name, objective in _FORMATS if objective is None)
@@ -164,7 +161,9 @@ def parse_record(row: Mapping[str, Any], where: str = "record") -> Record:
     for keys, name, objective in _FORMATS:
         if keys <= row.keys():
             if objective is not None:
-                raise ValueError(f"{where}: {name} is data for {objective}, not for fine-tuning")
+                raise ValueError(
+                    f"{where}: {name} is data for {objective}, not for fine-tuning by sft"
+                )
             return _PARSERS[name](row, where)
     raise ValueError(
         f"{where}: keys {sorted(row)} match no format ({_SUPERVISED}); if they only bear other "
@@ -194,65 +193,32 @@ def rename_columns(
 
 
 def _parse_messages(row: Mapping[str, Any], where: str) -> Chat:
-    messages = _typed(row, "messages", list, where)
-    return _chat(messages, row, where, "messages")
+    return _chat(typed(row, "messages", list, where), row, where, "messages")
 
 
 def _parse_sharegpt(row: Mapping[str, Any], where: str) -> Chat:
     place = f"{where}: conversations"
-    turns = _typed(row, "conversations", list, where)
-    messages: list[Any] = []
-    if row.get("system"):  # some files keep the system text beside the turns
-        messages.append({"role": "system", "content": row["system"]})
-    for index, turn in enumerate(turns):
-        messages.append(_from_sharegpt(turn, f"{place}[{index}]"))
-    return _chat(messages, row, where, "conversations")
-
-
-def _from_sharegpt(turn: Any, place: str) -> Any:
-    """{"from", "value"} as {"role", "content"}; what has a role already is left as it is."""
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn
-    role = turn["from"]
-    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-        raise ValueError(f"{place}.from: {_unknown_role(role, _SHAREGPT_ROLES)}")
-    rest = {key: turn[key] for key in turn if key not in ("from", "value")}
-    return {"role": _SHAREGPT_ROLES[role], "content": turn.get("value"), **rest}
+    turns = typed(row, "conversations", list, where)
+    messages = [from_sharegpt(turn, f"{place}[{index}]") for index, turn in enumerate(turns)]
+    return _chat(with_system(row, messages), row, where, "conversations")
 
 
 def _parse_alpaca(row: Mapping[str, Any], where: str) -> Chat:
-    instruction = _typed(row, "instruction", str, where)
-    given = "" if row.get("input") is None else _typed(row, "input", str, where)
-    user = {
-        "role": "user",
-        "content": f"{instruction}\n\n{given}" if given else instruction,
-        # kept apart for the alpaca template
-        "instruction": instruction,
-        "input": given,
-    }
-    answer = {"role": "assistant", "content": _typed(row, "output", str, where)}
-    messages: list[Any] = [user, answer]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return _chat(messages, row, where, "instruction/output")
+    user = alpaca_user(row, where)
+    answer = {"role": "assistant", "content": typed(row, "output", str, where)}
+    return _chat(with_system(row, [user, answer]), row, where, "instruction/output")
 
 
 def _parse_completion(row: Mapping[str, Any], where: str) -> Record:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         before = _chat(prompt, row, where, "prompt").messages
-        context = [
-            {**message, "train": False} if message["role"] == "assistant" else message
-            for message in before
-        ]
-        return _chat(context + completion, row, where, "prompt + completion")
-    return Completion(
-        where, _typed(row, "prompt", str, where), _typed(row, "completion", str, where)
-    )
+        return _chat(ungraded(before) + completion, row, where, "prompt + completion")
+    return Completion(where, typed(row, "prompt", str, where), typed(row, "completion", str, where))
 
 
 def _parse_text(row: Mapping[str, Any], where: str) -> PlainText:
-    return PlainText(where, _typed(row, "text", str, where))
+    return PlainText(where, typed(row, "text", str, where))
 
 
 def _parse_tokens(row: Mapping[str, Any], where: str) -> Tokens:
@@ -288,82 +254,13 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], str], Record]] = {
 
 def _chat(messages: list[Any], row: Mapping[str, Any], where: str, name: str) -> Chat:
     """A checked chat; `name` is what error messages call the list of messages."""
-    place = f"{where}: {name}"
-    if not messages:
-        raise ValueError(f"{place} is an empty list; a conversation needs a message")
-    checked = [_message(message, f"{place}[{i}]") for i, message in enumerate(messages)]
-    tools = row.get("tools")
-    if isinstance(tools, str):  # Arrow-made files store nested data as JSON text
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise ValueError(f"{where}: tools is a string that is not JSON") from None
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"{where}: tools must be a list; got {type(tools).__name__}")
-    return Chat(where, checked, tools or None)
-
-
-def _message(message: Any, place: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise ValueError(f"{place} must be an object; got {type(message).__name__}")
-    if "role" not in message:
-        raise ValueError(f"{place} has no 'role'; its keys are {sorted(message)}")
-    if message["role"] not in ROLES:
-        raise ValueError(f"{place}.role: {_unknown_role(message['role'], ROLES)}")
-    checked = dict(message)
-    checked["content"] = _content(message, place)
-    train = checked.pop("train", None)
-    weight = checked.pop("weight", None)  # OpenAI's name for the same switch
-    if train is None and weight is not None:
-        if weight not in (0, 1):
-            raise ValueError(f"{place}.weight must be 0 or 1; got {weight!r}")
-        train = bool(weight)
-    if train is not None:
-        if not isinstance(train, bool):
-            raise ValueError(f"{place}.train must be true or false; got {train!r}")
-        if train and checked["role"] != "assistant":
-            raise ValueError(
-                f"{place}.train is true for role {checked['role']!r}; only assistant messages are "
-                "graded (train_on='all' grades the whole text)"
-            )
-        checked["train"] = train
-    return checked
-
-
-def _content(message: Mapping[str, Any], place: str) -> str:
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return ""
-    if isinstance(content, list):  # OpenAI's content parts
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(map(str, parts))
-        raise ValueError(
-            f"{place}.content has a part that is not text; only text can be trained on"
-        )
-    if not isinstance(content, str):
-        kind = "missing" if "content" not in message else f"a {type(content).__name__}"
-        raise ValueError(f"{place}.content must be a string; it is {kind}")
-    return content
-
-
-def _typed(row: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
-    value = row[key]
-    if not isinstance(value, kind):
-        wanted = "a string" if kind is str else "a list"
-        raise ValueError(f"{where}: {key} must be {wanted}; got {type(value).__name__}")
-    return value
+    checked = checked_messages(messages, f"{where}: {name}")
+    return Chat(where, checked, checked_tools(row, where))
 
 
 def _integers(row: Mapping[str, Any], key: str, where: str) -> list[int]:
-    values: list[int] = _typed(row, key, list, where)
+    values: list[int] = typed(row, key, list, where)
     for index, value in enumerate(values):
         if type(value) is not int:
             raise ValueError(f"{where}: {key}[{index}] must be an integer; got {value!r}")
     return values
-
-
-def _unknown_role(role: object, known: Mapping[str, str] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(role), list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown role {role!r} (known: {', '.join(known)}){hint}"

@@ -81,10 +81,10 @@ def test_formats(row: dict[str, Any], expected: object) -> None:
 @pytest.mark.parametrize(
     ("row", "objective"),
     [
-        ({"chosen": "a", "rejected": "b", "prompt": "p"}, "preference training"),
+        ({"chosen": "a", "rejected": "b", "prompt": "p"}, r"preference training \(--objective dpo"),
         ({"chosen": [BOT], "rejected": [BOT], "messages": [BOT]}, "preference training"),
-        ({"prompt": "p", "completion": "c", "label": True}, "KTO"),
-        ({"prompt": "p", "answer": "4"}, "reinforcement learning"),
+        ({"prompt": "p", "completion": "c", "label": True}, r"KTO \(--objective kto"),
+        ({"prompt": "p", "answer": "4"}, r"reinforcement learning \(--objective grpo"),
         ({"text": "t", "label": 1}, "sequence classification"),
         ({"tokens": ["a"], "tags": [0]}, "token classification"),
         ({"question": "q", "context": "c", "answers": {}}, "extractive question answering"),
