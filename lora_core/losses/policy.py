@@ -110,11 +110,11 @@ def policy_token_losses(
         Schulman et al. 2017, arXiv:1707.06347, eq. 7; Yu et al. 2025, arXiv:2503.14476, eq. 10, for
         two bounds.
     """
-    _, high = _log_bounds(clip_low, clip_high)
     log_ratio = log_ratios(log_probs, old_log_probs, mask, ratio)
     gain = _by_token(advantages, log_ratio)
     out = clipped(log_ratio, gain, clip_low, clip_high)
-    bound = torch.where(gain > 0, math.exp(high), 1 - clip_low)
+    above = 1 + (clip_low if clip_high is None else clip_high)
+    bound = torch.where(gain > 0, torch.full_like(gain, above), 1 - clip_low)  # in gain's dtype
     silent = out | ~mask | (gain == 0)
     rho = torch.where(out, bound, torch.exp(torch.where(silent, 0.0, log_ratio)))
     losses = torch.where(mask & (gain != 0), -rho * gain, 0.0)
@@ -292,5 +292,5 @@ def _check_finite(losses: Tensor, log_ratio: Tensor) -> None:
         n, t = wrong[0].tolist()
         raise ValueError(
             f"the loss of completion {n}, token {t} is infinite: the policies' log-probabilities "
-            f"differ by {float(log_ratio[n, t]):g} there; lower the learning rate, or sample anew"
+            f"differ by {log_ratio[n, t].item():g} there; lower the learning rate, or sample anew"
         )

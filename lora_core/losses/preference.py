@@ -308,9 +308,9 @@ def orpo_loss(
 
 def _log_odds(name: str, x: Tensor) -> Tensor:
     on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and x.numel() and float(x.detach().max()) > _ROUNDING:
+    if on_cpu and x.numel() and x.max().item() > _ROUNDING:
         raise ValueError(
-            f"{name} must hold mean log-probabilities, at most 0; got {float(x.detach().max()):g}"
+            f"{name} must hold mean log-probabilities, at most 0; got {x.max().item():g}"
         )
     # the value is moved, the gradient goes through
     below = x + (x.clamp(max=-torch.finfo(x.dtype).eps) - x).detach()
