@@ -1,15 +1,21 @@
 """The optimizer of a run: AdamW on the trained parameters, decay on matrices alone.
 
 Vectors (norms' gains, biases, IA3's scales) are not decayed: pulling a gain towards 0 is not a
-prior anyone holds. LoRA's B may have a rate of their own (LoRA+, adapters/groups.py). The state is
-8 bytes a parameter in float32, 2.03 in 8 bits (adamw8.py), or in the host's memory (paged.py).
+prior anyone holds. The state is 8 bytes a parameter in float32, 2.03 in 8 bits (adamw8.py), or in
+the host's memory (paged.py).
+
+A parameter may have a rate of its own: a factor on `lr`, by parameter, never by a name's pattern.
+LoRA+ is such a factor on every B (adapters/groups.py), a task's head and the embeddings may have
+one (tasks/rates.py for one), and factors on the same parameter are multiplied. Parameters of one
+factor are one group, so the schedule, which scales each group's own peak, keeps their ratio.
 
 Decay is decoupled and follows each group's rate: with LoRA+ B decays `lora_plus` times as much, as
 AdamW has it. Parameters have to be float32: a bfloat16 weight of 0.02 has neighbours 1.2e-4
 apart, so updates of 2e-5 round to nothing and the weight never moves.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +56,10 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizer(
-    model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig
+    model: nn.Module,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: TrainConfig,
+    factors: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer a configuration describes.
 
@@ -58,23 +67,31 @@ def make_optimizer(
         model: that holds the parameters; LoRA's B are found in it by type.
         parameters: (name, parameter) pairs.
         config: `optimizer` says how the state is kept; lr, lora_plus, betas, eps, weight_decay.
+        factors: learning rate over `config.lr` of the parameters that have a rate of their own.
 
     Returns:
-        The optimizer. Its first group has `config.lr`, unless nothing but LoRA's B is trained.
+        The optimizer. Its first group has `config.lr`, unless all that is trained has a factor.
 
     Raises:
-        ValueError: `lora_plus` without a trained B.
+        ValueError: `lora_plus` without a trained B, or a factor that is not above 0 and finite.
     """
     named = list(parameters)
-    apart: set[nn.Parameter] = set()
+    rates = dict(factors or {})
+    for name, p in named:
+        if not 0 < rates.get(p, 1.0) < math.inf:
+            raise ValueError(
+                f"the rate factor of {name} must be above 0 and finite; got {rates[p]} (to keep a "
+                "parameter as it is, freeze it)"
+            )
     if config.lora_plus != 1:
         apart = second_factors(model) & {p for _, p in named}
+        rates |= {p: rates.get(p, 1.0) * config.lora_plus for p in apart}
         if not apart:
             raise ValueError(
                 f"lora_plus is {config.lora_plus:g}, the rate of LoRA's B over the others', but no "
                 "B is trained: leave it at 1"
             )
-    groups = make_groups(named, config, apart)
+    groups = make_groups(named, config, rates)
     settings: dict[str, Any] = {"lr": config.lr, "eps": config.eps}
     settings["betas"] = (config.beta1, config.beta2)
     kinds = {p.device.type for _, p in named}
@@ -109,7 +126,7 @@ def make_adamw(
     """
     named = list(parameters)
     return torch.optim.AdamW(
-        make_groups(named, config, set()),
+        make_groups(named, config, {}),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -118,24 +135,26 @@ def make_adamw(
 
 
 def make_groups(
-    named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig, apart: set[nn.Parameter]
+    named: Iterable[tuple[str, nn.Parameter]],
+    config: TrainConfig,
+    factors: Mapping[nn.Parameter, float],
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: matrices, which decay, then vectors, then LoRA's B.
+    """Groups for an optimizer: of each rate the matrices, which decay, and the vectors.
 
     Args:
         named: (name, parameter) pairs.
-        config: its lr, lora_plus and weight_decay are used.
-        apart: the parameters whose learning rate is lr · lora_plus.
+        config: its lr and weight_decay are used.
+        factors: learning rate over `config.lr`, of the parameters where it is not 1.
 
     Returns:
-        Groups that are not empty, the usual rate first: it is the one that is reported.
+        Groups that are not empty, the usual rate first: it is the one that is reported. The others
+        follow in the order in which their first parameter comes.
     """
-    usual = [p for _, p in named if p not in apart]
-    fast = [p for _, p in named if p in apart]
-    decay, rate = config.weight_decay, config.lr * config.lora_plus
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in usual if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in usual if p.ndim < 2], "weight_decay": 0.0},
-        {"params": fast, "weight_decay": decay, "lr": rate},
-    ]
+    parts: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for _, p in named:
+        parts.setdefault((factors.get(p, 1.0), p.ndim >= 2), []).append(p)
+    groups: list[dict[str, Any]] = []
+    for (factor, decays), members in parts.items():
+        group = {"params": members, "weight_decay": config.weight_decay if decays else 0.0}
+        groups.append(group if factor == 1 else group | {"lr": config.lr * factor})
     return [group for group in groups if group["params"]]

@@ -182,3 +182,24 @@ def test_8_bit_and_paged_refusals() -> None:
     plain.step()
     with pytest.raises(ValueError, match=r"saved state of parameter 0 is \{'exp_avg'.*AdamW8bit k"):
         AdamW8bit([whole]).load_state_dict(plain.state_dict())
+
+
+def test_rates_of_their_own_are_groups_and_multiply_lora_plus() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    add_adapter(model, LoRAConfig(r=2, targets=["0"]))
+    model[2].requires_grad_(True)
+    named = dict(trained_parameters(model))
+    a, b, weight, bias = named.values()
+    config = TrainConfig(lr=1e-3, lora_plus=16, weight_decay=0.1)
+    made = make_optimizer(model, named.items(), config, {weight: 4, bias: 4, b: 0.5})
+    groups = [([tuple(p.shape) for p in g["params"]], g["lr"]) for g in made.param_groups]
+    assert groups == [
+        ([(2, 6)], 1e-3),
+        ([(5, 2)], 8e-3),
+        ([(3, 5)], 4e-3),
+        ([(3,)], 4e-3),
+    ]
+    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.1, 0.1, 0.0]
+    with pytest.raises(ValueError, match=r"the rate factor of 2.bias must be above 0 .* got 0"):
+        make_optimizer(model, named.items(), config, {bias: 0})
+    assert a in {p for g in made.param_groups for p in g["params"]}
