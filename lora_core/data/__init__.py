@@ -3,9 +3,12 @@
 from lora_core.data.batch import collate, find_duplicates, find_overlap, split
 from lora_core.data.chat import BUILTIN_TEMPLATES, builtin_template, load_template
 from lora_core.data.control_text import ControlTextError
+from lora_core.data.encoder import IGNORED, Encoder
 from lora_core.data.grading import Graded, Grader
 from lora_core.data.mixing import mix
 from lora_core.data.packing import collate_packed, pack
+from lora_core.data.pair_rows import PromptRow, PromptRows
+from lora_core.data.preferences import Pair, Prompted, Rated, read_pairs, read_prompts, read_rated
 from lora_core.data.records import (
     Chat,
     Completion,
@@ -19,7 +22,7 @@ from lora_core.data.records import (
     read_records,
 )
 from lora_core.data.report import Report, SourceReport
-from lora_core.data.sft import IGNORED, Rows, SFTDataset
+from lora_core.data.sft import Rows, SFTDataset
 from lora_core.data.text import TextWindows, encode_documents
 from lora_core.data.tokenizer import Tokenizer
 from lora_core.data.tokenizer_folder import load_tokenizer
@@ -31,9 +34,15 @@ __all__ = [
     "Chat",
     "Completion",
     "ControlTextError",
+    "Encoder",
     "Graded",
     "Grader",
+    "Pair",
     "PlainText",
+    "PromptRow",
+    "PromptRows",
+    "Prompted",
+    "Rated",
     "Record",
     "Report",
     "Rows",
@@ -58,6 +67,9 @@ __all__ = [
     "parse_record",
     "parse_records",
     "parse_sources",
+    "read_pairs",
+    "read_prompts",
+    "read_rated",
     "read_records",
     "split",
 ]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.data.sft import IGNORED, Row, Rows
+from lora_core.data.encoder import IGNORED
+from lora_core.data.sft import Row, Rows
 
 
 def collate(
@@ -66,24 +67,44 @@ def split(dataset: Rows, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
     Raises:
         ValueError: the fraction is out of range, or no row would be left to train on.
     """
+    keys = [_fingerprint(row) for row in dataset]
+    train, held_out = split_positions(keys, fraction, seed)
+    return dataset.select(train), dataset.select(held_out)
+
+
+def split_positions(
+    keys: Sequence[Hashable], fraction: float, seed: int = 0
+) -> tuple[list[int], list[int]]:
+    """A seeded split of rows into (train, eval) that keeps rows of one key on one side.
+
+    Args:
+        keys: of each row what must not stand on both sides: its tokens, its prompt.
+        fraction: share of the rows for evaluation, in [0, 1); at least one row if above 0.
+        seed: of the draw.
+
+    Returns:
+        Positions of each side, ascending.
+
+    Raises:
+        ValueError: the fraction is out of range, or no row would be left to train on.
+    """
     if not 0 <= fraction < 1:
         raise ValueError(f"the evaluation fraction must be in [0, 1); got {fraction}")
-    groups = list(_groups(_fingerprint(row) for row in dataset).values())
+    groups = list(_groups(keys).values())
     random.Random(seed).shuffle(groups)
-    wanted = max(1, round(fraction * len(dataset))) if fraction else 0
+    wanted = max(1, round(fraction * len(keys))) if fraction else 0
     chosen: set[int] = set()
     for group in groups:
         if len(chosen) + len(group) <= wanted:
             chosen.update(group)
     if fraction and groups and not chosen:
         chosen.update(groups[0])
-    if len(chosen) == len(dataset):
+    if len(chosen) == len(keys):
         raise ValueError(
-            f"{len(dataset)} rows ({len(groups)} different) cannot be split: nothing would be "
+            f"{len(keys)} rows ({len(groups)} different) cannot be split: nothing would be "
             "left to train on; add data or set the evaluation fraction to 0"
         )
-    train = (i for i in range(len(dataset)) if i not in chosen)
-    return dataset.select(train), dataset.select(sorted(chosen))
+    return [i for i in range(len(keys)) if i not in chosen], sorted(chosen)
 
 
 def find_duplicates(dataset: Iterable[Row]) -> list[list[int]]:

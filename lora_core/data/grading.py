@@ -133,6 +133,24 @@ class Grader:
             self._check_stops(ids, offsets, spans)
         return Graded(ids, graded, straddles, method)
 
+    def prompt(self, messages: Messages, tools: Sequence[Any] | None = None) -> list[int]:
+        """Ids of a conversation that ends with the header of the turn to be written.
+
+        Raises:
+            ControlTextError: see `control_text`.
+            ValueError: as for a whole conversation, as far as it goes.
+        """
+        if tools is not None and self._with_tools is not None:
+            return self._with_tools.prompt(messages, tools)
+        if self.control_text == "refuse":
+            self._refuse_control_text(messages, tools)
+        chat = [{k: v for k, v in message.items() if k != "train"} for message in messages]
+        text = self._render(chat, tools, add_generation_prompt=True)
+        self._check_markers(text)
+        ids = self.tok.encode(text)
+        self._check_bos(ids)
+        return ids
+
     # --- spans ---
 
     def _wanted(self, messages: Messages) -> list[int]:

@@ -8,6 +8,11 @@ weights, files are simply joined. One file with weight 1 keeps its order.
 import random
 from collections.abc import Sequence
 from math import floor
+from pathlib import Path
+from typing import TypeAlias
+
+Source: TypeAlias = str | Path | tuple[str | Path, float]
+"""A file, or a file and its weight."""
 
 
 def mix(lengths: Sequence[int], weights: Sequence[float], seed: int = 0) -> list[tuple[int, int]]:
@@ -38,3 +43,23 @@ def mix(lengths: Sequence[int], weights: Sequence[float], seed: int = 0) -> list
     if len(lengths) > 1:
         generator.shuffle(order)
     return order
+
+
+def short_names(files: list[Path]) -> list[str]:
+    """File names if they tell the files apart, else the whole paths, numbered if need be."""
+    for names in ([file.name for file in files], [str(file) for file in files]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{file}#{number}" for number, file in enumerate(files)]
+
+
+def weighted_files(path: Source | Sequence[Source]) -> list[tuple[str | Path, float]]:
+    """(file, weight) pairs of a file, a pair, or a list of either."""
+    if isinstance(path, str | Path):
+        return [(path, 1.0)]
+    if isinstance(path, tuple) and len(path) == 2 and isinstance(path[1], int | float):
+        return [(path[0], float(path[1]))]
+    pairs = [(one, 1.0) if isinstance(one, str | Path) else one for one in path]
+    if not pairs:
+        raise ValueError("no data file given")
+    return [(file, float(weight)) for file, weight in pairs]

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.data.sft import IGNORED
+from lora_core.data.encoder import IGNORED
 
 PADDING = -1  # document id of a row's unused end
 

@@ -18,26 +18,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from lora_core.data.control_text import ControlTextError, check_control_text, control_pattern
+from lora_core.data.control_text import ControlTextError
+from lora_core.data.encoder import IGNORED, Encoder
 from lora_core.data.fit import split_text, truncate
-from lora_core.data.grading import Graded, Grader
-from lora_core.data.mixing import mix
-from lora_core.data.offsets import grade_offsets
-from lora_core.data.records import (
-    Chat,
-    Completion,
-    PlainText,
-    Record,
-    Tokens,
-    parse_records,
-    read_records,
-)
+from lora_core.data.grading import Graded
+from lora_core.data.mixing import Source, mix, short_names, weighted_files
+from lora_core.data.records import PlainText, Record, parse_records, read_records
 from lora_core.data.report import Report, SourceReport
 from lora_core.data.tokenizer import Tokenizer
 
 Row = dict[str, Any]  # "input_ids", "labels": list[int]; "source": str, if there are several
-Source = str | Path | tuple[str | Path, float]
-IGNORED = -100  # the label of a token that is not graded
 
 
 class Rows(Sequence[Row]):
@@ -127,7 +117,7 @@ class SFTDataset(Rows):
         seed: int = 0,
         control_text: str = "drop",
     ) -> None:
-        encoder = _Encoder(tok, template, train_on, control_text)
+        encoder = Encoder(tok, template, train_on, control_text)
         parsed = parse_records(records, columns)
         self._build([("records", parsed, 1.0)], encoder, max_length, seed)
 
@@ -161,22 +151,22 @@ class SFTDataset(Rows):
             FileNotFoundError: a file is missing.
             ValueError: file:line of what cannot be read, rendered or graded; or no row is left.
         """
-        pairs = _sources(path)
+        pairs = weighted_files(path)
         watch = progress or (lambda records: records)
-        names = _short_names([Path(file) for file, _ in pairs])
+        names = short_names([Path(file) for file, _ in pairs])
         sources = [
             (name, watch(read_records(file, columns)), weight)
             for name, (file, weight) in zip(names, pairs, strict=True)
         ]
         dataset = cls.__new__(cls)
-        encoder = _Encoder(tok, template, train_on, control_text)
+        encoder = Encoder(tok, template, train_on, control_text)
         dataset._build(sources, encoder, max_length, seed)
         return dataset
 
     def _build(
         self,
         sources: list[tuple[str, Iterable[Record], float]],
-        encoder: "_Encoder",
+        encoder: Encoder,
         max_length: int,
         seed: int,
     ) -> None:
@@ -227,81 +217,8 @@ class _Store:
         return self.ids[span], self.graded[span]
 
 
-class _Encoder:
-    """Turns one record of any kind into graded tokens."""
-
-    def __init__(
-        self, tok: Tokenizer, template: str | None, train_on: str, control_text: str
-    ) -> None:
-        if control_text not in ("drop", "keep"):
-            raise ValueError(f"control_text must be drop or keep; got {control_text!r}")
-        self.tok = tok
-        self._settings = (template, train_on, "keep" if control_text == "keep" else "refuse")
-        self._control = None if control_text == "keep" else control_pattern(tok)
-        # made at once if asked for, so that a wrong template is reported for any data
-        self._grader = Grader(tok, *self._settings) if template is not None else None
-        self._train_on = train_on
-
-    def __call__(self, record: Record) -> Graded:
-        match record:
-            case Chat():
-                if self._grader is None:
-                    self._grader = Grader(self.tok, *self._settings)
-                return self._grader(record.messages, record.tools)
-            case Completion():
-                return self._completion(record)
-            case PlainText():
-                self._check(record.text, "text")
-                ids = self.tok.with_prefix(self.tok.encode(record.text))
-                return Graded(*self._ended(ids, [True] * len(ids)))
-            case Tokens():
-                return self._tokens(record)
-        raise TypeError(f"no row can be made of a {type(record).__name__}")
-
-    def _completion(self, record: Completion) -> Graded:
-        """prompt + completion tokenised together; tokens that start in the completion graded."""
-        self._check(record.prompt, "prompt")
-        self._check(record.completion, "completion")
-        text = record.prompt + record.completion
-        ids, offsets = self.tok.encode_with_offsets(text)
-        start = 0 if self._train_on == "all" else len(record.prompt)
-        graded, straddles = grade_offsets(offsets, [(start, len(text))])
-        whole = self.tok.with_prefix(ids)
-        graded = [False] * (len(whole) - len(ids)) + graded
-        return Graded(*self._ended(whole, graded), straddles=straddles)
-
-    def _ended(self, ids: list[int], graded: list[bool]) -> tuple[list[int], list[bool]]:
-        """The tokenizer's end token after the text, graded, unless it is there already."""
-        if self.tok.eos_id is None:
-            raise ValueError(
-                "the tokenizer names no eos_token, so that the text has no end; name one in "
-                "tokenizer_config.json"
-            )
-        if ids and ids[-1] == self.tok.eos_id:
-            return ids, graded
-        return [*ids, self.tok.eos_id], [*graded, True]
-
-    def _tokens(self, record: Tokens) -> Graded:
-        size = self.tok.vocab_size
-        for index, token in enumerate(record.input_ids):
-            if not 0 <= token < size:
-                raise ValueError(f"input_ids[{index}] is {token}; the tokenizer has {size} ids")
-        labels = record.labels if record.labels is not None else record.input_ids
-        return Graded(list(record.input_ids), [label != IGNORED for label in labels])
-
-    def _check(self, text: str, key: str) -> None:
-        if self._control is not None:
-            check_control_text(text, self._control, key)
-
-    def notes(self) -> list[str]:
-        """What a reader of the report should know about the template."""
-        if self._grader is not None and "strftime_now" in self._grader.template:
-            return ["the template writes today's date: rows differ from day to day"]
-        return []
-
-
 def _fitted(
-    encoder: _Encoder, record: Record, max_length: int, report: SourceReport
+    encoder: Encoder, record: Record, max_length: int, report: SourceReport
 ) -> list[Graded]:
     """The rows a record gives (none, one, or the parts of a long text), counted in the report."""
     report.read += 1
@@ -330,23 +247,3 @@ def _fitted(
     for part in rows:
         report.keep(len(part.ids), sum(part.graded[1:]))
     return rows
-
-
-def _short_names(files: list[Path]) -> list[str]:
-    """File names if they tell the files apart, else the whole paths, numbered if need be."""
-    for names in ([file.name for file in files], [str(file) for file in files]):
-        if len(set(names)) == len(names):
-            return names
-    return [f"{file}#{number}" for number, file in enumerate(files)]
-
-
-def _sources(path: Source | Sequence[Source]) -> list[tuple[str | Path, float]]:
-    """(file, weight) pairs of a file, a pair, or a list of either."""
-    if isinstance(path, str | Path):
-        return [(path, 1.0)]
-    if isinstance(path, tuple) and len(path) == 2 and isinstance(path[1], int | float):
-        return [(path[0], float(path[1]))]
-    pairs = [(one, 1.0) if isinstance(one, str | Path) else one for one in path]
-    if not pairs:
-        raise ValueError("no data file given")
-    return [(file, float(weight)) for file, weight in pairs]
