@@ -8,12 +8,14 @@ from lora_core.train.paged import PagedAdamW
 from lora_core.train.report import TrainResult
 from lora_core.train.schedule import make_schedule
 from lora_core.train.step import CausalLoss, NonFiniteError, train_step
+from lora_core.train.surgery import PCGrad
 
 __all__ = [
     "DEFAULT_LR",
     "AdamW8bit",
     "CausalLoss",
     "NonFiniteError",
+    "PCGrad",
     "PagedAdamW",
     "TrainConfig",
     "TrainResult",

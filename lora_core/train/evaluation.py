@@ -1,7 +1,8 @@
 """Evaluation within a run: when it is due, what it measures, and what follows from it.
 
 The loss is the sum over all graded tokens of the evaluation data, divided by their number: a mean
-of batches' means would weigh a short batch's tokens more. The best evaluation's weights come back
+of batches' means would weigh a short batch's tokens more. (Of a loss of several units, the sum of
+each unit's mean.) The best evaluation's weights come back
 at the end of the run, from its checkpoint, or from memory where the run has no folder.
 """
 
@@ -30,6 +31,7 @@ from lora_core.train.step import (
     counter,
     loss_result,
 )
+from lora_core.train.units import count_by_unit, unit_of
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Evaluation:
 
     @torch.no_grad()
     def measure(self, model: nn.Module, policy: DtypePolicy, ranks: Ranks) -> Record:
-        """Mean loss over all graded tokens: sum of sums / sum of counts.
+        """Mean loss over all graded tokens: sum of sums / sum of counts, unit by unit.
 
         Args:
             model: evaluated in eval mode, left in training mode.
@@ -88,11 +90,15 @@ class Evaluation:
             NonFiniteError: a batch's loss is NaN or infinite.
         """
         assert self.source is not None  # it is due only where there is one
-        graded, own, by_source, figures = 0.0, 0.0, SourceMeans(), Figures()
+        graded: dict[str, float] = {}
+        own: dict[str, float] = {}
+        by_source, figures = SourceMeans(), Figures()
         failure: NonFiniteError | None = None
         model.eval()
         for group in batched(self.source.epoch(0), ranks.world):
-            graded += sum(map(counter(self.loss), group))
+            for unit, count in count_by_unit(self.loss, counter(self.loss), group).items():
+                graded[unit] = graded.get(unit, 0) + count
+                own.setdefault(unit, 0.0)
             by_source.expect(group)
             for batch, counts in ranks.own(group):
                 moved = to_device(batch, policy.device)
@@ -103,15 +109,17 @@ class Evaluation:
                 if not math.isfinite(number):
                     failure = failure or NonFiniteError(f"the evaluation loss is {number}", [batch])
                 if counts:
-                    own += number
+                    own[unit_of(self.loss, batch)] += number
                     by_source.add(batch, rows)
             if failure is not None and ranks.world == 1:
                 break
         ranks.agree(failure)
-        total = by_source.over(ranks, own)
+        sums = zip(own, ranks.sum(*own.values()), strict=True)
+        total = sum(value / graded[unit] for unit, value in sums if graded[unit])
+        by_source.over(ranks, 0.0)
         figures.over(ranks)
         model.train()
-        measured = {"eval_loss": total / graded} | by_source.means("eval_loss/")
+        measured = {"eval_loss": total} | by_source.means("eval_loss/")
         return measured | figures.means("eval_")
 
     def note(self, loss: float, progress: Progress, parameters: Mapping[str, nn.Parameter]) -> bool:

@@ -55,6 +55,8 @@ from lora_core.train.shard import sharded_model
 from lora_core.train.snapshot import seed_everything
 from lora_core.train.state import Progress
 from lora_core.train.step import CausalLoss, Loss, NonFiniteError, loss_result, train_step
+from lora_core.train.surgery import Surgery
+from lora_core.train.units import Reach
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
@@ -72,30 +74,29 @@ def train(  # noqa: PLR0913  # a run's parts, each with a default
     collate: Callable[[Sequence[Any]], Batch] | None = None,
     facts: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
+    surgery: Surgery | None = None,
 ) -> TrainResult:
     """Train the parameters of `model` that require a gradient.
 
     Under `torchrun` all processes call this with the same arguments and share the work (ranks.py).
 
     Args:
-        model: any module; with the default loss one that returns `.logits` (B, T, V). It stays on
-            its device, and is left in the mode it was found in.
+        model: any module; with the default loss one that returns `.logits` (B, T, V). It keeps its
+            device and mode.
         dataset: a sequence of rows `{"input_ids", "labels"}` (optionally `"source"`), or any
-            iterable of batches of tensors under those names, or a `BatchSource`, asked for batches
-            as they are needed (which may so be made by the model as it then is).
+            iterable of batches of tensors under those names, or a `BatchSource`, asked for each
+            batch as it is needed (which the model as it then is may make).
         config: the run; `TrainConfig()` by default.
         eval_dataset: as `dataset`; read in its own order.
-        on_step: is given each step's record once the step is done. KeyboardInterrupt from it ends
-            the run as Ctrl-C does.
+        on_step: is given each step's record after it. KeyboardInterrupt from it acts as Ctrl-C.
         loss: (model, batch, normalizer) -> sum / normalizer, by default next-token cross-entropy;
             if it counts something other than graded tokens it has a method `count(batch)`.
         optimizer: (name, parameter) pairs -> optimizer, by default AdamW by `config`.
         schedule: (step, total) -> factor on the peak learning rate, by default by `config`.
         collate: rows -> batch; with it rows may be anything.
-        facts: JSON-ready facts for run.json, such as hashes of data and model. A resumed run has to
-            bring the same.
-        device: with `shard`, where to compute if not where the model is; it is moved there in
-            parts.
+        facts: JSON-ready facts for run.json, such as hashes; a resumed run has to bring the same.
+        device: with `shard`, where to compute if not where the model is; it moves there in parts.
+        surgery: of the gradients of each step, such as `PCGrad`; on one process.
 
     Returns:
         The history and its sums. With an evaluation and `keep_best` the model holds the weights of
@@ -103,7 +104,7 @@ def train(  # noqa: PLR0913  # a run's parts, each with a default
 
     Raises:
         ValueError: nothing to train, no gradient, a NaN (its batch is in `out`), a folder in use, a
-            checkpoint of another run, or another process of the run that failed (RankError).
+            checkpoint of another run, or another process that failed (RankError).
         TypeError: trained parameters narrower than float32.
     """
     config = config or TrainConfig()
@@ -129,6 +130,7 @@ def train(  # noqa: PLR0913  # a run's parts, each with a default
         "schedule_name": "" if schedule else f" {config.schedule}",
         "optimizer_factory": optimizer or (lambda named: make_optimizer(model, named, config)),
         "facts": json.loads(json.dumps(dict(facts or {}))),
+        "surgery": surgery,
     }
     recompute = (config.activation_checkpointing, config.offload_activations)
     with joined_ranks() as ranks:
@@ -165,6 +167,7 @@ class Run:
     schedule_name: str
     optimizer_factory: OptimizerFactory
     facts: dict[str, Any]
+    surgery: Surgery | None = None
 
     def __post_init__(self) -> None:
         self.parameters = trained_parameters(self.model)
@@ -176,9 +179,9 @@ class Run:
         self.peak_lr: float = self.optimizer.param_groups[0]["initial_lr"]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.policy.scales_loss)
         self.progress = Progress(total=self.total)
-        self.checked = False
+        self.reach = Reach(self.loss)
         self.held = (self.parameters, self.optimizer, self.scaler)
-        # batches of a step: each process computes every world-th of them
+        # batches of a step, of which each process computes every world-th
         self.share = self.config.accumulate * self.ranks.world
 
     def go(self, on_step: Callable[[Record], object]) -> TrainResult:
@@ -274,7 +277,6 @@ class Run:
                 asked = ranks.any(interrupts.asked)
                 if better or self.save_due(record) or asked or self.progress.finished:
                     self.folder.save(progress, *self.held, self.identity())
-        # interrupted before the first step, no time has been spent
         return asked and not self.progress.finished, fed / seconds if seconds else 0.0
 
     def forward_backward(self, batch: Batch) -> None:
@@ -288,7 +290,7 @@ class Run:
 
     def step(self, batches: Sequence[Batch]) -> Record:
         """Set the learning rate and update the weights."""
-        factor = self.schedule(self.progress.step, self.total)
+        factor = self.schedule(number := self.progress.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         record = train_step(
@@ -300,10 +302,10 @@ class Run:
             self.policy,
             loss=self.loss,
             clip=self.config.clip,
-            check=not self.checked,
+            check=self.reach,
             ranks=self.ranks,
+            surgery=self.surgery and self.surgery.at(number),
         )
-        self.checked = True
         if not record["graded"]:
             warnings.warn("a step had no graded token and taught nothing", stacklevel=2)
         return {"loss": record.pop("loss"), "lr": self.optimizer.param_groups[0]["lr"]} | record

@@ -21,6 +21,8 @@ from lora_core.models import EncoderModel
 from lora_core.train.batches import Batch, to_device, tokens_in
 from lora_core.train.parts import whole
 from lora_core.train.ranks import RankError, Ranks
+from lora_core.train.surgery import StepSurgery
+from lora_core.train.units import Reach, count_by_unit, unit_of
 
 
 class LossResult(NamedTuple):
@@ -38,7 +40,8 @@ class LossResult(NamedTuple):
 Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor] | LossResult"]
 """(model, batch, normalizer) -> the batch's sum / normalizer, a scalar; or a `LossResult`, or its
 first two entries. The normalizer is the sum of `loss.count(batch)` over the step's batches; a loss
-without `count` is taken to count graded tokens."""
+without `count` is taken to count graded tokens. One with `unit(batch)` counts several things, and
+gets the sum over the step's batches of the same unit (units.py)."""
 
 
 class NonFiniteError(ValueError):
@@ -115,7 +118,7 @@ def _by_row(losses: Tensor, batch: Mapping[str, Any]) -> Tensor:
     return losses if "document_ids" in batch else losses.sum(dim=1)
 
 
-def train_step(
+def train_step(  # noqa: PLR0913  # a step's parts, each with a default
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     batches: Sequence[Batch],
@@ -125,8 +128,9 @@ def train_step(
     *,
     loss: Loss,
     clip: float | None = 1.0,
-    check: bool = True,
+    check: bool | Reach = True,
     ranks: Ranks | None = None,
+    surgery: StepSurgery | None = None,
 ) -> dict[str, Any]:
     """Update the weights once.
 
@@ -139,27 +143,36 @@ def train_step(
         policy: where and in which dtype to compute.
         loss: see `Loss`.
         clip: largest norm of the gradient, or None.
-        check: refuse a trained parameter without a gradient. The loop checks its first step: later
-            an expert may get no token, or an adapter no row.
+        check: refuse a trained parameter without a gradient. The loop checks its first step (the
+            first ones, of a loss of several units): later an expert may get no token, or an
+            adapter no row.
         ranks: the processes that share the batches; by default there is this one.
+        surgery: changes the gradients between the backward passes and the update (surgery.py).
 
     Returns:
-        loss (mean over graded tokens), grad_norm (before clipping), graded, tokens,
-        `loss/<source>` where the batches name their rows' sources, and the loss's own figures.
+        loss (mean over graded tokens; the units' means summed), grad_norm (before clipping),
+        graded, tokens, `loss/<source>` where the batches name their rows' sources, and the figures
+        of the loss and of the surgery.
 
     Raises:
         NonFiniteError: the loss or the gradient is NaN or infinite; the weights did not move.
         RankError: it is so on another process, which says more.
-        ValueError: a trained parameter got no gradient.
+        ValueError: a trained parameter got no gradient, or surgery on several processes.
     """
     ranks = ranks or Ranks()
-    graded = sum(map(counter(loss), batches))
+    if surgery is not None and ranks.world > 1:
+        raise ValueError(
+            f"gradient surgery works on one process, and there are {ranks.world}: start without "
+            "torchrun, or leave it out"
+        )
+    graded = count_by_unit(loss, counter(loss), batches)
     own, by_source, figures, failure = 0.0, SourceMeans(), Figures(), None
     by_source.expect(batches)
     for batch, counts in ranks.own(batches):
         moved = to_device(batch, policy.device)
         with policy.autocast():
-            value, rows, named = loss_result(loss(model, moved, graded))
+            normalizer = graded[unit_of(loss, batch)]
+            value, rows, named = loss_result(loss(model, moved, normalizer))
         figures.add(named, counts)
         if not counts:
             value, rows = value * 0, None
@@ -170,14 +183,17 @@ def train_step(
             if ranks.world == 1:
                 break
         torch.autograd.backward(scaler.scale(value))
+        if surgery is not None:
+            surgery.take(batch)
         own += number
         by_source.add(batch, rows)
     ranks.agree(failure)
     total = by_source.over(ranks, own)
     figures.over(ranks)
     ranks.reduce_gradients(parameters.values())
+    operated = {} if surgery is None else surgery.finish()
     if check:
-        check_gradients(parameters)
+        (Reach(loss) if check is True else check).see(batches, parameters)
     scaler.unscale_(optimizer)
     norm = clip_gradients(parameters.values(), clip)
     # with loss scaling an overflow is expected now and then: the scaler skips the step and halves
@@ -192,10 +208,11 @@ def train_step(
     return {
         "loss": total,
         "grad_norm": norm if math.isfinite(norm) else None,
-        "graded": graded,
+        "graded": sum(graded.values()),
         "tokens": tokens,
         **by_source.means(),
         **figures.means(),
+        **operated,
     }
 
 
@@ -225,25 +242,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float | None) -> fl
     else:
         norm = torch.nn.utils.clip_grad_norm_(moved, clip)
     return float(whole(norm))
-
-
-def check_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a trained parameter that the loss does not depend on.
-
-    Args:
-        parameters: by name, after a backward pass. A zero gradient is fine (B of a new LoRA makes
-            A's zero), None means that the forward pass went around the parameter.
-
-    Raises:
-        ValueError: names those without a gradient.
-    """
-    missing = [name for name, p in parameters.items() if p.grad is None]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(parameters)} trained parameters got no gradient: "
-            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}; the loss does not "
-            "depend on them: freeze them, or look for a detach() or a module that is not called"
-        )
 
 
 class Figures:
