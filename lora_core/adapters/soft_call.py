@@ -41,6 +41,7 @@ __all__ = ["CACHES", "hook", "unhook"]
 
 CACHES = ("cache", "past_key_values")
 STATES = ("cache_params", "state", "mems")  # of models without attention, or with another cache
+BY_TOKEN = ("token_losses", "log_probs")  # outputs (B, T) of this library's decoder
 IGNORED = -100  # a label that is not graded
 
 
@@ -104,7 +105,7 @@ def _trimmed(value: Any, total: int, extra: int) -> Any:
     for name in fields:
         if isinstance(part := getattr(value, name), Tensor | tuple):
             setattr(value, name, _trimmed(part, total, extra))
-        if name == "token_losses" and isinstance(part, Tensor):  # (B, total)
+        if name in BY_TOKEN and isinstance(part, Tensor):  # (B, total)
             setattr(value, name, part[:, extra:])
     return value
 
@@ -218,7 +219,7 @@ def _refuse_state(names: tuple[str, ...], call: Mapping[str, Any]) -> None:
 
 def _refuse_pooled(model: nn.Module, output: Any) -> None:
     """Refuse an output without positions: the model finds its place in input_ids, which went."""
-    if getattr(output, "token_losses", None) is not None:  # a loss for every token: not pooled
+    if any(getattr(output, name, None) is not None for name in BY_TOKEN):  # not pooled
         return
     fields = vars(output).values() if dataclasses.is_dataclass(output) else output
     parts = [output] if isinstance(output, Tensor) else list(fields)

@@ -22,6 +22,7 @@ from lora_core.losses.linear_cross_entropy import (
     linear_cross_entropy,
     linear_token_cross_entropy,
 )
+from lora_core.losses.log_probs import label_log_probs, linear_log_probs
 from lora_core.losses.policy import (
     clipped,
     grpo_loss,
@@ -60,7 +61,9 @@ __all__ = [
     "kl_estimate",
     "kto_baseline",
     "kto_loss",
+    "label_log_probs",
     "linear_cross_entropy",
+    "linear_log_probs",
     "linear_token_cross_entropy",
     "log1mexp",
     "log_ratio_margin",

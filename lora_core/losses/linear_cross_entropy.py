@@ -113,7 +113,7 @@ def linear_token_cross_entropy(
     Ref:
         Gemma Team 2024 (Gemma 2), section 2, for the cap.
     """
-    classes = head.shape[0] if isinstance(head, Tensor) else _head_rows(head)
+    classes = head.shape[0] if isinstance(head, Tensor) else head_rows(head)
     check_labels(labels, hidden.shape[:-1], classes)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, or None for no cap; got {softcap}")
@@ -134,7 +134,7 @@ def linear_token_cross_entropy(
     return total / divisor(labels, normalizer), losses.view(labels.shape)
 
 
-def _head_rows(head: nn.Module) -> int:
+def head_rows(head: nn.Module) -> int:
     """V of a head given as a module."""
     rows = getattr(head, "out_features", None)
     if not isinstance(rows, int):

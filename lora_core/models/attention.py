@@ -103,6 +103,48 @@ def _fixed_rule(
     return allowed[:, None, None]
 
 
+def branch_rule(branch_ids: Tensor, *, window: int | None = None) -> Tensor:
+    """The boolean mask of rows in which a prompt has several continuations (data/branches.py).
+
+    Args:
+        branch_ids: (B, T) integers: tokens of branch 0 are seen by all later ones, those of another
+            branch by their own, those below 0 by themselves alone.
+        window: W, tokens that a query sees, counted by position; None: all.
+
+    Returns:
+        (B, 1, T, T) bool.
+    """
+    index = torch.arange(branch_ids.shape[1], device=branch_ids.device)
+    theirs = branch_ids[:, None, :]  # (B, 1, S)
+    allowed = (theirs == 0) | (theirs == branch_ids[:, :, None])  # (B, T, S)
+    allowed = allowed & (theirs >= 0) & (index <= index[:, None])
+    if window is not None:
+        position = branch_positions(branch_ids)
+        allowed = allowed & (position[:, :, None] - position[:, None, :] < window)
+    return (allowed | (index == index[:, None]))[:, None]
+
+
+def branch_positions(branch_ids: Tensor) -> Tensor:
+    """Position of each token: every branch goes on where branch 0 ends.
+
+    Args:
+        branch_ids: (B, T), each branch a run of equal ids, branch 0 first.
+
+    Returns:
+        (B, T) int64.
+    """
+    common = (branch_ids == 0).sum(dim=1, keepdim=True)  # (B, 1)
+    return _counted_in_runs(branch_ids) + common * (branch_ids > 0)
+
+
+def _counted_in_runs(ids: Tensor) -> Tensor:
+    """How many tokens before it a token has in its run of equal ids, (B, T)."""
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
 def default_positions(
     tokens: int,
     past: int,
@@ -123,10 +165,7 @@ def default_positions(
         (B or 1, T) int64.
     """
     if document_ids is not None:
-        index = torch.arange(tokens, device=device).expand_as(document_ids)
-        starts = torch.ones_like(document_ids, dtype=torch.bool)
-        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        return index - torch.where(starts, index, 0).cummax(dim=1).values
+        return _counted_in_runs(document_ids)
     if attention_mask is not None:
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]
     return torch.arange(past, past + tokens, device=device)[None]

@@ -21,8 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_core.losses import linear_token_cross_entropy, token_mean
-from lora_core.models.attention import attention_rule, default_positions
+from lora_core.losses import (
+    label_log_probs,
+    linear_log_probs,
+    linear_token_cross_entropy,
+    token_mean,
+)
+from lora_core.models.attention import (
+    attention_rule,
+    branch_positions,
+    branch_rule,
+    default_positions,
+)
 from lora_core.models.cache import KVCache
 from lora_core.models.config import ModelConfig
 from lora_core.models.experts import Experts
@@ -46,6 +56,9 @@ class ModelOutput:
     """On request (B, T, C) each: the embeddings, then every layer's output, the last one normed."""
     token_losses: Tensor | None = None
     """(B, T) float32, without a gradient: each position's loss, 0 where not graded."""
+    log_probs: Tensor | None = None
+    """With `token_log_probs`, (B, T), with a gradient: each position's log p of the next label, 0
+    where not graded."""
     aux_loss: Tensor | None = None
     """With `output_router_logits`: how unevenly experts are used, a scalar; see `balance_loss`."""
 
@@ -80,6 +93,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         document_ids: Tensor | None = None,
         document_bounds: Tensor | None = None,
+        branch_ids: Tensor | None = None,
         keep_all: bool = False,
         router_logits: list[Tensor] | None = None,
     ) -> list[Tensor]:
@@ -101,6 +115,9 @@ class Decoder(nn.Module):
             rows=len(x),
             fixed=None if cache is None else cache.fixed,
         )
+        if branch_ids is not None:
+            rule = functools.partial(branch_rule, branch_ids)
+            position_ids = branch_positions(branch_ids) if position_ids is None else position_ids
         if position_ids is None:
             position_ids = default_positions(tokens, past, attention_mask, document_ids, x.device)
         masks, angles = self._by_kind(rule, position_ids)
@@ -165,12 +182,15 @@ class CausalLM(nn.Module):
         cache: KVCache | None = None,
         document_ids: Tensor | None = None,
         document_bounds: Tensor | None = None,
+        branch_ids: Tensor | None = None,
         logits_to_keep: int | None = None,
         output_hidden_states: bool = False,
         output_router_logits: bool | None = None,
         normalizer: float | None = None,
         label_smoothing: float = 0.0,
         keep_logits: bool = True,
+        token_log_probs: bool = False,
+        temperature: float = 1.0,
     ) -> ModelOutput:
         """Logits of the next token at every position, and the loss if there are labels.
 
@@ -186,6 +206,8 @@ class CausalLM(nn.Module):
                 tokens see only their own.
             document_bounds: (N + 1,) int32: where the runs begin in the flattened batch, and B T;
                 spares a GPU the wait of counting them.
+            branch_ids: (B, T) integers for a prompt with several continuations (data/branches.py):
+                0 what all of them share, k > 0 the k-th one, -1 padding; each is a run.
             logits_to_keep: only for the last so many positions; not with labels.
             output_hidden_states: also return the hidden states.
             output_router_logits: also return the experts' load-balancing loss, and add it to the
@@ -193,6 +215,9 @@ class CausalLM(nn.Module):
             normalizer: what the summed loss is divided by; None: the graded tokens of this batch.
             label_smoothing: of the loss; see `token_cross_entropy`.
             keep_logits: False with labels: the loss alone, and logits are never held whole.
+            token_log_probs: with labels: their log-probabilities token by token, with a gradient,
+                in place of the loss.
+            temperature: of these; logits are divided by it.
 
         Returns:
             ModelOutput.
@@ -200,7 +225,7 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: arguments that exclude one another, or an attention mask that does not fit.
         """
-        self._check(input_ids, inputs_embeds, attention_mask, cache, document_ids)
+        self._check(input_ids, inputs_embeds, attention_mask, cache, document_ids, branch_ids)
         if labels is not None and logits_to_keep is not None:
             raise ValueError("labels need every position's logits: leave logits_to_keep out")
         if labels is None and not keep_logits:
@@ -216,19 +241,22 @@ class CausalLM(nn.Module):
             cache=cache,
             document_ids=document_ids,
             document_bounds=document_bounds,
+            branch_ids=branch_ids,
             keep_all=output_hidden_states,
             router_logits=routed,
         )
         kept = states[-1] if logits_to_keep is None else states[-1][:, -logits_to_keep:]
         logits = self._logits(kept) if keep_logits else None  # (B, T, V)
-        loss = by_token = None
+        loss = by_token = log_probs = None
         grading: dict[str, Any] = {"normalizer": normalizer, "label_smoothing": label_smoothing}
-        if labels is not None and logits is not None:
+        if labels is not None and token_log_probs:
+            log_probs = self._log_probs(kept, logits, labels, temperature)
+        elif labels is not None and logits is not None:
             loss, by_token = token_mean(logits, labels, **grading)
         elif labels is not None:
-            grading |= {"softcap": self.config.final_logit_softcapping}
-            grading |= {"scale": 1 / self.config.logits_scaling}
-            loss, by_token = linear_token_cross_entropy(kept, self.lm_head, labels, **grading)
+            loss, by_token = linear_token_cross_entropy(
+                kept, self.lm_head, labels, **grading, **self._scaling()
+            )
         hidden = tuple(states) if output_hidden_states else None
         aux = None
         if routed:
@@ -237,7 +265,21 @@ class CausalLM(nn.Module):
         if aux is not None and loss is not None and labels is not None:
             share = 1.0 if normalizer is None else (labels[:, 1:] != -100).sum() / normalizer
             loss = loss + self.config.router_aux_loss_coef * share * aux
-        return ModelOutput(logits, loss, hidden, by_token, aux)
+        return ModelOutput(logits, loss, hidden, by_token, log_probs, aux)
+
+    def _scaling(self) -> dict[str, Any]:
+        """What becomes of the head's output, for losses that take the hidden states."""
+        config = self.config
+        return {"softcap": config.final_logit_softcapping, "scale": 1 / config.logits_scaling}
+
+    def _log_probs(
+        self, hidden: Tensor, logits: Tensor | None, labels: Tensor, temperature: float
+    ) -> Tensor:
+        """(B, T): each position's log p of the next label, from logits where there are."""
+        if logits is not None:
+            return label_log_probs(logits, labels, temperature=temperature)
+        scaling = self._scaling()
+        return linear_log_probs(hidden, self.lm_head, labels, temperature=temperature, **scaling)
 
     def _routed(self, asked: bool | None) -> list[Tensor] | None:
         """Where the layers put their routers' outputs, if these are asked for."""
@@ -261,6 +303,7 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None,
         cache: KVCache | None,
         document_ids: Tensor | None,
+        branch_ids: Tensor | None,
     ) -> None:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -275,12 +318,15 @@ class CausalLM(nn.Module):
                 f"attention_mask must have shape ({batch}, {seen}), past and new tokens; "
                 f"got {tuple(attention_mask.shape)}"
             )
-        if document_ids is not None and cache is not None:
-            raise ValueError("document_ids are for packed training rows: not with a cache")
-        if document_ids is not None and document_ids.shape != (batch, tokens):
-            raise ValueError(
-                f"document_ids must have shape ({batch}, {tokens}); got {tuple(document_ids.shape)}"
-            )
+        for name, ids in (("document_ids", document_ids), ("branch_ids", branch_ids)):
+            if ids is not None and cache is not None:
+                raise ValueError(f"{name} are for training rows: not with a cache")
+            if ids is not None and ids.shape != (batch, tokens):
+                raise ValueError(
+                    f"{name} must have shape ({batch}, {tokens}); got {tuple(ids.shape)}"
+                )
+        if document_ids is not None and branch_ids is not None:
+            raise ValueError("give either document_ids or branch_ids: a row is packed or branches")
 
     def init_weights(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
         """Fresh weights: normal with deviation `std`, biases 0, norms that only normalise.

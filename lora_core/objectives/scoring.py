@@ -1,0 +1,76 @@
+"""How probable a model finds completions: what every objective here is a function of.
+
+One forward over a `branch_batch`, and the log-probabilities of each completion's graded tokens are
+picked out of it by `completions`, the same way whether a prompt's completions share a row or not.
+A decoder of this library never holds its logits; of any other module they are taken whole.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapters.soft import active_prompts
+from lora_core.data.branches import PADDED
+from lora_core.losses import label_log_probs
+from lora_core.models import CausalLM
+from lora_core.models.attention import branch_positions
+
+_INPUTS = ("input_ids", "attention_mask", "branch_ids")
+
+
+def why_not_shared(model: nn.Module) -> str | None:
+    """Why a prompt's completions cannot share its computation in this model; None: they can.
+
+    Args:
+        model: with its adapters active as they will be.
+    """
+    inner = getattr(model, "module", model)
+    if not isinstance(inner, CausalLM):
+        return f"{type(inner).__name__} has no branch_ids"
+    if any(prompt.prepended for prompt in active_prompts(inner)):
+        return "virtual tokens stand before a row's first token, which branches count from"
+    return None
+
+
+def can_share(model: nn.Module) -> bool:
+    """Whether `branch_batch(shared=True)` is for this model."""
+    return why_not_shared(model) is None
+
+
+def token_log_probs(model: nn.Module, batch: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
+    """(B, T): log p of each next label of a batch, 0 where not graded, with gradients.
+
+    Args:
+        model: a decoder, or any module that returns `.logits` (B, T, V).
+        batch: of `branch_batch`.
+        temperature: logits are divided by it.
+    """
+    inputs = {name: batch[name] for name in _INPUTS if name in batch}
+    if "branch_ids" in inputs:  # said, as what moves positions on (a prefix) counts them otherwise
+        inputs["position_ids"] = branch_positions(inputs["branch_ids"])
+    labels = batch["labels"]
+    if getattr(getattr(model, "module", model), "grades", False):
+        more: dict[str, Any] = {"token_log_probs": True, "temperature": temperature}
+        return model(**inputs, labels=labels, keep_logits=False, **more).log_probs
+    return label_log_probs(model(**inputs).logits, labels, temperature=temperature)
+
+
+def completion_log_probs(
+    model: nn.Module, batch: Mapping[str, Any], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of each completion's graded tokens.
+
+    Args:
+        model: as in `token_log_probs`.
+        batch: of `branch_batch`, with N completions of at most L graded tokens.
+        temperature: logits are divided by it.
+
+    Returns:
+        (N, L) float32 with gradients, 0 where there is no token, and (N, L) bool: where there is.
+    """
+    places = batch["completions"]  # (N, L)
+    mask = places != PADDED
+    flat = token_log_probs(model, batch, temperature).flatten()  # (B·T,)
+    return torch.where(mask, flat[places.clamp(min=0)], 0.0), mask
