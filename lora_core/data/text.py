@@ -9,8 +9,8 @@ between them, and attention sees both.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, overload
 
 from lora_core.data.tokenizer import Tokenizer
 
@@ -42,6 +42,27 @@ class TextWindows(Sequence[Row]):
     def from_texts(cls, texts: Iterable[str], tok: Tokenizer, length: int) -> "TextWindows":
         """Encode documents with the tokenizer's end token after each, then cut into windows."""
         return cls(encode_documents(texts, tok), length)
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], length: int) -> "TextWindows":
+        """Lay documents that are tokenised already, end token included, end to end; then cut.
+
+        Args:
+            rows: {"input_ids", …}, a document each.
+            length: tokens a row; where all the documents together have fewer, that many.
+
+        Raises:
+            ValueError: length below 2, or fewer than two tokens in all.
+        """
+        ids = array("i")
+        for row in rows:
+            ids.extend(row["input_ids"])
+        return cls(ids, min(length, max(len(ids), 2)))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, all the same."""
+        return [self.length] * len(self)
 
     @property
     def dropped(self) -> int:

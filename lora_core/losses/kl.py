@@ -70,8 +70,7 @@ def _exp_beyond_line(d: Tensor) -> Tensor:
     series = torch.ones_like(small)
     for n in range(_TERMS, 2, -1):
         series = 1 + small / n * series
-    large = torch.where(near, 1.0, d)
-    return torch.where(near, small * small / 2 * series, torch.expm1(large) - large)
+    return torch.where(near, small * small / 2 * series, torch.expm1(d) - d)
 
 
 @dataclass

@@ -169,7 +169,7 @@ def grpo_loss(  # noqa: PLR0913  # the published loss and its variants, by name
     check_not_negative("kl_coef", kl_coef)
     if advantages.dim() != 1:
         raise ValueError(f"advantages must be (N,), one a completion; got {advantages.shape}")
-    old = log_probs.detach() if old_log_probs is None else old_log_probs
+    old = log_probs if old_log_probs is None else old_log_probs
     losses = policy_token_losses(log_probs, old, advantages, mask, clip_low, clip_high, ratio)
     if kl_coef:
         if ref_log_probs is None:

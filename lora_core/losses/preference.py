@@ -249,8 +249,8 @@ def log1mexp(x: Tensor) -> Tensor:
     r"""log(1 − eˣ) for x ≤ 0: the log-probability of the opposite.
 
     Above −ln 2 it is log(−expm1(x)), for 1 − eˣ would cancel; below, log1p(−eˣ), for expm1 rounds
-    to −1. The branch that is not taken is kept from its poles, or its gradient, inf · 0, would be
-    NaN.
+    to −1. Where it is not taken the second is kept from its pole at 0, or its gradient there, inf ·
+    0, would be NaN.
 
     Args:
         x: any shape, floating, at most 0.
@@ -263,7 +263,7 @@ def log1mexp(x: Tensor) -> Tensor:
     """
     border = -math.log(2)
     near = x > border
-    log_of_small = torch.log(-torch.expm1(torch.where(near, x, border)))
+    log_of_small = torch.log(-torch.expm1(x))
     log_of_large = torch.log1p(-torch.exp(torch.where(near, border, x)))
     return torch.where(near, log_of_small, log_of_large)
 

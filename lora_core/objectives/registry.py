@@ -2,7 +2,8 @@
 
 from typing import Any
 
+from lora_core.objectives.continual import Continual
 from lora_core.objectives.objective import Objective
 from lora_core.objectives.supervised import Supervised
 
-OBJECTIVES: dict[str, type[Objective[Any]]] = {kind.name: kind for kind in (Supervised,)}
+OBJECTIVES: dict[str, type[Objective[Any]]] = {kind.name: kind for kind in (Supervised, Continual)}

@@ -87,10 +87,10 @@ def direct(
     return loss, [float(made["new"][n, t]) for n, t in places]
 
 
+@pytest.mark.parametrize("how", AGGREGATIONS)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
 @given(
     seed=SEEDS,
-    how=st.sampled_from(AGGREGATIONS),
-    ratio=st.sampled_from(["token", "sequence"]),
     bounds=st.sampled_from([(0.2, None), (0.2, 0.28), (0.0, 0.0), (1.0, 3.0)]),
     kl=st.tuples(st.sampled_from([0.0, 0.04]), st.sampled_from(["k1", "k2", "k3"])),
 )
@@ -182,6 +182,39 @@ def test_the_policy_that_sampled_has_the_plain_policy_gradient(seed: int) -> Non
         loss = grpo_loss(new, old, made["gain"], made["mask"])
         (slope,) = torch.autograd.grad(loss, new)
         torch.testing.assert_close(slope, truth, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_what_stands_in_the_padding_does_not_matter(ratio: Any) -> None:
+    mask = torch.tensor([[True, True, False, False]])
+    kept = {"new": [-1.0, -2.0], "old": [-1.1, -1.9], "ref": [-1.3, -2.1]}
+    found = []
+    for padding in ([0.0, 0.0], [math.nan, math.inf], [-1e6, -math.inf], [1e6, math.nan]):
+        x = {
+            name: torch.tensor([row + (padding if name == "new" else padding[::-1])])
+            for name, row in kept.items()
+        }
+        new = x["new"].requires_grad_()
+        for gain in (1.0, -1.0):
+            loss = grpo_loss(
+                new, x["old"], torch.tensor([gain]), mask, x["ref"], kl_coef=0.1, ratio=ratio
+            )
+            (slope,) = torch.autograd.grad(loss, new)
+            found.append((loss.item(), slope[0, :2].tolist()))
+            assert not slope[0, 2:].any()
+    assert all(other == first for first, other in zip(found[:2] * 3, found[2:], strict=True))
+
+
+def test_only_the_policy_has_a_gradient() -> None:
+    x = [torch.randn(2, 3, requires_grad=True) for _ in range(3)]
+    gain = torch.randn(2, requires_grad=True)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    loss = grpo_loss(x[0], x[1], gain, mask, x[2], kl_coef=0.1)
+    found = torch.autograd.grad(loss, [*x, gain], allow_unused=True)
+    assert [slope is not None for slope in found] == [True, False, False, False]
+    loss = ppo_loss(x[0], x[1], x[2], mask) + value_loss(x[0], x[1], x[2], mask)
+    found = torch.autograd.grad(loss, x, allow_unused=True)
+    assert [slope is not None for slope in found] == [True, False, False]
 
 
 def test_advantages_that_sum_to_zero_give_a_value_of_zero_and_a_gradient() -> None:
