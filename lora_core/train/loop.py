@@ -304,7 +304,7 @@ class Run:
             clip=self.config.clip,
             check=self.reach,
             ranks=self.ranks,
-            surgery=self.surgery and self.surgery.at(number),
+            surgery=None if self.surgery is None else self.surgery.at(number),
         )
         if not record["graded"]:
             warnings.warn("a step had no graded token and taught nothing", stacklevel=2)
