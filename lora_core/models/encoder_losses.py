@@ -5,6 +5,9 @@ is. And a batch in which nothing is graded gives 0 with a gradient of 0, as ever
 library, where transformers divides 0 by 0. Labels are not shifted: an encoder's logits at t are
 about token t. Values of labels are checked on the CPU alone, as a GPU would wait.
 
+Each is a mean; given a `normalizer` it is the sum divided by that instead, so that the losses of a
+step's batches add up to the mean over the whole step (train/step.py).
+
 Ref: Devlin et al. 2019, arXiv:1810.04805, sections 3.1 (masked tokens) and 4.2 (spans).
 """
 
@@ -15,12 +18,13 @@ from torch.nn import functional as F
 IGNORED = -100  # a label that is not graded
 
 
-def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def class_loss(logits: Tensor, labels: Tensor, normalizer: float | None = None) -> Tensor:
     """Mean cross-entropy over graded labels, 0 if none is.
 
     Args:
         logits: (…, n), any floating dtype; computed in float32 (float64 stays).
         labels: integers (…), -100 where not graded.
+        normalizer: what the sum is divided by; None: the number of graded labels.
 
     Returns:
         A scalar.
@@ -46,15 +50,18 @@ def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
             )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    if normalizer is not None:
+        return total / normalizer
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
+def span_loss(logits: Tensor, positions: Tensor, normalizer: float | None = None) -> Tensor:
     """Mean cross-entropy of one end of the span over the tokens of each text.
 
     Args:
         logits: (B, T).
         positions: (B,) or (B, 1) integers; T and beyond are not graded, below 0 is 0.
+        normalizer: what the sum is divided by; None: the number of graded texts.
 
     Returns:
         A scalar.
@@ -68,10 +75,13 @@ def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
             f"{tuple(positions.shape)}"
         )
     positions = positions.reshape(-1).clamp(min=0)
-    return class_loss(logits, positions.masked_fill(positions >= logits.shape[1], IGNORED))
+    beyond = positions >= logits.shape[1]
+    return class_loss(logits, positions.masked_fill(beyond, IGNORED), normalizer)
 
 
-def sequence_loss(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor:
+def sequence_loss(
+    logits: Tensor, labels: Tensor, problem: str | None, normalizer: float | None = None
+) -> Tensor:
     """Mean loss of a head for whole texts.
 
     Args:
@@ -81,6 +91,8 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor
         problem: "single_label_classification" (cross-entropy), "multi_label_classification"
             (binary cross-entropy), "regression" (mean square error), or None: numbers if n is 1,
             else told by the dtype of the labels, integers for one label each.
+        normalizer: what the sum over texts (of each text's mean over n) is divided by; None: their
+            number.
 
     Returns:
         A scalar.
@@ -94,7 +106,7 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor
         problem = "single_label_classification" if whole else "multi_label_classification"
         problem = "regression" if logits.shape[-1] == 1 else problem
     if problem == "single_label_classification":
-        return class_loss(logits, labels.squeeze(-1) if labels.dim() == 2 else labels)
+        return class_loss(logits, labels.squeeze(-1) if labels.dim() == 2 else labels, normalizer)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     column = logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]
     if labels.shape != logits.shape and not column:
@@ -104,5 +116,7 @@ def sequence_loss(logits: Tensor, labels: Tensor, problem: str | None) -> Tensor
         )
     labels = labels.reshape(logits.shape).to(logits.dtype)
     if problem == "regression":
-        return F.mse_loss(logits, labels)
-    return F.binary_cross_entropy_with_logits(logits, labels)
+        mean = F.mse_loss(logits, labels)
+    else:
+        mean = F.binary_cross_entropy_with_logits(logits, labels)
+    return mean if normalizer is None else mean * len(logits) / normalizer
