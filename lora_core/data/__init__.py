@@ -7,7 +7,14 @@ from lora_core.data.encoder import IGNORED, Encoder
 from lora_core.data.grading import Graded, Grader
 from lora_core.data.mixing import mix
 from lora_core.data.packing import collate_packed, pack
-from lora_core.data.pair_rows import PromptRow, PromptRows
+from lora_core.data.pair_rows import (
+    PairRow,
+    PairRows,
+    PromptRow,
+    PromptRows,
+    RatedRow,
+    RatedRows,
+)
 from lora_core.data.preferences import Pair, Prompted, Rated, read_pairs, read_prompts, read_rated
 from lora_core.data.records import (
     Chat,
@@ -38,11 +45,15 @@ __all__ = [
     "Graded",
     "Grader",
     "Pair",
+    "PairRow",
+    "PairRows",
     "PlainText",
     "PromptRow",
     "PromptRows",
     "Prompted",
     "Rated",
+    "RatedRow",
+    "RatedRows",
     "Record",
     "Report",
     "Rows",

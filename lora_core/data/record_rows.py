@@ -141,8 +141,8 @@ class RecordRows(Sequence[Row], Generic[Row, Kind]):
     def _row(self, position: int) -> Row:
         """The row at a position, not negative."""
 
-    def _arranged(self) -> None:
-        """Called when the order is new: what depends on a row's neighbours."""
+    def _built(self) -> None:
+        """Called once all records are there: what depends on a row's neighbours."""
 
     # --- making ---
 
@@ -175,7 +175,7 @@ class RecordRows(Sequence[Row], Generic[Row, Kind]):
         weights = [weight for _, _, weight in sources]
         order = mix([len(entries) for entries in numbers], weights, seed)
         self.order = array("q", [numbers[source][row] for source, row in order])
-        self._arranged()
+        self._built()
 
     def _take(self, record: Kind, encoder: Encoder, counts: SourceReport, source: int) -> None:
         """Tokenise a record and keep it, or count it as dropped."""
@@ -221,7 +221,6 @@ class RecordRows(Sequence[Row], Generic[Row, Kind]):
         """The rows at these positions, in this order, without a copy of their tokens."""
         view = copy.copy(self)
         view.order = array("q", [self.order[i] for i in indices])
-        view._arranged()
         return view
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Self, Self]:
