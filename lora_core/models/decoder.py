@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         if self.multiplier != 1:
             x = x * self.multiplier
         tokens, past = x.shape[1], 0 if cache is None else cache.length
-        rule = functools.partial(
+        rule: Callable[..., Tensor | Documents | None] = functools.partial(
             attention_rule,
             *(tokens, past, attention_mask, document_ids, x.device),
             document_bounds=document_bounds,
