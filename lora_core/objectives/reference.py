@@ -176,6 +176,6 @@ def turn_off_dropout(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             module.p, count = 0.0, count + 1
-        elif isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:
+        elif isinstance(rate := getattr(module, "dropout", None), float) and rate > 0:
             module.dropout, count = 0.0, count + 1  # type: ignore[assignment]
     return count
