@@ -217,6 +217,11 @@ class RecordRows(Sequence[Row], Generic[Row, Kind]):
         """Per row, its file:line."""
         return [self._entries[i].where for i in self.order]
 
+    @property
+    def prompts(self) -> int:
+        """How many different prompts the rows have."""
+        return len({self._entries[i].prompt for i in self.order})
+
     def select(self, indices: Iterable[int]) -> Self:
         """The rows at these positions, in this order, without a copy of their tokens."""
         view = copy.copy(self)
