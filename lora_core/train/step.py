@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from lora_core.device import DtypePolicy
@@ -33,8 +33,8 @@ class LossResult(NamedTuple):
     rows: Tensor | None = None
     """each row's sum (B,), or each token's loss (B, T), without a gradient: reported by source"""
     figures: Mapping[str, tuple[float | Tensor, float]] = {}
-    """name -> (sum, count), the same names for every batch of a run: the record gets the sum over
-    the step's batches / their count, and nothing where the count is 0"""
+    """name -> (sum, count): the record gets the sum over the step's batches / their count, and
+    nothing where the count is 0. A loss that reports any reports one at least with every batch"""
 
 
 Loss = Callable[[nn.Module, Batch, float], "Tensor | tuple[Tensor, Tensor] | LossResult"]
@@ -259,9 +259,13 @@ class Figures:
                 pair[1] += float(count)
 
     def over(self, ranks: Ranks) -> None:
-        """Sum over all processes, which have the same names."""
+        """Sum over all processes; names that another one has are added."""
         if ranks.world == 1 or not self.sums:
             return
+        named: list[list[str]] = [[]] * ranks.world
+        distributed.all_gather_object(named, list(self.sums))
+        for name in (name for names in named for name in names):
+            self.sums.setdefault(name, [0.0, 0.0])
         pairs = [self.sums[name] for name in sorted(self.sums)]
         summed = ranks.sum(*(number for pair in pairs for number in pair))
         for number, pair in enumerate(pairs):

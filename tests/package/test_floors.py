@@ -25,6 +25,7 @@ FLOORS = {
     "lora_core.train": 5,
     "lora_core.plan": 6,
     "lora_core.objectives": 6,
+    "lora_core.tasks": 6,
     "lora_core.runs": 7,
     "lora_core.compare": 8,
     "lora_core.cli": 9,
