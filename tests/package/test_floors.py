@@ -24,11 +24,11 @@ FLOORS = {
     "lora_core.testing": 4,
     "lora_core.train": 5,
     "lora_core.plan": 6,
-    "lora_core.objectives": 6,
     "lora_core.tasks": 6,
-    "lora_core.runs": 7,
-    "lora_core.compare": 8,
-    "lora_core.cli": 9,
+    "lora_core.objectives": 7,
+    "lora_core.runs": 8,
+    "lora_core.compare": 9,
+    "lora_core.cli": 10,
 }
 
 
