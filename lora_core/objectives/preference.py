@@ -119,9 +119,10 @@ class Preference(Objective[PreferenceOptions]):
 
     def adapt(self, config: Any) -> Any:
         """The adapter as it was asked for, but never with dropout beside a reference."""
-        if self.referenced and getattr(config, "dropout", 0.0):
+        dropout = getattr(config, "dropout", 0.0)
+        if self.referenced and dropout:
             raise ValueError(
-                f"dropout is {config.dropout:g}, and {self.name} compares the policy with its "
+                f"dropout is {dropout:g}, and {self.name} compares the policy with its "
                 "reference: with dropout they differ before anything is learned; set it to 0"
             )
         return config
@@ -141,6 +142,11 @@ class Preference(Objective[PreferenceOptions]):
             setup.say(f"note: dropout is off in {count} modules, as policy and reference compare")
         reference = Reference.of(setup, model)
         setup.say(f"reference: {reference}")
+        if reference.kind == "disabled" and setup.method in ("prefix", "prompt"):
+            setup.say(
+                f"note: a fresh {setup.method} changes the model before anything is learned, so "
+                "that policy and reference differ from the first step on"
+            )
         train, held_out = (
             None if rows is None else reference.record(model, rows, collate, setup)
             for rows in (self.rows, self.held_out)
