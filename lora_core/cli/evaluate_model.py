@@ -31,7 +31,7 @@ from lora_core.evaluate.questions import Prompt, Question
 from lora_core.evaluate.retention import forgetting, general_loss
 from lora_core.evaluate.sides import key_of
 from lora_core.models import EncoderModel
-from lora_core.runs import check_writes_text, open_model
+from lora_core.runs import check_no_heads, check_writes_text, open_model
 from lora_core.runs.opening import device_named
 
 
@@ -91,6 +91,7 @@ class Evaluation:
         self.work, self.args = work, work.args
         args = self.args
         self.encoder = open_encoder(args)
+        check_no_heads(args.model, args.adapter)
         self.opened = open_model(
             args.model, args.adapter, quantize=args.quantize, device=args.device
         )

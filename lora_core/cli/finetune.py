@@ -8,13 +8,18 @@ import argparse
 import json
 
 from lora_core.cli.finetune_flags import add_arguments, settings
-from lora_core.runs import finetune
+from lora_core.runs import FinetuneConfig, finetune
 from lora_core.train.ranks import RankError, joined_ranks
 
 __all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
 
 HELP = "train an adapter (or a whole model) on JSONL conversations"
 EXAMPLE = "lora-core finetune --model DIR --data chats.jsonl --out runs/mine --method qlora --r 16"
+
+
+def _folder_flag(config: FinetuneConfig) -> str:
+    """The flag by which the result is opened."""
+    return f"--{'model' if config.method == 'full' else 'adapter'} {config.out}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(facts))
     else:
         print(f"{config.method}: {done.result.steps} steps; the result is in {config.out}")
-        if config.method != "full":
+        if config.objective == "heads":
+            print(f"  try:   lora-core generate {_folder_flag(config)} --label FILE.jsonl")
+        elif config.method != "full":
             print(f"  try:   lora-core generate --adapter {config.out} --prompt '…'")
-        if config.method in ("lora", "qlora"):
+        if config.method in ("lora", "qlora") and config.objective != "heads":
             print(f"  merge: lora-core merge --adapter {config.out} --out {config.out}-merged")
     return code

@@ -11,7 +11,8 @@ from typing import Any
 
 from lora_core.cli.flags import add_dataclass_flags, add_opening_flags, given
 from lora_core.models import Sampling
-from lora_core.runs import check_writes_text, open_model
+from lora_core.runs import check_no_heads, check_writes_text, open_heads, open_model
+from lora_core.runs.heads import lines_of
 
 HELP = "answer a prompt with a model and, if given, an adapter; or chat"
 EXAMPLE = 'lora-core generate --adapter runs/mine --prompt "What does os.path.join do?"'
@@ -32,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--messages", metavar="JSON", help='[{"role": "user", "content": "…"}, …]')
     what.add_argument("--text", help="raw text to continue, no template")
     what.add_argument("--chat", action="store_true", help="a conversation; /help inside says more")
+    what.add_argument(
+        "--label",
+        metavar="FILE.jsonl",
+        help="print what trained heads (finetune --objective heads) say of each line",
+    )
+    parser.add_argument("--task", help="with --label: whose head; the file's name, or its kind")
     parser.add_argument("--system", help="a system turn before the prompt")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer [256]")
     add_dataclass_flags(parser, Sampling, title="sampling")
@@ -95,6 +102,20 @@ def _stream(piece: str) -> None:
     sys.stdout.flush()
 
 
+def _label(args: argparse.Namespace) -> int:
+    """Print what heads say of each line of a file, as JSON Lines."""
+    from lora_core.cli.chat import named
+
+    folders = [named(text)[1] for text in args.adapter] or [args.model]
+    base = args.model if args.adapter else None
+    opened = open_heads(folders[0], base, device=args.device)
+    for note in opened.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for line in lines_of(opened.predict(args.label, args.task)):
+        print(line)
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Generate and print."""
     from lora_core.cli.chat import Chat, named, open_choices
@@ -103,10 +124,13 @@ def run(args: argparse.Namespace) -> int:
     if (fault := _misuse(args)) is not None:
         print(f"lora-core generate: {fault}", file=sys.stderr)
         return 2
+    if args.label is not None:
+        return _label(args)
     options = _options(args)
     prompt = "" if args.chat else _conversation(args)
     adapters = [named(text) for text in args.adapter]
     first = adapters[0][1] if adapters else None
+    check_no_heads(args.model, *(path for _, path in adapters))
     opened = open_model(args.model, first, quantize=args.quantize, device=args.device)
     check_writes_text(opened.model, opened.source)
     choices = open_choices(opened, adapters) if args.chat else {}

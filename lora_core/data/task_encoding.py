@@ -28,6 +28,8 @@ class TaskRow(TypedDict, total=False):
     """of a span: the answer's first token"""
     end: int
     """of a span: its last token"""
+    nowhere: int
+    """of a span: where it points without an answer: the first token, a decoder's last"""
     words: list[int]
     """of tokens: by token, the number of the word whose first piece it is, or -1"""
     offsets: Offsets
@@ -177,9 +179,9 @@ class TaskEncoder:
             shift, size = self.frame.start(len(question)), len(row["input_ids"])
             row["offsets"] = [(-1, -1)] * shift + offsets[begin:end]
             row["offsets"] += [(-1, -1)] * (size - len(row["offsets"]))
+            row["nowhere"] = nowhere = size - 1 if self.frame.causal else 0
             if answer is not None:
                 whole = begin <= answer[0] and answer[1] < end
-                nowhere = null_position(size, self.frame.causal)
                 row["start"] = answer[0] - begin + shift if whole else nowhere
                 row["end"] = answer[1] - begin + shift if whole else nowhere
             rows.append(row)
@@ -201,11 +203,6 @@ class TaskEncoder:
         if types is not None or (self.frame.pair_types is not None):
             row["token_type_ids"] = types or [0] * len(row["input_ids"])
         return row
-
-
-def null_position(size: int, causal: bool) -> int:
-    """Where a row of so many tokens points for "no answer": the first token, a decoder's last."""
-    return size - 1 if causal else 0
 
 
 def _shorten(texts: list[list[int]], room: int) -> None:

@@ -76,7 +76,7 @@ def read_examples(
     Args:
         path: the file, UTF-8, one JSON object a line.
         columns: this library's name to the file's name, {"label": "category"}.
-        labelled: whether labels have to be there.
+        labelled: whether labels have to be there; otherwise they are not looked at.
 
     Returns:
         ("sequence", "token" or "span", the examples).
@@ -96,6 +96,8 @@ def read_examples(
                 "holds one task"
             )
         kind = found
+        if not labelled:
+            row.pop(SHAPES[kind][1], None)
         examples.append(_PARSERS[kind](row, where))
     return kind, examples
 

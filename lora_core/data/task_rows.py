@@ -152,7 +152,8 @@ def read_task(
         max_length: longest row, in tokens, the tokenizer's own included.
         columns: this library's name to the file's name, {"label": "category"}.
         like: the training data, whose name, kind and labels these have to have.
-        labelled: whether labels have to be there; without them the rows are for predictions.
+        labelled: whether labels have to be there; otherwise they are not looked at, and the rows
+            are for predictions.
         causal: whether rows are for a decoder; None: as the tokenizer looks (`Frame.of`).
         overlap: tokens that neighbouring windows of a context share.
 

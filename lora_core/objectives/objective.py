@@ -27,6 +27,7 @@ from lora_core.train import TrainResult
 from lora_core.train.batches import Batch
 from lora_core.train.loop import OptimizerFactory
 from lora_core.train.step import Loss
+from lora_core.train.surgery import Surgery
 
 Options = TypeVar("Options")
 LoadModel = Callable[[], nn.Module]
@@ -46,6 +47,8 @@ class Work:
     """rows -> batch; None: the usual one"""
     optimizer: OptimizerFactory | None = None
     """None: AdamW by the configuration"""
+    surgery: Surgery | None = None
+    """of each step's gradients, such as PCGrad; None: none"""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """JSON-ready facts for run.json, which a resumed run has to share"""
 
@@ -87,6 +90,10 @@ class Objective(Generic[Options]):
     def adapt(self, config: Any) -> Any:
         """The adapter's configuration; None where every weight is trained."""
         return config
+
+    def adapted(self, model: Any) -> Any:
+        """The part of the model that the adapter is attached to, and saved with the names of."""
+        return model
 
     def prepare(self, setup: Setup, model: nn.Module) -> Work:
         """Loss and batches for the model, whose trained parameters require gradients by now."""

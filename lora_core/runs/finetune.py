@@ -240,6 +240,7 @@ def _finetune(
         collate=work.collate,
         facts=facts,
         device=setup.device,
+        surgery=work.surgery,
     )
     for line in objective.report(result):
         ranks.say(line)
@@ -271,9 +272,9 @@ def opened(
     for note in fit_notes(model.config.vocab_size, setup.tok):
         setup.say(f"note: {note}")
     if setup.continued is not None:
-        return model, go_on(model, setup.continued, setup.quantize)
+        return model, go_on(objective.adapted(model), setup.continued, setup.quantize)
     wanted = objective.adapt(_with_tokens(adapter, setup.tok))
-    return model, attach(model, setup.method, wanted, new_ids)
+    return model, attach(objective.adapted(model), setup.method, wanted, new_ids)
 
 
 def load_base(setup: Setup) -> CausalLM:
@@ -313,13 +314,14 @@ def leave(setup: Setup, model: nn.Module, objective: Objective[Any], grown: bool
         objective.save_model(setup, model)
         tok.save(out)
         return
-    save_adapter(model, out, base_model=str(Path(setup.settings.model).resolve()))
+    adapted = objective.adapted(model)
+    save_adapter(adapted, out, base_model=str(Path(setup.settings.model).resolve()))
     if tok.chat_template is not None:
         atomic_write(out / TEMPLATE_FILE, tok.chat_template)
     if grown:
         tok.save(out)
     objective.save(setup, model)
-    verify_saved(model, out)
+    verify_saved(adapted, out)
 
 
 def verify_saved(model: nn.Module, directory: Path) -> None:

@@ -18,6 +18,7 @@ from lora_core.adapters import (
     PromptTuningConfig,
 )
 from lora_core.checkpoint import load_adapter, load_model
+from lora_core.checkpoint.heads import HEADS, read_heads
 from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.data import (
     Tokenizer,
@@ -131,6 +132,7 @@ def open_model(
     *,
     quantize: str | None = None,
     device: str | None = None,
+    heads: bool = False,
 ) -> Opened:
     """Load a model and, if one is given, its adapter, as they were trained.
 
@@ -140,6 +142,8 @@ def open_model(
         quantize: "nf4", "fp4", "int4", "none" (dense), or None: as the adapter's run.json says,
             dense where nothing says.
         device: None: the accelerator, else the CPU.
+        heads: whether the caller puts the folder's heads on the model, so that no note says that
+            they are left out.
 
     Returns:
         The model in eval mode, its adapter loaded and active but not trainable.
@@ -177,6 +181,8 @@ def open_model(
     notes += fit_notes(loaded.config.vocab_size, tok)
     if where is not None:
         load_adapter(loaded, where)
+        if not heads and (told := heads_of(where)) is not None:
+            notes.append(f"the heads in {where} are left out here: {told}")
     return Opened(loaded.eval(), tok, source, code, notes)
 
 
@@ -191,6 +197,32 @@ def check_writes_text(model: object, source: str | Path) -> None:
             f"{source} holds an encoder ({type(model).__name__}), which does not continue text: "
             "this command needs a decoder"
         )
+
+
+def heads_of(directory: str | Path | None) -> str | None:
+    """Which heads a folder holds, in words; None: it holds none.
+
+    Raises:
+        ValueError: its heads.json is damaged.
+    """
+    if directory is None or not (Path(directory) / HEADS).is_file():
+        return None
+    return ", ".join(f"{name} ({shape.kind})" for name, shape in read_heads(directory)[0].items())
+
+
+def check_no_heads(*directories: str | Path | None) -> None:
+    """Refuse folders whose training was for heads, where text is to be written or graded.
+
+    Raises:
+        ValueError: one holds heads.
+    """
+    for directory in directories:
+        if (told := heads_of(directory)) is not None:
+            raise ValueError(
+                f"{directory} holds heads that label text and do not write it: {told}; use "
+                f"`lora-core generate --adapter {directory} --label FILE.jsonl`, or "
+                "lora_core.runs.open_heads"
+            )
 
 
 def fit_notes(rows: int, tok: Tokenizer) -> list[str]:
