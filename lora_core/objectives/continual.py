@@ -143,6 +143,7 @@ class Continual(Objective[ContinualOptions]):
                 f"embedding_lr is {rate:g}, but neither embedding nor head is trained: train them "
                 "(--method full, --modules-to-save, or LoRA --targets), or leave it out"
             )
+        self._check_positions(model)
         with self._base():
             self.before = self._measured()
         setup.say(f"the base on general text: {self._bits(self.before)}")
@@ -239,6 +240,16 @@ class Continual(Objective[ContinualOptions]):
             f"{len(set(chosen))} of {len(general)} are shown"
         )
         return joined
+
+    def _check_positions(self, model: nn.Module) -> None:
+        """Refuse rows that the model's positions do not reach; windows are full, every one."""
+        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        length = max(self.rows.lengths)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"rows of {length} tokens are longer than the {positions} positions of the "
+                f"model: --max-length {positions}, or less"
+            )
 
     def _base(self) -> contextlib.AbstractContextManager[None]:
         """The model as it was loaded; before a full fine-tune it is that."""

@@ -53,7 +53,7 @@ def setup(llama_folder: Path, files: Path, tmp_path: Path) -> Callable[..., Setu
     def make(method: str = "lora", **options: Any) -> Setup:
         of_data = {
             k: options.pop(k)
-            for k in ("data", "columns", "eval_fraction", "eval_data")
+            for k in ("data", "columns", "eval_fraction", "max_length")
             if k in options
         }
         settings: dict[str, Any] = {"model": str(llama_folder), "max_length": 16}
@@ -289,6 +289,19 @@ def test_what_is_refused(
         ValueError, match="embedding_lr is 1e-05, but neither embedding nor head is"
     ):
         objective.prepare(run, model)
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_rows_beyond_the_positions_of_the_model_are_refused(
+    setup: Callable[..., Setup], files: Path, tmp_path: Path, replay: bool
+) -> None:
+    long = write(tmp_path / "long.jsonl", [" ".join(DOCUMENTS)] * 2)
+    run = setup(data=(str(long),), max_length=600, eval_fraction=0.0)
+    more = {"replay": str(files / "replay.jsonl"), "replay_share": 0.5} if replay else {}
+    objective = made(files, **more)
+    objective.read(run)
+    with pytest.raises(ValueError, match=r"rows of 600 tokens .* the 512 positions .*-length 512"):
+        objective.prepare(run, load_model(run.settings.model))
 
 
 def test_replay_has_the_usual_names_whatever_the_data_calls_its_text(
