@@ -39,6 +39,14 @@ def can_share(model: nn.Module) -> bool:
     return why_not_shared(model) is None
 
 
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is given of a batch."""
+    inputs = {name: batch[name] for name in _INPUTS if name in batch}
+    if "branch_ids" in inputs:  # said, as what moves positions on (a prefix) counts them otherwise
+        inputs["position_ids"] = branch_positions(inputs["branch_ids"])
+    return inputs
+
+
 def token_log_probs(model: nn.Module, batch: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
     """(B, T): log p of each next label of a batch, 0 where not graded, with gradients.
 
@@ -47,14 +55,19 @@ def token_log_probs(model: nn.Module, batch: Mapping[str, Any], temperature: flo
         batch: of `branch_batch`.
         temperature: logits are divided by it.
     """
-    inputs = {name: batch[name] for name in _INPUTS if name in batch}
-    if "branch_ids" in inputs:  # said, as what moves positions on (a prefix) counts them otherwise
-        inputs["position_ids"] = branch_positions(inputs["branch_ids"])
     labels = batch["labels"]
     if getattr(getattr(model, "module", model), "grades", False):
         more: dict[str, Any] = {"token_log_probs": True, "temperature": temperature}
-        return model(**inputs, labels=labels, keep_logits=False, **more).log_probs
-    return label_log_probs(model(**inputs).logits, labels, temperature=temperature)
+        return model(**_inputs(batch), labels=labels, keep_logits=False, **more).log_probs
+    return label_log_probs(model(**_inputs(batch)).logits, labels, temperature=temperature)
+
+
+def _picked(batch: Mapping[str, Any], log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities by completion (N, L), where there are tokens, and their flat places."""
+    places = batch["completions"]  # (N, L)
+    mask = places != PADDED
+    places = places.clamp(min=0)
+    return torch.where(mask, log_probs.flatten()[places], 0.0), mask, places
 
 
 def completion_log_probs(
@@ -70,7 +83,30 @@ def completion_log_probs(
     Returns:
         (N, L) float32 with gradients, 0 where there is no token, and (N, L) bool: where there is.
     """
-    places = batch["completions"]  # (N, L)
-    mask = places != PADDED
-    flat = token_log_probs(model, batch, temperature).flatten()  # (B·T,)
-    return torch.where(mask, flat[places.clamp(min=0)], 0.0), mask
+    found, mask, _ = _picked(batch, token_log_probs(model, batch, temperature))
+    return found, mask
+
+
+def completion_states(
+    model: nn.Module, batch: Mapping[str, Any], temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`completion_log_probs`, and the hidden states that the tokens are predicted from.
+
+    Args:
+        model: a decoder of this library.
+        batch: of `branch_batch`.
+        temperature: logits are divided by it.
+
+    Returns:
+        (N, L), (N, L) bool, and the last hidden states (N, L, H), all with gradients.
+    """
+    more: dict[str, Any] = {"token_log_probs": True, "temperature": temperature}
+    out = model(
+        **_inputs(batch),
+        labels=batch["labels"],
+        keep_logits=False,
+        output_hidden_states=True,
+        **more,
+    )
+    found, mask, places = _picked(batch, out.log_probs)
+    return found, mask, out.hidden_states[-1].flatten(0, 1)[places]

@@ -21,6 +21,8 @@ from lora_core.train.sources import (
     BatchSource,
     ReadyBatches,
     RowBatches,
+    SourceError,
+    StatefulSource,
     batched,
     is_row,
 )
@@ -31,6 +33,8 @@ __all__ = [
     "PackedBatches",
     "ReadyBatches",
     "RowBatches",
+    "SourceError",
+    "StatefulSource",
     "make_batches",
     "step_groups",
     "steps_per_epoch",

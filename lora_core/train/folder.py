@@ -17,6 +17,7 @@ from lora_core.report import plot_loss
 from lora_core.train.config import TrainConfig
 from lora_core.train.ranks import RankError, Ranks, is_broken
 from lora_core.train.report import write_batches, write_run
+from lora_core.train.sources import BatchSource
 from lora_core.train.state import Checkpoints, Loaded, Progress
 from lora_core.train.step import NonFiniteError
 
@@ -137,11 +138,12 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         identity: Mapping[str, Any],
+        source: BatchSource | None = None,
     ) -> None:
         """Write a checkpoint, if there is a folder; arguments as `Checkpoints.save`'s."""
         if self.checkpoints is not None:
             held = (parameters, optimizer, scaler)
-            self.checkpoints.save(progress, *held, identity, self.ranks)
+            self.checkpoints.save(progress, *held, identity, self.ranks, source)
 
     def resume(
         self,
@@ -149,6 +151,7 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         identity: Mapping[str, Any],
+        source: BatchSource | None = None,
     ) -> Progress | None:
         """Put the newest good checkpoint back.
 
@@ -163,7 +166,7 @@ class RunFolder:
             self.ranks.say(f"nothing to resume in {self.path}: starting afresh")
             return None
         loaded.check_identity(identity)
-        loaded.restore(parameters, optimizer, scaler, self.ranks)
+        loaded.restore(parameters, optimizer, scaler, self.ranks, source)
         return loaded.progress
 
     def plot(self, progress: Progress) -> None:

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from lora_core.evaluate import modes_kept
 from lora_core.train.batches import (
     Batch,
     BatchSource,
+    SourceError,
     make_batches,
     step_groups,
     steps_per_epoch,
@@ -258,7 +259,7 @@ class Run:
             asked = ranks.any(interrupts.asked)
             while not self.progress.finished and not asked:
                 start = time.perf_counter()
-                progress.epoch, progress.group, batches = next(groups)
+                progress.epoch, progress.group, batches = self.next_batches(groups)
                 record: Record = {"step": progress.step + 1, "epoch": progress.epoch + 1}
                 record |= self.step(batches)
                 progress.step, progress.group = progress.step + 1, progress.group + 1
@@ -278,6 +279,25 @@ class Run:
                 if better or self.save_due(record) or asked or self.progress.finished:
                     self.folder.save(progress, *self.held, self.identity())
         return asked and not self.progress.finished, fed / seconds if seconds else 0.0
+
+    def next_batches(
+        self, groups: Iterator[tuple[int, int, list[Batch]]]
+    ) -> tuple[int, int, list[Batch]]:
+        """The next step's batches; a source that fails leaves a checkpoint of the steps so far.
+
+        Raises:
+            SourceError: it failed; says what can be resumed.
+        """
+        try:
+            return next(groups)
+        except SourceError as error:
+            if self.progress.step:
+                self.save()
+            raise SourceError(f"{error}{self.folder.left()}") from error
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a folder."""
+        self.folder.save(self.progress, *self.held, self.identity(), self.source)
 
     def forward_backward(self, batch: Batch) -> None:
         """Run one batch without a step; its gradients are dropped."""
@@ -341,7 +361,7 @@ class Run:
         Raises:
             ValueError: it is another run's.
         """
-        found = self.folder.resume(*self.held, self.identity())
+        found = self.folder.resume(*self.held, self.identity(), self.source)
         if found is None:
             return None
         stopped = self.evaluation.out_of_patience(found)  # by this run's patience

@@ -19,6 +19,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from lora_core.data import collate as default_collate
 from lora_core.data.packing import Efficiency
@@ -56,6 +57,23 @@ class BatchSource(Protocol):
     def largest(self) -> tuple[Batch, str] | None:
         """A batch as large as any of any epoch, and its size in words; None: not known."""
         ...
+
+
+@runtime_checkable
+class StatefulSource(BatchSource, Protocol):
+    """A source that remembers more than its position, such as answers that a policy sampled."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON from which another source goes on; taken after a step's batches."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Go on from a state; `epoch` is then asked for the position it was taken at."""
+        ...
+
+
+class SourceError(ValueError):
+    """A source cannot make its next batches; what was trained so far is good."""
 
 
 WINDOW = 50  # batches that are sorted by length at a time

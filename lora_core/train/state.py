@@ -7,6 +7,7 @@
     rng.safetensors         torch's generators, CPU and CUDA; `rank1/…`: those of further processes
     state.json              position, best evaluation, optimizer's groups, Python's and NumPy's
                             generators, loss scale, configuration
+    source.safetensors      what the source of batches remembers, where it does (in state.json too)
     history.jsonl           one record a step so far
     manifest.json           SHA-256 and size of each file above
 
@@ -42,6 +43,7 @@ from lora_core.train.snapshot import (
     restore_weights,
     write_tensors,
 )
+from lora_core.train.sources import BatchSource, StatefulSource
 
 FORMAT = 2  # 2: generators of every process
 _FILES = ("weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
@@ -113,6 +115,7 @@ class Checkpoints:
         scaler: torch.amp.GradScaler,
         identity: Mapping[str, Any],
         ranks: Ranks | None = None,
+        source: BatchSource | None = None,
     ) -> Path:
         """Write and publish a checkpoint, then drop those no longer kept.
 
@@ -123,6 +126,7 @@ class Checkpoints:
             scaler: of the loss.
             identity: configuration and facts that a continuing run has to share.
             ranks: the run's processes, which all call this; by default there is this one.
+            source: of the batches; one with a state has it saved.
 
         Returns:
             The checkpoint's folder.
@@ -151,6 +155,8 @@ class Checkpoints:
             "scaler": scaler.state_dict(),
             "identity": identity,
         }
+        if isinstance(source, StatefulSource):
+            tensors["source.safetensors"], state["source"] = source.state()
         ranks.on_first(lambda: self._write(path, tensors, state, progress))
         return path
 
@@ -259,6 +265,8 @@ class Loaded:
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
     state: dict[str, Any]
+    source: dict[str, Tensor]
+    """{} where the source of batches had no state"""
 
     @staticmethod
     def read(path: Path) -> "Loaded":
@@ -294,6 +302,7 @@ class Loaded:
                 f"it with the version that wrote it, or remove {path.parent}"
             )
         lines = (path / "history.jsonl").read_text().splitlines()
+        remembered = path / "source.safetensors"
         return Loaded(
             path=path,
             progress=Progress(**state["progress"], history=[json.loads(line) for line in lines]),
@@ -301,6 +310,7 @@ class Loaded:
             optimizer=load_file(path / "optimizer.safetensors"),
             rng=load_file(path / "rng.safetensors"),
             state=state,
+            source=load_file(remembered) if remembered.name in manifest else {},
         )
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
@@ -331,8 +341,9 @@ class Loaded:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         ranks: Ranks | None = None,
+        source: BatchSource | None = None,
     ) -> None:
-        """Put weights, optimizer, loss scale and generators back, on every process.
+        """Put weights, optimizer, loss scale, generators and source back, on every process.
 
         Raises:
             ValueError: the model's trained parameters are not those of the checkpoint.
@@ -344,3 +355,5 @@ class Loaded:
         prefix = _of_rank(rank, "")
         own = {k.removeprefix(prefix): v for k, v in self.rng.items() if k.startswith(prefix)}
         restore_generators(own, self.state["rng"][rank])
+        if isinstance(source, StatefulSource) and "source" in self.state:
+            source.restore(self.source, self.state["source"])

@@ -1,0 +1,50 @@
+"""A run's prompts: read, said, and never set aside unless that is asked for."""
+
+from torch import distributed
+
+from lora_core.data import PromptRows, parse_sources
+from lora_core.objectives.setup import Setup
+
+
+def read_prompts(setup: Setup, name: str) -> tuple[PromptRows, PromptRows | None]:
+    """Prompts to answer and prompts to evaluate on (None: no evaluation).
+
+    Answering held-out prompts costs sampling, so that there are none but those of `eval_data`.
+
+    Args:
+        setup: of the run; says what was read.
+        name: the objective's.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: file:line of what cannot be read, or nothing is left.
+    """
+    settings = setup.settings
+
+    def read(paths: list[tuple[str, float]]) -> PromptRows:
+        return PromptRows.from_jsonl(
+            paths,
+            setup.tok,
+            template=settings.template,
+            max_length=settings.max_length,
+            columns=settings.column_names,
+            seed=setup.training.seed,
+            control_text=settings.control_text,
+            progress=lambda lines: setup.bar(lines, "records", "reading"),
+        )
+
+    rows = read(parse_sources(settings.data))
+    setup.say(f"data: {rows.report}")
+    if settings.eval_data is None:
+        setup.say(f"no evaluation: {name} answers held-out prompts of --eval-data alone")
+        return rows, None
+    held_out = read([(settings.eval_data, 1.0)])
+    setup.say(f"evaluation data: {held_out.report}")
+    return rows, held_out
+
+
+def refuse_processes(name: str) -> None:
+    """Refuse to sample in several processes, each of which would sample the same."""
+    joined = distributed.is_available() and distributed.is_initialized()
+    if joined and (world := distributed.get_world_size()) > 1:
+        raise ValueError(f"{name} samples in one process; got {world}: start it without torchrun")
