@@ -179,6 +179,27 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ENCODER_WORDS = "[PAD] [CLS] [SEP] [UNK] the cat dog sat ran on a mat who where ? . rome oslo in is far ##s ##er"
+
+
+@pytest.fixture(scope="session")
+def encoder_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT-like tokenizer of 23 word pieces, which frames texts as [CLS] a [SEP] b [SEP]."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("encoder_tokenizer")
+    vocabulary = {word: index for index, word in enumerate(ENCODER_WORDS.split())}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    tokenizer.add_special_tokens(["[PAD]", "[CLS]", "[SEP]", "[UNK]"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "[UNK]"}))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small_peer(oracle: Callable) -> Callable[..., nn.Module]:
     """Make a random language model of transformers': "llama" or "gpt2", and what is not usual.

@@ -1,4 +1,8 @@
-"""From labelled examples to rows of token ids; the design note is in task_rows.py."""
+"""From labelled examples to rows of token ids; the design note is in task_rows.py.
+
+A text that spells a control token ("[SEP]", "</s>") is text: it is encoded as its characters, so
+that it can neither end a row nor forge the boundary between question and context.
+"""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -100,9 +104,9 @@ class TaskEncoder:
     # --- sequences ---
 
     def _text(self, example: TextExample, number: int) -> TaskRow:
-        texts = [self.tok.encode(example.text)]
+        texts = [self._encoded(example.text)[0]]
         if example.text_pair is not None:
-            texts.append(self.tok.encode(example.text_pair))
+            texts.append(self._encoded(example.text_pair)[0])
         room = self.max_length - self.frame.extra(len(texts))
         self.cut += sum(map(len, texts)) > room
         _shorten(texts, room)
@@ -132,7 +136,7 @@ class TaskEncoder:
 
     def _words(self, example: WordsExample, number: int) -> list[TaskRow]:
         text = " ".join(example.words)
-        ids, offsets = self.tok.encode_with_offsets(text)
+        ids, offsets = self._encoded(text)
         first = _first_pieces(example.words, offsets)
         self.lost_words += len(example.words) - sum(word >= 0 for word in first)
         rows = []
@@ -162,12 +166,12 @@ class TaskEncoder:
     # --- spans ---
 
     def _question(self, example: QuestionExample, number: int) -> list[TaskRow]:
-        question = self.tok.encode(example.question)
+        question = self._encoded(example.question)[0]
         room = self.max_length - self.frame.extra(2)
         if len(question) > room // 2:
             self.cut_questions += 1
             question = question[: room // 2]
-        ids, offsets = self.tok.encode_with_offsets(example.context)
+        ids, offsets = self._encoded(example.context)
         if not ids:
             raise ValueError(f"{example.where}: the context has no tokens")
         answer = None
@@ -196,6 +200,16 @@ class TaskEncoder:
             begin = windows[-1][0] + step
             windows.append((begin, min(begin + room, tokens)))
         return windows
+
+    def _encoded(self, text: str) -> tuple[list[int], Offsets]:
+        """Ids and places of plain text, control tokens' names included."""
+        backend = self.tok.backend
+        before = backend.encode_special_tokens
+        backend.encode_special_tokens = True
+        try:
+            return self.tok.encode_with_offsets(text)
+        finally:
+            backend.encode_special_tokens = before
 
     def _row(self, number: int, *texts: Sequence[int]) -> TaskRow:
         row: TaskRow = {"input_ids": self.frame.ids(*texts), "example": number}

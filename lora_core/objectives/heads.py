@@ -54,7 +54,8 @@ class Heads(Objective[HeadsOptions]):
             raise ValueError(
                 f"objective heads is trained with {', '.join(METHODS)}, not {setup.method}"
             )
-        for field, usual in (("template", None), ("train_on", "assistant"), ("add_tokens", None)):
+        chat = {"template": None, "train_on": "assistant", "control_text": "drop"}
+        for field, usual in (chat | {"add_tokens": None}).items():
             if getattr(settings, field, usual) != usual:
                 flag = field.replace("_", "-")
                 raise ValueError(f"--{flag} is for text that is written: leave it out with heads")
