@@ -109,7 +109,7 @@ def figures_of(batch: Mapping[str, Tensor], mask: Tensor) -> dict[str, tuple[Ten
     """What is reported of a batch's answers."""
     rewards, count = batch["rewards"], len(mask)
     known = ~rewards.isnan()
-    figures = {
+    figures: dict[str, tuple[Tensor, float]] = {
         "reward": (torch.where(known, rewards, 0.0).sum(), int(known.sum())),
         "length": (mask.sum(), count),
         "ended": (batch["ended"].sum(), count),
