@@ -1,21 +1,21 @@
 """`lora-core inspect`: what a model would be trained on, or what an adapter has learnt.
 
-With `--data`, samples token by token, before anything is trained. With `--adapter`, the spectrum of
+With `--data`, samples token by token, before anything is trained; with `--objective` those of its
+rows, the sides of a pair one after the other (inspect_sides.py). With `--adapter`, the spectrum of
 each layer's update and its size beside the weight, afterwards.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_core.checkpoint.adapter_files import CONFIG as ADAPTER_FILE
 from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.checkpoint.spectrum import read_spectrum
+from lora_core.cli.inspect_sides import print_sample, rows_of, show_sides, token_table
 from lora_core.data import (
-    IGNORED,
     Rows,
     SFTDataset,
     Tokenizer,
@@ -26,6 +26,7 @@ from lora_core.data import (
     parse_sources,
     split,
 )
+from lora_core.objectives import OBJECTIVES
 from lora_core.report import plot_spectrum
 
 NAME = "inspect"
@@ -48,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--template", help="built-in name, file or Jinja text [the tokenizer's]")
     add("--add-tokens", metavar="T,T", help="tokens to add to the tokenizer first")
     add("--columns", help="names of the data's fields: prompt=question,…")
+    add(
+        "--objective",
+        choices=list(OBJECTIVES),
+        default="sft",
+        help="whose rows: pairs for dpo and its relatives, rated completions for kto [sft]",
+    )
     add("--train-on", choices=["assistant", "last", "all"], default="assistant")
     add("--control-text", choices=["drop", "keep"], default="drop", help="see docs/data.md [drop]")
     add("--max-length", type=int, default=2048, help="longest row, tokens [2048]")
@@ -59,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print samples, the summary, or both; or an adapter's update."""
+    """Print samples of a data set's rows, or an adapter's update."""
     if args.adapter is not None:
         return look_at_adapter(args)
     if args.plot is not None:
@@ -74,6 +81,12 @@ def run(args: argparse.Namespace) -> int:
     tok = load_tokenizer(args.model)
     if args.add_tokens:
         tok.add_tokens(args.add_tokens.split(","))
+    kind = rows_of(args.objective)
+    return look_at_rows(tok, args, limit) if kind is None else show_sides(kind, tok, args, limit)
+
+
+def look_at_rows(tok: Tokenizer, args: argparse.Namespace, limit: int) -> int:
+    """Print samples of supervised rows, the summary, or both."""
     rows = _read(parse_sources(args.data), tok, args)
     shown = rows[: min(limit, len(rows))]
     if args.json:
@@ -120,28 +133,6 @@ def _named_base(adapter: Path) -> tuple[Path | None, str | None]:
     if not any(Path(named).glob("*.safetensors")):
         return None, f"the base {named!r} is no model folder here: give --model for |ΔW| / |W|"
     return Path(named), None
-
-
-def token_table(tok: Tokenizer, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row as one {"token", "id", "label", "graded"} per token."""
-    return [
-        {"token": _shown(tok, index), "id": index, "label": label, "graded": label != IGNORED}
-        for index, label in zip(row["input_ids"], row["labels"], strict=True)
-    ]
-
-
-def print_sample(where: str, tokens: Sequence[dict[str, Any]], colour: bool) -> None:
-    """A table of tokens; graded ones have a mark, and a colour on a terminal."""
-    graded = sum(token["graded"] for token in tokens)
-    print(f"{where}: {len(tokens)} tokens, {graded} graded")
-    width = min(40, max(len(token["token"]) for token in tokens))
-    print(f"  {'token':<{width}}  {'id':>7}  {'label':>7}  grade")
-    for token in tokens:
-        line = f"  {token['token']:<{width}}  {token['id']:>7}  {token['label']:>7}"
-        if token["graded"]:
-            line = f"\033[32m{line}  graded\033[0m" if colour else f"{line}  graded"
-        print(line)
-    print()
 
 
 def summarize(rows: SFTDataset, evaluation: tuple[Rows, Rows]) -> dict[str, Any]:
@@ -213,11 +204,3 @@ def _evaluation(rows: Rows, tok: Tokenizer, args: argparse.Namespace) -> tuple[R
     if len(rows) - repeated < 2:  # all rows are the same: nothing could be set aside
         return rows, rows.select([])
     return split(rows, args.eval_fraction, args.seed)
-
-
-def _shown(tok: Tokenizer, index: int) -> str:
-    """A token in quotes; bare and as the vocabulary stores it if it is a part of a character."""
-    text = tok.decode([index])
-    if "\ufffd" in text or not text:
-        return tok.token(index) or f"<{index}>"
-    return repr(text)

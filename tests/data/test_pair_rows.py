@@ -1,5 +1,6 @@
 """Pairs and rated completions in tokens: graded as supervised rows are, told apart, cut."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_core.data import SFTDataset, Tokenizer
+from lora_core.cli.main import main
+from lora_core.data import SFTDataset, Tokenizer, load_tokenizer
 from lora_core.data.pair_rows import PairRows, RatedRows, _next_other
 
 USER = {"role": "user", "content": "what is x?"}
@@ -191,3 +193,28 @@ def test_the_next_other_prompt(keys: list[bytes]) -> None:
         for i in range(count)
     ]
     assert _next_other(keys) == expected
+
+
+def test_inspect_shows_each_side_after_its_prompt(
+    jsonl: Callable[..., Path],
+    tokenizer_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = jsonl({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]})
+    words = ["inspect", "--model", str(tokenizer_folder), "--data", str(file)]
+    assert main([*words, "--objective", "ipo", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [s["where"] for s in found["samples"]] == [f"{file}:1 chosen", f"{file}:1 rejected"]
+    (row,) = PairRows.from_jsonl(file, load_tokenizer(tokenizer_folder))
+    for number, sample in enumerate(found["samples"]):
+        assert [t["id"] for t in sample["tokens"]] == [*row.prompt, *row.completions[number]]
+        graded = [t["graded"] for t in sample["tokens"]]
+        assert graded == [*[False] * len(row.prompt), *row.flags(number)]
+    assert main([*words, "--objective", "dpo"]) == 0
+    assert f"{file}:1 rejected: " in capsys.readouterr().out
+    assert main([*words, "--objective", "dpo", "--summary"]) == 2
+    assert "--summary is of supervised rows" in capsys.readouterr().err
+    other = jsonl(*(rated(f"p{i}", "a b") for i in range(2)), name="rated.jsonl")
+    words[-1] = str(other)
+    assert main([*words, "--objective", "kto", "--limit", "1"]) == 0
+    assert "another prompt's completion" in capsys.readouterr().out
