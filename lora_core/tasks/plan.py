@@ -143,8 +143,8 @@ class Bench:
         if changed or was != scores[name]:
             what = f"weights ({changed[0]}, …)" if changed else "scores"
             raise ValueError(
-                f"training another adapter changed the {what} of {name!r}: tasks share something that "
-                "is trained, or the score is not a function of the model alone"
+                f"training another adapter changed the {what} of {name!r}: tasks share something "
+                "that is trained, or the score is not a function of the model alone"
             )
 
     def weights(self, name: str) -> dict[str, Tensor]:
