@@ -277,7 +277,7 @@ class Run:
                     interrupts.asked = True
                 asked = ranks.any(interrupts.asked)
                 if better or self.save_due(record) or asked or self.progress.finished:
-                    self.folder.save(progress, *self.held, self.identity())
+                    self.save()
         return asked and not self.progress.finished, fed / seconds if seconds else 0.0
 
     def next_batches(
