@@ -179,7 +179,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ENCODER_WORDS = "[PAD] [CLS] [SEP] [UNK] the cat dog sat ran on a mat who where ? . rome oslo in is far ##s ##er"
+ENCODER_WORDS = [
+    *("[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "cat", "dog", "sat", "ran", "on", "a", "mat"),
+    *("who", "where", "?", ".", "rome", "oslo", "in", "is", "far", "##s", "##er"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -188,7 +191,7 @@ def encoder_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     folder = tmp_path_factory.mktemp("encoder_tokenizer")
-    vocabulary = {word: index for index, word in enumerate(ENCODER_WORDS.split())}
+    vocabulary = {word: index for index, word in enumerate(ENCODER_WORDS)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
