@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = sorted(
     path.stem
     for path in (ROOT / "benchmarks" / "objectives").glob("*.py")
-    if path.stem not in ("__init__", "__main__", "recipe")
+    if not path.stem.startswith("_") and path.stem != "recipe"
 )
 
 
