@@ -319,3 +319,13 @@ def dtype_policy(name: str, device: torch.device | str) -> DtypePolicy:
     if name not in _NAMES:
         raise ValueError(f'dtype must be "auto" or one of {", ".join(_NAMES)}; got {name!r}')
     return DtypePolicy(device, _NAMES[name])
+
+
+def resident_dtype(device: torch.device) -> torch.dtype:
+    """Dtype in which frozen weights are held: bfloat16 where the device multiplies it natively.
+
+    On a CPU float32: the adapters' arithmetic is then exact to rounding, and most CPUs gain nothing
+    from bfloat16.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32

@@ -59,6 +59,13 @@ def lora_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     }
 
 
+def _task_type(model: nn.Module, copies: list[str]) -> str | None:
+    """PEFT's word for what the model is for: a trained `score` is a sequence classifier's head."""
+    if "score" in copies:
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if type(model).__name__.endswith("CausalLM") else None
+
+
 def lora_record(
     model: nn.Module, config: LoRAConfig, adapters: Mapping[str, Adapter], base_model: str | None
 ) -> dict[str, Any]:
@@ -94,7 +101,7 @@ def lora_record(
         "revision": None,
         "target_modules": targets_for(model, pairs.keys() - taken_for_experts(model, pairs)),
         **expert_record(model, adapters),
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("CausalLM") else None,
+        "task_type": _task_type(model, copies),
         "trainable_token_indices": _token_indices(config, adapters),
         "use_dora": config.use_dora,
     }

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lora_core.checkpoint import load_model, save_model
 from lora_core.cli.merge import probe_logits
 from lora_core.data import load_tokenizer
+from lora_core.device import resident_dtype
 from lora_core.models import ModelConfig, read_config
 from lora_core.quant import NF4Linear, NF4Stack, NF4Tensor
-from lora_core.runs.opening import fit_notes, resident_dtype
+from lora_core.runs.opening import fit_notes
 
 HELP = "write a model with its linear layers in 4 bits, in bitsandbytes' format"
 EXAMPLE = "lora-core quantize --model DIR --out DIR-nf4"

@@ -37,11 +37,11 @@ from lora_core.compare.latency import measure_latency, why_unmergeable
 from lora_core.compare.task import Task, asked_questions
 from lora_core.compare.variants import METHODS, Variant
 from lora_core.data import SFTDataset, Tokenizer, load_tokenizer
-from lora_core.device import out_of_memory, peak_memory
+from lora_core.device import out_of_memory, peak_memory, resident_dtype
 from lora_core.evaluate.answering import prompt_of
 from lora_core.files import atomic_write
 from lora_core.runs import check_writes_text
-from lora_core.runs.opening import device_named, resident_dtype
+from lora_core.runs.opening import device_named
 from lora_core.train import TrainConfig, TrainResult, train
 
 BASE = "base"  # the job that measures the base for all others

@@ -75,6 +75,8 @@ class _Row:
     labels: list[int]
     places: list[list[int]]
     """of each completion, the columns that predict its graded tokens"""
+    ends: list[int]
+    """of each completion, the column of its last token"""
 
     def add(self, ids: Sequence[int], branch: int, flags: Sequence[bool]) -> None:
         """Append tokens of a branch; a completion's graded ones are predicted a column earlier."""
@@ -88,20 +90,22 @@ class _Row:
 
 def _shared(row: Branched) -> Iterator[_Row]:
     """The prompt once, then every completion."""
-    laid = _Row([], [], [], [])
+    laid = _Row([], [], [], [], [])
     laid.add(row.prompt[:-1], 0, [False] * (len(row.prompt) - 1))
     for number, completion in enumerate(row.completions):
         laid.places.append([])
         laid.add([row.prompt[-1], *completion], number + 1, [False, *row.flags(number)])
+        laid.ends.append(len(laid.ids) - 1)
     yield laid
 
 
 def _apart(row: Branched) -> Iterator[_Row]:
     """The prompt before each completion."""
     for number, completion in enumerate(row.completions):
-        laid = _Row([], [], [], [[]])
+        laid = _Row([], [], [], [[]], [])
         laid.add(row.prompt, 0, [False] * len(row.prompt))
         laid.add(completion, 0, row.flags(number))
+        laid.ends.append(len(laid.ids) - 1)
         yield laid
 
 
@@ -120,6 +124,7 @@ def branch_batch(
         or N; shared also `branch_ids` (B, T): 0 what all completions share, k the k-th, -1 padding.
         `completions` (N, L) int64: for each completion, row by row, the flat places b·T + t whose
         logits predict its graded tokens, in order, -1 after the last; L is the most that one has.
+        `ends` (N,) int64: the flat place of each completion's last token.
 
     Raises:
         ValueError: no rows.
@@ -143,6 +148,9 @@ def branch_batch(
         "labels": padded([line.labels for line in laid], width, IGNORED),
         "attention_mask": padded([[1] * len(line.ids) for line in laid], width, 0),
         "completions": padded(flat, max(longest, 1), PADDED),
+        "ends": torch.tensor(
+            [at * width + end for at, line in enumerate(laid) for end in line.ends]
+        ),
     }
     if shared:
         batch["branch_ids"] = padded([line.branches for line in laid], width, PADDED)

@@ -7,6 +7,7 @@ the same for all:
     read(setup)             the data; errors in it come before the model is loaded
     load(setup, load)       the model: the base as it is, or with a head
     adapt(config)           the adapter's configuration: modules to train whole beside it
+    go_on(setup, model)     or the adapter that is there, loaded to be trained further
     prepare(setup, model)   the loss and the batches; the adapter is attached
     report(result)          lines about the outcome
     save(setup, model)      files beside the adapter
@@ -21,7 +22,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 
-from lora_core.checkpoint import save_model
+from lora_core.adapters.adapter_report import AdapterReport
+from lora_core.checkpoint import load_adapter, save_model
 from lora_core.objectives.setup import Setup
 from lora_core.train import TrainResult
 from lora_core.train.batches import Batch
@@ -94,6 +96,11 @@ class Objective(Generic[Options]):
     def adapted(self, model: Any) -> Any:
         """The part of the model that the adapter is attached to, and saved with the names of."""
         return model
+
+    def go_on(self, setup: Setup, model: nn.Module) -> AdapterReport:
+        """Load the adapter of `setup.continued`, which training goes on with, trainable."""
+        assert setup.continued is not None  # the run asks only where there is one
+        return load_adapter(model, setup.continued, trainable=True)
 
     def prepare(self, setup: Setup, model: nn.Module) -> Work:
         """Loss and batches for the model, whose trained parameters require gradients by now."""

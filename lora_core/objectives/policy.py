@@ -25,7 +25,8 @@ from lora_core.objectives.preference_data import check_preference_data
 from lora_core.objectives.prompts import read_prompts, refuse_processes
 from lora_core.objectives.reference import Reference, turn_off_dropout
 from lora_core.objectives.rewards import Rewards
-from lora_core.objectives.rollouts import LOG, Rollouts
+from lora_core.objectives.rollout_log import LOG
+from lora_core.objectives.rollouts import Rollouts
 from lora_core.objectives.scoring import why_not_shared
 from lora_core.objectives.setup import Setup
 from lora_core.train import TrainResult
@@ -111,11 +112,13 @@ class Policy(Objective[PolicyOptions]):
     def prepare(self, setup: Setup, model: nn.Module) -> Work:
         """Rollouts, their loss, and held-out prompts answered at evaluations."""
         options = self.options
+        # a base that is trained is not the reward model's any more
+        base = None if setup.method == "full" else (setup.settings.model, setup.quantize)
         rewards = Rewards.open(
-            options.rewards, options.reward_timeout, model, setup.tok, setup.device
+            options.rewards, options.reward_timeout, model, setup.tok, setup.device, base
         )
         for line in rewards.notes():
-            setup.say(f"note: {line}")
+            setup.say(line)
         if count := turn_off_dropout(model):
             setup.say(f"note: dropout is off in {count} modules, as ratios would measure it")
         reference = self.reference(setup, model)
@@ -179,6 +182,7 @@ class Policy(Objective[PolicyOptions]):
             shared=shared,
             log=setup.out / LOG,
             controller=controller,
+            say=setup.say,
         )
 
     def weighing(self, scoring: Scoring) -> Any:

@@ -77,6 +77,8 @@ class _Part:
     score: Score
     file: Path | None = None
     """what a run's facts hash"""
+    note: str | None = None
+    """what a user should know of it"""
 
 
 class Rewards:
@@ -103,6 +105,7 @@ class Rewards:
         model: nn.Module | None = None,
         tok: Tokenizer | None = None,
         device: torch.device | None = None,
+        base: tuple[str, str | None] | None = None,
     ) -> "Rewards":
         """Rewards by their words on the command line.
 
@@ -112,6 +115,7 @@ class Rewards:
             model: the policy, on whose base a reward adapter of the same base is put.
             tok: its tokenizer.
             device: of a reward model with a base of its own.
+            base: the policy's base: its folder, and its 4-bit code or None.
 
         Raises:
             ValueError: no spec, one that names nothing, or names that repeat.
@@ -124,7 +128,7 @@ class Rewards:
             )
         if not timeout > 0:
             raise ValueError(f"a reward's timeout must be above 0 seconds; got {timeout}")
-        parts = [_opened(spec, timeout, model, tok, device) for spec in specs]
+        parts = [_opened(spec, timeout, model, tok, device, base) for spec in specs]
         names = [part.name for part in parts]
         if len(set(names)) < len(names):
             raise ValueError(f"rewards are told apart by name, and these repeat: {names}")
@@ -136,16 +140,17 @@ class Rewards:
         Raises:
             ValueError: none of them could be scored.
         """
+        scored = self.score(samples)
+        refuse_none(scored)
+        return scored
+
+    def score(self, samples: Sequence[Sample]) -> list[Scored]:
+        """Score answers, whether or not any could be."""
         by_part = [part.score(samples) for part in self.parts]
-        scored = [
+        return [
             self._sum(sample, found)
             for sample, found in zip(samples, zip(*by_part, strict=True), strict=True)
         ]
-        if scored and all(one.value is None for one in scored):
-            raise ValueError(
-                f"none of {len(scored)} answers could be rewarded; the first: {scored[0].why}"
-            )
-        return scored
 
     def _sum(self, sample: Sample, found: Sequence[tuple[float | None, str | None]]) -> Scored:
         parts, total, whys = {}, 0.0, []
@@ -171,9 +176,18 @@ class Rewards:
 
     def notes(self) -> list[str]:
         """What a user should know before a run."""
-        if can_limit():
-            return []
-        return ["a reward's time is not limited here: that takes the main thread and alarms"]
+        found = [part.note for part in self.parts if part.note is not None]
+        if not can_limit():
+            found.append("a reward's time is not limited here: that takes the main thread, alarms")
+        return found
+
+
+def refuse_none(scored: Sequence[Scored]) -> None:
+    """Refuse a reward that is broken; ValueError where no answer has one."""
+    if scored and all(one.value is None for one in scored):
+        raise ValueError(
+            f"none of {len(scored)} answers could be rewarded; the first: {scored[0].why}"
+        )
 
 
 def _by_function(function: Callable[..., Any], timeout: float) -> Score:
@@ -193,6 +207,7 @@ def _opened(
     model: nn.Module | None,
     tok: Tokenizer | None,
     device: torch.device | None,
+    base: tuple[str, str | None] | None,
 ) -> _Part:
     """The reward that a word of the command line names."""
     words, weight = _split(spec)
@@ -200,13 +215,13 @@ def _opened(
     if place.is_dir():
         from lora_core.objectives.reward_model import RewardModel
 
-        judge = RewardModel.open(place, model=model, tok=tok, device=device)
+        judge = RewardModel.open(place, model, tok, device, base)
 
         def score(samples: Sequence[Sample]) -> list[tuple[float | None, str | None]]:
             return [read_number(number) for number in judge.score(samples)]
 
         weights = sorted(place.glob("*.safetensors"))
-        return _Part(place.name, weight, score, weights[0] if weights else None)
+        return _Part(place.name, weight, score, weights[0] if weights else None, judge.said)
     source, colon, name = words.rpartition(":")
     if not colon:
         raise ValueError(

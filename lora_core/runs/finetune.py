@@ -26,12 +26,12 @@ from lora_core.adapters import (
 )
 from lora_core.checkpoint import (
     adapter_state_dict,
-    load_adapter,
     load_model,
     save_adapter,
 )
 from lora_core.checkpoint.peft import read_adapter
 from lora_core.data import Tokenizer, load_template, load_tokenizer, parse_sources
+from lora_core.device import resident_dtype
 from lora_core.files import atomic_write, sha256_file
 from lora_core.models import CausalLM
 from lora_core.objectives import OBJECTIVES, DataSettings, Objective, Setup
@@ -43,7 +43,6 @@ from lora_core.runs.opening import (
     fit_notes,
     grow_to,
     read_run,
-    resident_dtype,
 )
 from lora_core.train import TrainConfig, TrainResult, train
 from lora_core.train.ranks import Ranks, joined_ranks, local_device
@@ -144,18 +143,13 @@ def provenance(config: FinetuneConfig, tok: Tokenizer) -> dict[str, Any]:
     }
 
 
-def go_on(model: nn.Module, directory: Path, quantize: str | None) -> str:
-    """Load an adapter to train it further; say what it is.
-
-    Args:
-        model: the base.
-        directory: the adapter's folder.
-        quantize: 4-bit code of the base.
-    """
-    recorded = read_run(directory).get("base", {})
-    said = f"going on with {directory}: {load_adapter(model, directory, trainable=True)}"
-    if recorded and recorded.get("quantize") != quantize:
-        before, now = recorded.get("quantize") or "dense", quantize or "dense"
+def go_on(setup: Setup, part: nn.Module, objective: Objective[Any]) -> str:
+    """Load the adapter that training goes on with; say what it is."""
+    assert setup.continued is not None  # asked only where there is one
+    recorded = read_run(setup.continued).get("base", {})
+    said = f"going on with {setup.continued}: {objective.go_on(setup, part)}"
+    if recorded and recorded.get("quantize") != setup.quantize:
+        before, now = recorded.get("quantize") or "dense", setup.quantize or "dense"
         said += f"\nnote: it was trained on a {before} base; this one is {now}"
     return said
 
@@ -272,7 +266,7 @@ def opened(
     for note in fit_notes(model.config.vocab_size, setup.tok):
         setup.say(f"note: {note}")
     if setup.continued is not None:
-        return model, go_on(objective.adapted(model), setup.continued, setup.quantize)
+        return model, go_on(setup, objective.adapted(model), objective)
     wanted = objective.adapt(_with_tokens(adapter, setup.tok))
     return model, attach(objective.adapted(model), setup.method, wanted, new_ids)
 

@@ -27,7 +27,7 @@ from lora_core.data import (
     load_tokenizer,
     missing_template_tokens,
 )
-from lora_core.device import default_device
+from lora_core.device import default_device, resident_dtype
 from lora_core.models import CausalLM, EncoderModel
 
 RUN_FILE = "run.json"
@@ -48,16 +48,6 @@ class Opened:
     """4-bit code of the base's linear layers; None: they are dense."""
     notes: list[str]
     """Lines to print."""
-
-
-def resident_dtype(device: torch.device) -> torch.dtype:
-    """Dtype in which frozen weights are held: bfloat16 where the device multiplies it natively.
-
-    On a CPU float32: the adapters' arithmetic is then exact to rounding, and most CPUs gain nothing
-    from bfloat16.
-    """
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
 
 
 def device_named(name: str | None) -> torch.device:

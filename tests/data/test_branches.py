@@ -27,6 +27,7 @@ def test_the_layout() -> None:
     assert batch["labels"].tolist()[0] == [-100, -100, -100, 4, 5, -100, 6]
     assert batch["attention_mask"].sum(1).tolist() == [7, 2]
     assert batch["completions"].tolist() == [[2, 3], [5, -1], [7, -1]]
+    assert batch["ends"].tolist() == [4, 6, 8]
 
 
 @given(st.lists(rows(), min_size=1, max_size=4), st.booleans())
@@ -41,6 +42,8 @@ def test_each_place_predicts_its_graded_token(chosen: list[Branched], shared: bo
     ]
     found = [[int(targets[p]) for p in line if p >= 0] for line in batch["completions"].tolist()]
     assert found == wanted
+    last = [c[-1] for row in chosen for c in row.completions]
+    assert batch["input_ids"].flatten()[batch["ends"]].tolist() == last
     assert int((batch["labels"][:, 1:] != -100).sum()) == sum(map(len, wanted))
     assert int(batch["attention_mask"].sum()) == (
         sum(row.tokens for row in chosen)
