@@ -17,6 +17,7 @@ from lora_core.data import PromptRow, PromptRows, Tokenizer
 from lora_core.device import DtypePolicy
 from lora_core.models import generate_ids, left_pad
 from lora_core.objectives.rewards import Rewards, Sample
+from lora_core.train.sources import SourceError
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,13 @@ class Sampler:
             samples += self._some(asked[start : start + self.batch_size], first + start)
         return samples
 
+    def seed_of(self, number: int) -> int:
+        """The seed that an answer draws by."""
+        return (self.seed * 1_000_003 + number) % 2**31
+
     def _some(self, asked: Sequence[PromptRow], first: int) -> list[Sample]:
         ids, mask = left_pad([prompt.ids for prompt in asked], self.tok.pad_id)
-        seeds = [(self.seed * 1_000_003 + first + i) % 2**31 for i in range(len(asked))]
+        seeds = [self.seed_of(first + i) for i in range(len(asked))]
         with torch.no_grad(), self.policy.autocast():
             found = generate_ids(
                 self.model,
@@ -96,7 +101,10 @@ class HeldOut:
             ]
             # numbers that no rollout has
             samples = self.sampler(some, 1, 2**30 + at * self.size)
-            scored = self.rewards(samples)
+            try:
+                scored = self.rewards(samples)
+            except ValueError as error:
+                raise SourceError(f"held-out prompts: {error}") from None
             values = [torch.nan if one.value is None else one.value for one in scored]
             yield {
                 "evaluation": torch.tensor(True),

@@ -117,6 +117,9 @@ def figures_of(batch: Mapping[str, Tensor], mask: Tensor) -> dict[str, tuple[Ten
     }
     if "flat" in batch:
         figures["flat_groups"] = (batch["flat"].sum(), count)
+    for name in (name for name in batch if name.startswith("reward/")):  # the parts of a sum
+        known = ~batch[name].isnan()
+        figures[name] = (batch[name].nan_to_num(0.0).sum(), int(known.sum()))
     return figures
 
 
@@ -173,6 +176,8 @@ class PolicyLoss:
         figures = figures_of(batch, every) | {
             "clipped": (out.sum(), tokens),
             "ratio": (torch.where(mask, ratio.exp(), 0.0).sum(), tokens),
+            # of sampled tokens: its mean is the entropy while they are the policy's own
+            "entropy": (-torch.where(mask, log_probs, 0.0).sum(), tokens),
         }
         if "ref_log_probs" in batch:
             beyond = kl_estimate(log_probs, batch["ref_log_probs"], "k3")

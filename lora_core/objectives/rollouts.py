@@ -16,7 +16,6 @@ group; if all of a rollout fail the run stops, and what was trained so far is ke
 in progress consists of is part of a checkpoint, so that a run may be stopped in the middle of one.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +28,11 @@ from torch import Tensor
 
 from lora_core.data import PromptRow
 from lora_core.data.branches import Branched, branch_batch
-from lora_core.files import atomic_write
 from lora_core.objectives.answers import Sampler
-from lora_core.objectives.rewards import Rewards, Sample, Scored
+from lora_core.objectives.rewards import Rewards, Sample, Scored, refuse_none
+from lora_core.objectives.rollout_log import LOG, write_answers
 from lora_core.train.sources import SourceError, generator_of, shuffled
 
-LOG = "rollouts.jsonl"
 Weigh = Callable[["Rollout"], None]
 
 
@@ -89,6 +87,7 @@ class Rollouts:
         log: file that gets every answer; None: none.
         controller: what else changes from rollout to rollout, if something does: an object with
             `state_dict` and `load_state_dict`.
+        say: prints a line.
     """
 
     def __init__(  # noqa: PLR0913  # the parts of a rollout
@@ -105,11 +104,13 @@ class Rollouts:
         shared: bool = True,
         log: Path | None = None,
         controller: Any = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.prompts, self.sampler, self.rewards, self.weigh = prompts, sampler, rewards, weigh
         self.group_size, self.at_once = group_size, at_once
         self.batch_size, self.passes = batch_size, passes
         self.shared, self.log, self.controller = shared, log, controller
+        self.say, self._said = say, False
         self.current: Rollout | None = None
 
     # --- the loop's side ---
@@ -205,9 +206,11 @@ class Rollouts:
         """
         first = number * self.at_once * self.group_size
         samples = self.sampler(prompts, self.group_size, first)
+        scored = self.rewards.score(samples)
         try:
-            scored = self.rewards(samples)
+            refuse_none(scored)
         except ValueError as error:
+            self._write(number, samples, scored)
             raise SourceError(f"rollout {number}: {error}") from None
         count = len(samples)
         rollout = Rollout(
@@ -223,34 +226,38 @@ class Rollouts:
         values = [math.nan if one.value is None else one.value for one in scored]
         rollout.tensors["rewards"] = torch.tensor(values, dtype=torch.float64)
         rollout.tensors["ended"] = torch.tensor([sample.ended for sample in samples])
+        if len(self.rewards.parts) > 1:
+            for part in self.rewards.parts:
+                found = [one.parts.get(part.name, math.nan) for one in scored]
+                rollout.tensors[f"reward/{part.name}"] = torch.tensor(found, dtype=torch.float64)
         self.weigh(rollout)
-        self._write(rollout, samples, scored)
+        self._write(number, samples, scored, rollout)
         return rollout
 
-    def _write(self, rollout: Rollout, samples: Sequence[Sample], scored: Sequence[Scored]) -> None:
-        """Append the rollout's answers to the log; those of rollouts that are made anew go."""
-        if self.log is None:
-            return
-        lines = []
-        for sample, one in zip(samples, scored, strict=True):
-            facts = {"rollout": rollout.number, "where": sample.where, "prompt": sample.prompt}
-            facts |= {"completion": sample.completion, "reward": one.value, "parts": one.parts}
-            facts |= {"ended": sample.ended} | ({} if one.why is None else {"why": one.why})
-            lines.append(json.dumps(facts, ensure_ascii=False) + "\n")
-        kept = "" if rollout.number == 0 else _before(self.log, rollout.number)
-        if kept is None:
-            with open(self.log, "a", encoding="utf-8") as file:
-                file.writelines(lines)
-        else:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.log, kept + "".join(lines))
+    def _write(
+        self,
+        number: int,
+        samples: Sequence[Sample],
+        scored: Sequence[Scored],
+        weighed: Rollout | None = None,
+    ) -> None:
+        """Write the answers to the log, and say the first time that a reward fails."""
+        failed = [one for one in scored if one.value is None]
+        if failed and not self._said:
+            self._said = True
+            self.say(
+                f"rollout {number}: {len(failed)} of {len(scored)} answers have no reward and are "
+                f"left out; the first: {failed[0].why} (said once; {LOG} names them all)"
+            )
+        if self.log is not None:
+            advantages = None if weighed is None else _by_answer(weighed)
+            write_answers(self.log, number, samples, scored, advantages)
 
 
-def _before(log: Path, number: int) -> str | None:
-    """What a log holds of earlier rollouts; None where it holds nothing else."""
-    if not log.is_file():
-        return ""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["rollout"] < number]
-    return None if len(kept) == len(lines) else "".join(kept)
+def _by_answer(rollout: Rollout) -> list[float]:
+    """Each answer's advantage; of tokens' the mean."""
+    gains = rollout.tensors["advantages"]
+    if gains.dim() == 1:
+        return gains.tolist()
+    counts = torch.tensor([len(ids) for ids in rollout.completions])
+    return (gains.sum(1) / counts).tolist()

@@ -344,7 +344,12 @@ class Run:
         """Evaluate after the step if it is time; says whether it is the best so far."""
         if not self.evaluation.due(self.progress, self.epoch_ends()):
             return False
-        record.update(self.evaluation.measure(self.model, self.policy, self.ranks))
+        try:
+            record.update(self.evaluation.measure(self.model, self.policy, self.ranks))
+        except SourceError as error:
+            self.progress.history.append(record)  # the step is made, and is not lost
+            self.save()
+            raise SourceError(f"{error}{self.folder.left()}") from error
         return self.evaluation.note(record["eval_loss"], self.progress, self.parameters)
 
     def identity(self) -> dict[str, Any]:
