@@ -4,6 +4,7 @@ objective.py     what an objective is asked for, in order, and what it hands to 
 setup.py         what it is told of the run
 registry.py      the objectives by name
 supervised.py    `sft`: the next token of the graded text
+preference.py    `dpo`, `ipo`, `simpo`, `orpo` on pairs; kto.py: `kto` on rated completions
 """
 
 from lora_core.objectives.objective import Objective, Work

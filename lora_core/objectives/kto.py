@@ -11,7 +11,7 @@ depends on how rows are cut into batches, and a batch of one would judge a row b
 in return the reference can be recorded beforehand, and the evaluation is the same each time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_core.data import RatedRows
 from lora_core.losses import kto_baseline, kto_loss
-from lora_core.objectives.preference import Preference, PreferenceOptions
+from lora_core.objectives.preference import GENTLE, Preference, PreferenceOptions
 from lora_core.objectives.reference import Collate, Reference
 from lora_core.objectives.scoring import completion_log_probs
 from lora_core.objectives.setup import Setup
@@ -92,6 +92,7 @@ class KTO(Preference):
     name = "kto"
     help = "rated completions: good ones gain on the reference, bad ones lose (KTO)"
     kind = RatedRows
+    rates: ClassVar[Mapping[str, float]] = GENTLE
     uses: ClassVar[frozenset[str]] = frozenset({"beta", "desirable_weight", "undesirable_weight"})
 
     def __init__(self, options: PreferenceOptions) -> None:
