@@ -280,6 +280,15 @@ def test_a_run_stopped_and_resumed_draws_what_the_other_drew(
     assert any(record["conflicts"] for record in first.history)
 
 
+def test_an_adapter_that_is_not_trained_is_left_out(two: Callable[[], Two]) -> None:
+    model = two()
+    first = PCGrad.of_adapters(model).parameters
+    add_adapter(model, LoRAConfig(r=3, targets=["shared"]), "new")
+    second = PCGrad.of_adapters(model).parameters
+    assert len(first) == len(second) == 2
+    assert not set(first) & set(second)
+
+
 def test_what_does_not_go_is_refused(two: Callable[[], Two]) -> None:
     model = two()
     with pytest.raises(ValueError, match="got 0, of which 0 require no gradient: add an adapter"):
