@@ -8,6 +8,7 @@
 are missing.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from lora_core.adapters.config import AdapterConfig
+from lora_core.data.task_rows import TaskData
 from lora_core.evaluate.estimate import Estimate, paired_difference
 from lora_core.files import atomic_write
 from lora_core.tasks.forgetting import average_score, backward_transfer, forgetting, score
@@ -97,7 +99,8 @@ def compare_tasks(
             evaluation and checkpoints are not used.
         plans: some of `PLANS`.
         out: folder for the results; None: they are returned alone.
-        facts: JSON-ready facts of data and model: results with others are not gone on with.
+        facts: JSON-ready facts, of the base and of held-out rows say: results with others are not
+            gone on with. Rows to train on are known by their content where they are a list.
         say: is given a line after each plan.
 
     Returns:
@@ -111,7 +114,7 @@ def compare_tasks(
     settings = json.loads(
         json.dumps(
             {
-                "tasks": [task.name for task in tasks],
+                "tasks": {task.name: _digest(task.data) for task in tasks},
                 "adapter": repr(adapter),
                 "config": config.to_dict() | {"out": None, "progress": None},
                 "facts": dict(facts or {}),
@@ -130,6 +133,12 @@ def compare_tasks(
         average = Comparison(names, {plan: outcomes[plan]}).average(plan)
         say(f"{plan}: {average}{' (known)' if plan in known else ''}")
     return Comparison(tuple(task.name for task in tasks), outcomes)
+
+
+def _digest(data: Any) -> str | None:
+    """What tells a task's rows from others; None of what is no list of rows."""
+    rows = data.rows if isinstance(data, TaskData) else data
+    return hashlib.sha256(repr(rows).encode()).hexdigest() if isinstance(rows, list) else None
 
 
 def read_outcomes(file: Path, settings: Mapping[str, Any] | None = None) -> dict[str, Outcome]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,10 @@ def _goes_on(make: Any, made: list[Any], all_tasks: Any, out: Path, found: Any) 
     # other settings are another comparison
     compare_tasks(make, all_tasks, LORA, config(lr=0.01), plans=["joint"], out=out)
     assert len(made) == before + 2
+    fewer = all_tasks[0].data
+    other = [replace(all_tasks[0], data=replace(fewer, rows=fewer.rows[:4])), *all_tasks[1:]]
+    compare_tasks(make, other, LORA, config(), plans=["joint"], out=out)
+    assert len(made) == before + 3
     file.write_text("what\n" + file.read_text())
     with pytest.raises(ValueError, match=r"comparison\.jsonl:1 is no result of compare_tasks: rem"):
         compare_tasks(make, all_tasks, LORA, config(), out=out)

@@ -1,6 +1,7 @@
 """A step's loss of several tasks: each task's mean over the whole step, times its weight."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from lora_core.data.task_rows import TaskData
 from lora_core.device import dtype_policy
 from lora_core.models.multi_head import MultiHead
 from lora_core.tasks import HeadLoss, TaskBatches, TaskLoss, optimizer_with_rates, rate_factors
-from lora_core.train import CausalLoss, TrainConfig, train, train_step
+from lora_core.train import CausalLoss, PCGrad, TrainConfig, folder, train, train_step
 from lora_core.train.step import LossResult
 
 WEIGHTS = {"kind": 2.0, "parity": 0.5, "peak": 1.0}
@@ -109,6 +110,37 @@ def test_heads_are_trained_with_one_batch_a_step(
         losses = [record[f"loss/{name}"] for record in result.history if f"loss/{name}" in record]
         assert len(losses) == result.steps // 3
         assert losses[-1] < losses[0]
+
+
+def test_a_run_stopped_and_resumed_is_the_one_that_was_not(
+    multi_head: Callable[..., MultiHead],
+    tasks: dict[str, TaskData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(folder, "plot_loss", lambda history, path: None)
+
+    def run(out: str, stop: int = 0, **options: Any) -> tuple[MultiHead, Any]:
+        model = multi_head()
+
+        def on_step(record: Any) -> None:
+            if record["step"] == stop:
+                raise KeyboardInterrupt
+
+        config = TrainConfig(out=tmp_path / out, steps=7, accumulate=2, progress=False, **options)
+        source = TaskBatches(tasks, 3, temperature=2.0)
+        loss = TaskLoss.of_heads(model, WEIGHTS)
+        surgery = PCGrad.of_adapters(model)
+        return model, train(model, source, config, on_step=on_step, loss=loss, surgery=surgery)
+
+    whole, first = run("whole")
+    run("cut", stop=4)
+    again, second = run("cut", resume=True)
+    assert second.resumed_from == 4
+    assert [r["loss"] for r in first.history] == [r["loss"] for r in second.history]
+    assert {r["epoch"] for r in first.history} == {1, 2}
+    for one, other in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 class Generative(nn.Module):
