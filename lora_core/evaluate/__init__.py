@@ -6,7 +6,7 @@ answers               questions (their file), answering, answers (kept and read 
                       metrics (all measures of answers by name)
 text against text     squad (exact match, F1), bleu, bleu_score, bleu_tokens, rouge, lcs, ngrams,
                       pairs (checks of predictions and references)
-variety               diversity (distinct, repetition, self-BLEU)
+variety               diversity (distinct, repetition, self-BLEU), near_duplicates (by ROUGE-L)
 an encoder's eyes     encoding (texts to states), bertscore, embedding
 golden set            golden, golden_checks, golden_schema, refusals, golden_result, golden_diff
 one against another   judge, verdicts, model_judge, blind (a person votes), sides (checks of both)
