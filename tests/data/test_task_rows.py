@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_core.data import Tokenizer, load_tokenizer
-from lora_core.data.task_encoding import TaskEncoder, TaskRow
+from lora_core.data.task_encoding import TaskEncoder, TaskRow, _first_pieces
 from lora_core.data.task_frame import Frame
 from lora_core.data.task_records import QuestionExample, WordsExample
 from lora_core.data.task_rows import TaskData, graded, read_task
@@ -116,7 +116,9 @@ def test_words_are_read_as_text_with_its_spaces(causal: Tokenizer, jsonl: Write)
     assert task.rows[0]["input_ids"] == causal.encode("module weights")
 
 
-@given(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=12), length=st.integers(6, 20))
+@given(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=16), length=st.integers(6, 9))
+@example(words=["cats", "cats", "farer", "dog", "cats", "rome", "cats", "cats"], length=6)
+@example(words=["the", "cats", "the", "cats", "cats"], length=7)
 def test_every_word_is_graded_once_however_rows_are_cut(
     encoder_tokenizer_folder: Path, words: list[str], length: int
 ) -> None:
@@ -128,10 +130,15 @@ def test_every_word_is_graded_once_however_rows_are_cut(
     assert seen == list(range(len(words)))
     for row in rows:
         assert len(row["input_ids"]) <= length
+        assert row["words"][1] >= 0  # cut between words
         for word, label in zip(row["words"], row["labels"], strict=True):
             assert label == (-100 if word < 0 else word % 2)
     inner = [i for row in rows for i in row["input_ids"][1:-1]]
     assert inner == tok.encode(" ".join(words))
+
+
+def test_a_token_over_two_words_is_the_first_ones() -> None:
+    assert _first_pieces(["ab", "cd", "e"], [(0, 5), (5, 7)]) == [0, 2]
 
 
 def test_a_word_without_a_token_is_counted(bert: Tokenizer, jsonl: Write) -> None:
@@ -168,20 +175,24 @@ def test_answers_become_tokens_of_both_ways_of_writing(bert: Tokenizer, jsonl: W
 def test_a_decoder_without_an_answer_points_to_its_last_token(
     causal: Tokenizer, jsonl: Write
 ) -> None:
-    task = read_task(jsonl(question(None), question("rome")), causal)
+    task = read_task(jsonl(question(None), question("dogs ran")), causal)
     row, last = task.rows[0], len(task.rows[0]["input_ids"]) - 1
     assert row["input_ids"][-1] == causal.eos_id
     assert (row["start"], row["end"]) == (last, last)
     begin, end = task.rows[1]["start"], task.rows[1]["end"]
-    assert causal.decode(task.rows[1]["input_ids"][begin : end + 1]).strip() == "rome"
+    assert causal.decode(task.rows[1]["input_ids"][begin : end + 1]).strip() == "dogs ran"
 
 
 @given(
     words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=20),
     at=st.integers(0, 19),
-    length=st.integers(9, 24),
+    length=st.integers(9, 14),
     overlap=st.integers(0, 8),
 )
+@example(
+    words=["the", "dog", "cats", "is", "cats", "ran", "the", "rome"], at=4, length=9, overlap=1
+)
+@example(words=["dog"] * 16 + ["cats"], at=16, length=9, overlap=8)
 def test_windows_cover_the_context_and_find_the_answer(
     encoder_tokenizer_folder: Path, words: list[str], at: int, length: int, overlap: int
 ) -> None:
@@ -190,8 +201,10 @@ def test_windows_cover_the_context_and_find_the_answer(
     word = words[at % len(words)]
     start = len(" ".join(words[: at % len(words)])) + (at % len(words) > 0)
     encoder = TaskEncoder(tok, length, [], "", None, overlap)
-    example = QuestionExample("f:1", "who ?", context, ((word, start),))
-    rows = encoder.rows(example, 0)
+    asked = QuestionExample("f:1", "who ?", context, ((word, start),))
+    rows = encoder.rows(asked, 0)
+    # each window goes on by half its room at least
+    assert len(rows) <= 2 + len(tok.encode(context)) // ((length - 5) // 2)
     covered = set()
     for row in rows:
         assert len(row["input_ids"]) == len(row["offsets"]) <= length
