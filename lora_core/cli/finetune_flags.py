@@ -71,12 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     kinds: dict[type, list[str]] = {}
     for name, objective in OBJECTIVES.items():
-        if dataclasses.fields(objective.options_class):
-            kinds.setdefault(objective.options_class, []).append(name)
+        for options in _family(objective.options_class):
+            kinds.setdefault(options, []).append(name)
     for options, names in kinds.items():
         words = OPTION_FLAGS.get(options.__name__, {})
         title = f"objective {', '.join(names)}"
-        add_dataclass_flags(parser, options, rename=words, title=title)
+        extended = _family(options)[1:]
+        theirs = [field.name for other in extended for field in dataclasses.fields(other)]
+        add_dataclass_flags(parser, options, skip=theirs, rename=words, title=title)
     parser.add_argument("--config", metavar="run.json", help="repeat a run; flags override it")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -141,15 +143,24 @@ def settings(args: argparse.Namespace) -> Settings:
 def _options(args: argparse.Namespace, config: FinetuneConfig, run: dict[str, Any]) -> Any:
     """The objective's options; a flag of another objective's is refused, as it would do nothing."""
     kind = OBJECTIVES[config.objective].options_class
-    others = {o.options_class for o in OBJECTIVES.values()} - {kind}
+    family = _family(kind)
+    others = {o.options_class for o in OBJECTIVES.values()} - set(family)
     for other in sorted(others, key=lambda cls: cls.__name__):
         if stray := given(args, other):
             flag = OPTION_FLAGS.get(other.__name__, {}).get(next(iter(stray)), next(iter(stray)))
             raise ValueError(f"--{flag.replace('_', '-')} is no option of {config.objective}")
     same = run.get("finetune", {}).get("objective", "sft") == config.objective
-    fields = {**((run.get("objective") or {}) if same else {}), **given(args, kind)}
+    fields = dict((run.get("objective") or {}) if same else {})
+    for each in family:
+        fields |= given(args, each)
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in fields.items() if name in known})
+
+
+def _family(kind: type) -> list[type]:
+    """An objective's options, and the objectives' options that they extend: these share flags."""
+    every = {objective.options_class for objective in OBJECTIVES.values()}
+    return [cls for cls in kind.__mro__ if cls in every and dataclasses.fields(cls)]
 
 
 def _given(args: argparse.Namespace, kind: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ VERBS = {
     "finetune": "train an adapter (or a whole model) on JSONL conversations",
     "pretrain": "train a small model and its tokenizer from plain text",
     "generate": "answer a prompt with a model and, if given, an adapter",
+    "sample": "answers of a model to prompts, the good ones as rows to train on",
     "evaluate": "figures with intervals: loss, answers, a golden set, what was forgotten",
     "compare": "prompting and every way of tuning on one task: quality, forgetting, cost",
     "merge": "fold an adapter into its base and write a Hugging Face folder",

@@ -48,6 +48,8 @@ class PromptRow:
     """the row's further fields, for the reward"""
     where: str = ""
     """its file:line"""
+    tools: list[Any] | None = None
+    """the tools that the template told of"""
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,12 @@ class PromptRows(RecordRows[PromptRow, Prompted]):
             counts.drop(f"prompt of more than {self.max_length} tokens", record.where)
             return None
         counts.keep(len(ids), 0)
-        return (array("i", ids), record.prompt, record.fields), len(ids)
+        return (array("i", ids), record.prompt, record.fields, record.tools), len(ids)
 
     def _row(self, position: int) -> PromptRow:
         entry = self._entry(position)
-        ids, prompt, fields = entry.held
-        return PromptRow(tuple(ids), prompt, fields, entry.where)
+        ids, prompt, fields, tools = entry.held
+        return PromptRow(tuple(ids), prompt, fields, entry.where, tools)
 
 
 # --- sides in tokens ---

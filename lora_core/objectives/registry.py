@@ -10,9 +10,24 @@ from lora_core.objectives.policy import GRPO, RLOO
 from lora_core.objectives.ppo import PPO
 from lora_core.objectives.preference import DPO, IPO, ORPO, SimPO
 from lora_core.objectives.reward import Reward
+from lora_core.objectives.rft import RFT
 from lora_core.objectives.supervised import Supervised
 
 OBJECTIVES: dict[str, type[Objective[Any]]] = {
     kind.name: kind
-    for kind in (Supervised, Continual, DPO, IPO, SimPO, ORPO, KTO, Reward, GRPO, RLOO, PPO, Heads)
+    for kind in (
+        Supervised,
+        Continual,
+        DPO,
+        IPO,
+        SimPO,
+        ORPO,
+        KTO,
+        Reward,
+        GRPO,
+        RLOO,
+        PPO,
+        RFT,
+        Heads,
+    )
 }
