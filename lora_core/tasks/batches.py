@@ -30,7 +30,7 @@ import torch
 
 from lora_core.data.task_rows import TaskData
 from lora_core.train.batches import Batch, BatchSource, make_batches
-from lora_core.train.sources import generator_of
+from lora_core.train.sources import StatefulSource, generator_of
 
 Mixing = Literal["proportional", "weighted", "balanced"]
 _MIXINGS = ("proportional", "weighted", "balanced")
@@ -198,6 +198,11 @@ def _source(
     own = None if seed is None else (seed + zlib.crc32(name.encode())) % 2**32
     if isinstance(data, TaskData):
         data, collate = data.rows, collate or data.collate
+    if isinstance(data, StatefulSource):
+        raise ValueError(
+            f"task {name!r}: {type(data).__name__} has a state, which TaskBatches would not save: "
+            "train on it alone, or give rows"
+        )
     try:
         return make_batches(data, batch_size, own, collate)
     except (ValueError, TypeError) as error:

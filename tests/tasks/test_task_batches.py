@@ -205,3 +205,11 @@ def test_tasks_without_batches_are_refused() -> None:
         TaskBatches({"a": []})
     with pytest.raises(ValueError, match="task 'a' does not say how many batches it holds: give"):
         TaskBatches({"a": Unknown()})
+
+    class Remembering(Unknown):
+        def state(self) -> Any: ...
+
+        def restore(self, tensors: Any, rest: Any) -> None: ...
+
+    with pytest.raises(ValueError, match="task 'a': Remembering has a state, which TaskBatches w"):
+        TaskBatches({"a": Remembering()})
