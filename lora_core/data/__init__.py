@@ -30,6 +30,7 @@ from lora_core.data.records import (
 )
 from lora_core.data.report import Report, SourceReport
 from lora_core.data.sft import Rows, SFTDataset
+from lora_core.data.task_rows import TaskData, read_task
 from lora_core.data.text import TextWindows, encode_documents
 from lora_core.data.tokenizer import Tokenizer
 from lora_core.data.tokenizer_folder import load_tokenizer
@@ -59,6 +60,7 @@ __all__ = [
     "Rows",
     "SFTDataset",
     "SourceReport",
+    "TaskData",
     "TextWindows",
     "Tokenizer",
     "Tokens",
@@ -82,5 +84,6 @@ __all__ = [
     "read_prompts",
     "read_rated",
     "read_records",
+    "read_task",
     "split",
 ]

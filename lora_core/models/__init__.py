@@ -10,9 +10,11 @@ from lora_core.models.encoder_config import EncoderConfig
 from lora_core.models.encoder_heads import MaskedLM, SequenceClassifier, SpanFinder, TokenClassifier
 from lora_core.models.families import Family, register_family
 from lora_core.models.generate import generate, generate_batch, generate_ids, left_pad
+from lora_core.models.multi_head import HeadOutput, MultiHead
 from lora_core.models.sampling import Sampling
 from lora_core.models.session import Session
 from lora_core.models.stopping import TextStream
+from lora_core.models.task_heads import Head, HeadShape
 
 __all__ = [
     "CausalLM",
@@ -22,10 +24,14 @@ __all__ = [
     "EncoderModel",
     "EncoderOutput",
     "Family",
+    "Head",
+    "HeadOutput",
+    "HeadShape",
     "KVCache",
     "MaskedLM",
     "ModelConfig",
     "ModelOutput",
+    "MultiHead",
     "Sampling",
     "SequenceClassifier",
     "Session",
