@@ -5,6 +5,7 @@ setup.py         what it is told of the run
 registry.py      the objectives by name
 supervised.py    `sft`: the next token of the graded text
 preference.py    `dpo`, `ipo`, `simpo`, `orpo` on pairs; kto.py: `kto` on rated completions
+heads.py         `heads`: labels, tags and answers, a head for each data file
 """
 
 from lora_core.objectives.objective import Objective, Work
