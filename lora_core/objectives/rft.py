@@ -1,10 +1,10 @@
 """`rft`: training on what a reward finds good, in both senses of the word.
 
 With `--reward` the data are prompts: the policy as it starts answers each several times, answers
-whose reward reaches `reward_threshold` are kept, those that repeat others dropped, and the rest is supervised
-fine-tuning on the very tokens that were sampled (rejection sampling). The kept answers lie in the
-run's folder, so that a resumed run does not sample anew. The next round is another run, with
-`--adapter` the last one's folder.
+whose reward reaches `reward_threshold` are kept, those that repeat others dropped, and the rest is
+supervised fine-tuning on the very tokens that were sampled (rejection sampling). The kept answers
+lie in the run's folder, so that a resumed run does not sample anew. The next round is another run,
+with `--adapter` the last one's folder.
 
 Without `--reward` the data are rows with a `reward`: each row's likelihood is weighted by it
 (weighted.py).
@@ -36,7 +36,7 @@ from lora_core.objectives.policy_options import PolicyOptions
 from lora_core.objectives.preference_data import check_preference_data
 from lora_core.objectives.prompts import read_prompts, refuse_processes
 from lora_core.objectives.rewards import Rewards
-from lora_core.objectives.sampling import Selection, gather
+from lora_core.objectives.sampling import Selection, gather, origin
 from lora_core.objectives.setup import Setup
 from lora_core.objectives.supervised import Supervised, SupervisedOptions
 from lora_core.objectives.weighted import (
@@ -171,8 +171,8 @@ class RFT(Objective[RFTOptions]):
         if not self.tally.kept:
             raise ValueError(
                 f"no answer was accepted of {self.tally.sampled} to {self.tally.prompts} prompts "
-                f"({_reasons(self.tally)}): lower --reward-threshold, raise --group-size, or look at the "
-                f"reward; {path.with_suffix('.progress.jsonl')} has every reward"
+                f"({_reasons(self.tally)}): lower --reward-threshold, raise --group-size, or look "
+                f"at the reward; {path.with_suffix('.progress.jsonl')} has every reward"
             )
         facts = {
             "rewards": rewards.facts(),
@@ -199,12 +199,9 @@ class RFT(Objective[RFTOptions]):
             dedupe=options.dedupe,
             keep_cut=options.keep_cut,
         )
-        bound = {
-            "model": _hashes(Path(settings.model)),
-            "adapter": None if setup.continued is None else _hashes(setup.continued),
-            "prompts": {path: sha256_file(path) for path, _ in parse_sources(settings.data)},
-            "template": setup.tok.chat_template,
-        }
+        bound = origin(
+            Path(settings.model), setup.continued, parse_sources(settings.data), setup.tok
+        )
         setup.out.mkdir(parents=True, exist_ok=True)
         # a fresh adapter may not begin as the base does: a soft prompt, or PiSSA on 4 bits
         start = disable_adapters(sampler.model) if setup.continued is None else None
@@ -260,8 +257,3 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
 
 def _reasons(tally: Tally) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in tally.dropped.most_common())
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """Hashes of a folder's weights, by name."""
-    return {file.name: sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}

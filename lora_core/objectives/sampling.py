@@ -22,9 +22,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from lora_core.data import PromptRow, PromptRows
+from lora_core.data import PromptRow, PromptRows, Tokenizer
 from lora_core.data.messages import ungraded
 from lora_core.evaluate.near_duplicates import NearDuplicates
+from lora_core.files import sha256_file
 from lora_core.objectives.answers import Sampler
 from lora_core.objectives.candidates import CandidateFile, Tally
 from lora_core.objectives.rewards import Rewards, Sample, Scored, refuse_none
@@ -135,6 +136,31 @@ def gather(  # what it is made of, by name
             rows, dropped = _chosen(prompts[number], drawn, selection, kept, sampler, with_ids)
             file.add(number, rows, _line(prompts[number], drawn, dropped))
     return file.tally
+
+
+def origin(
+    model: Path, adapter: Path | None, prompts: Sequence[tuple[str, float]], tok: Tokenizer
+) -> dict[str, Any]:
+    """What answers come from, as hashes: a file of rows is bound to it.
+
+    Args:
+        model: the base's folder.
+        adapter: the adapter's, or None.
+        prompts: (file, weight) pairs.
+        tok: the tokenizer, with the template that prompts are rendered in.
+    """
+    return {
+        "model": _hashes(model),
+        "adapter": None if adapter is None else _hashes(adapter),
+        "prompts": [[sha256_file(path), weight] for path, weight in prompts],
+        "template": tok.chat_template,
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Hashes of a folder's weights, and of an adapter's settings, by name."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")]
+    return {file.name: sha256_file(file) for file in sorted(files)}
 
 
 def _drawn(

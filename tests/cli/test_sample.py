@@ -121,12 +121,19 @@ def test_rewards_choose(sample: Run, tmp_path: Path) -> None:
     reward = ["--reward", f"{tmp_path / 'reward.py'}:length", "--samples", "4", "--dedupe", "0"]
     every = rows_of_run(sample, tmp_path, *reward, out="all.jsonl")
     best = rows_of_run(sample, tmp_path, *reward, "--keep", "best", out="best.jsonl")
-    high = rows_of_run(sample, tmp_path, *reward, "--keep", "above", "8", out="high.jsonl")
+    good = ["--keep", "verified", "--threshold", "8"]
+    high = rows_of_run(sample, tmp_path, *reward, *good, out="high.jsonl")
+    best_of_high = ["--keep", "best", "--threshold", "8"]
+    both = rows_of_run(sample, tmp_path, *reward, *best_of_high, out="both.jsonl")
+    verified = rows_of_run(sample, tmp_path, *reward, "--keep", "verified", out="verified.jsonl")
     by_prompt: dict[str, list[float]] = {}
     for row in every:
         by_prompt.setdefault(row["where"], []).append(row["reward"])
     assert [row["reward"] for row in best] == [max(found) for found in by_prompt.values()]
-    assert high == [row for row in every if row["reward"] > 8]
+    assert high == [row for row in every if row["reward"] >= 8]
+    assert any(row["reward"] == 8 for row in high)
+    assert both == [row for row in best if row["reward"] >= 8]
+    assert verified == [row for row in every if row["reward"] >= 1]
     assert 0 < len(high) < len(every)
     assert every[0]["parts"] == {"length": every[0]["reward"]}
 
@@ -160,12 +167,18 @@ def test_cut_and_alike_answers_are_counted(sample: Run, llama_folder: Path, tmp_
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--keep", "best"], "--keep best goes by a reward: give --reward"),
-        (["--keep", "above", "x"], "--keep is all, best, or above X"),
+        (["--keep", "best"], "keep best goes by a reward: give --reward"),
+        (["--threshold", "1"], "a threshold goes by a reward: give --reward"),
+        (
+            ["--threshold", "nan", "--reward", "no:f"],
+            "least reward must be a finite number; got nan",
+        ),
+        (["--max-new-tokens", "600"], "positions: lower --max-new-tokens"),
+        (["--reward", "nothing.py:f"], "no file nothing.py"),
         (["--samples", "0"], "samples must be 1 or more; got 0"),
-        (["--temperature", "0"], "set --samples 1"),
-        (["--temperature", "-1"], "--temperature must be 0 or more"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--temperature", "0"], "set samples to 1"),
+        (["--temperature", "-1"], "temperature must be 0 or more"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be 1 or more; got 0"),
         (["--dedupe", "2"], "dedupe must be in (0, 1]"),
     ],
 )

@@ -88,8 +88,8 @@ def test_options_of_the_other_sense_are_refused(
     code, said = run(PROMPTS, *sampling(tmp_path), "--weights", "reward")
     assert code == 1
     assert "--weights is no option of rft with --reward" in said
-    code, said = run(PROMPTS, "--accept", "2")
-    assert "--accept is no option of rft without --reward" in said
+    code, said = run(PROMPTS, "--reward-threshold", "2")
+    assert "--reward-threshold is no option of rft without --reward" in said
     code, said = run(PROMPTS, "--clip-low", "0.1")
     assert "--clip-low is no option of rft" in said
 
