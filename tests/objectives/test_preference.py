@@ -161,25 +161,29 @@ def test_a_batch_is_the_papers_formula_of_single_rows(kind: str, model: nn.Modul
     assert 0 < figures["accuracy"] < 1  # else the test says nothing of it
 
 
-def test_kto_is_the_papers_formula_of_single_rows(model: nn.Module) -> None:
+@pytest.mark.parametrize("count", [2, 5])
+def test_kto_is_the_papers_formula_of_single_rows(model: nn.Module, count: int) -> None:
+    # of two rows the baseline is above 0, and above a bad row's gain; of five it is cut off there
+    rows = RATED[:count]
     options = PreferenceOptions(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
-    made = work(KTO(options), model, RATED, setup())
-    batch = made.collate(RATED)
-    sides = judged(model, RATED)
+    made = work(KTO(options), model, rows, setup())
+    batch = made.collate(rows)
+    sides = judged(model, rows)
     gains = [sum(own) - sum(ref) for own, _, ref, _ in sides]
     kl = max(0.0, mean([sum(other) - sum(ref) for _, other, _, ref in sides]))
+    assert (kl > 0) == (count == 2)
     values = [
         1.5 * (1 - sigmoid(0.3 * (gain - kl)))
         if row.label
         else 0.5 * (1 - sigmoid(0.3 * (kl - gain)))
-        for gain, row in zip(gains, RATED, strict=True)
+        for gain, row in zip(gains, rows, strict=True)
     ]
-    assert made.loss.count(batch) == len(RATED)
+    assert made.loss.count(batch) == len(rows)
     result = made.loss(model, batch, 3.0)
     assert result.value.item() == pytest.approx(sum(values) / 3, rel=2e-5)
     figures = {name: float(total) / count for name, (total, count) in result.figures.items()}
-    good = [0.3 * g for g, row in zip(gains, RATED, strict=True) if row.label]
-    bad = [0.3 * g for g, row in zip(gains, RATED, strict=True) if not row.label]
+    good = [0.3 * g for g, row in zip(gains, rows, strict=True) if row.label]
+    bad = [0.3 * g for g, row in zip(gains, rows, strict=True) if not row.label]
     right = [g > 0.3 * kl for g in good] + [g < 0.3 * kl for g in bad]
     assert figures["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-6)
     assert figures["rewards/desirable"] == pytest.approx(mean(good), rel=1e-4)
