@@ -144,17 +144,19 @@ def test_each_task_is_learned_together(
         assert opened.model.head(task).out.weight.equal(done.model.head(task).out.weight)
 
 
-@pytest.mark.parametrize("method", ["qlora", "full", "bottleneck"])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("qlora", "encoder"), ("full", "decoder"), ("bottleneck", "encoder")]
+)
 def test_other_methods_and_surgery(
-    method: str, folders: dict[str, Path], files: dict[str, Path], tmp_path: Path
+    method: str, kind: str, folders: dict[str, Path], files: dict[str, Path], tmp_path: Path
 ) -> None:
     options = HeadsOptions(
         pcgrad=method == "bottleneck", task_rates="topic=2", task_weights="tags=0.5"
     )
-    done = run(folders["encoder"], files, tmp_path, method=method, options=options, steps=4)
+    done = run(folders[kind], files, tmp_path, method=method, options=options, steps=4)
     assert done.result.steps == 4
     opened = open_heads(tmp_path, device="cpu")
-    task = read_task(files["squad"], done.tok, max_length=40)
+    task = read_task(files["squad"], done.tok, max_length=40, causal=kind == "decoder")
     assert measure(opened.model, task) == measure(done.model, task)
     assert (tmp_path / "adapter_config.json").exists() == (method != "full")
 
