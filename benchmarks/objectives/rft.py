@@ -25,6 +25,6 @@ RECIPE = Recipe(
     says="a returned expression is to use the function's arguments; good answers are learned",
     commands=_commands,
     measure=measure,
-    at_least=0.1,
+    at_least=0.15,
     quick_at_least=0.05,
 )
