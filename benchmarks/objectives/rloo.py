@@ -17,6 +17,6 @@ RECIPE = Recipe(
     says="a returned expression is to use the function's arguments; four answers are compared",
     commands=_commands,
     measure=measure,
-    at_least=0.25,
+    at_least=0.4,
     quick_at_least=0.05,
 )
