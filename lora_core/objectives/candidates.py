@@ -1,11 +1,11 @@
 """The file that sampled answers are kept in while they come, and what became of each prompt.
 
 Two files. `rows.jsonl` holds nothing but rows to train on, so that `finetune --data` takes it as it
-is. `rows.progress.jsonl` has a line for each prompt that is done, with the rewards of its answers,
-what was dropped and why, and how long the rows' file was then; its first line says what they were
-sampled with. Rows are written before their prompt's line. A call that goes on cuts off the rows of
-a prompt that was being written when the last one was killed, and samples that prompt anew: its
-answers have seeds of their own, so they are the same again.
+is. `rows.progress.jsonl` has a line for each prompt that is done, with all its answers and their
+rewards, what was dropped and why, and how long the rows' file was then; its first line says what
+they were sampled with. Rows are written before their prompt's line. A call that goes on cuts off
+the rows of a prompt that was being written when the last one was killed, and samples that prompt
+anew: its answers have seeds of their own, so they are the same again.
 """
 
 import os

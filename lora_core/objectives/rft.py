@@ -15,8 +15,7 @@ Ref: Yuan et al. 2023, arXiv:2308.01825, section 3.3; Peters & Schaal 2007; Peng
 arXiv:1910.00177.
 """
 
-import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,7 +23,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from lora_core.adapters import disable_adapters
-from lora_core.data import IGNORED, PromptRows, Rows, parse_sources
+from lora_core.data import IGNORED, PromptRow, PromptRows, Rows, parse_sources
 from lora_core.data.lines import read_rows
 from lora_core.device import dtype_policy
 from lora_core.files import sha256_file
@@ -35,7 +34,7 @@ from lora_core.objectives.policy_loss import evaluated
 from lora_core.objectives.policy_options import PolicyOptions
 from lora_core.objectives.preference_data import check_preference_data
 from lora_core.objectives.prompts import read_prompts, refuse_processes
-from lora_core.objectives.rewards import Rewards
+from lora_core.objectives.rewards import Rewards, Sample
 from lora_core.objectives.sampling import Selection, gather, origin
 from lora_core.objectives.setup import Setup
 from lora_core.objectives.supervised import Supervised, SupervisedOptions
@@ -52,7 +51,7 @@ from lora_core.train.step import CausalLoss, LossResult
 CANDIDATES = "candidates.jsonl"
 SAMPLED = frozenset(
     {"reward", "reward_timeout", "group_size", "max_new_tokens", "temperature"}
-    | {"reward_threshold", "dedupe", "keep_cut"}
+    | {"reward_threshold", "best_only", "dedupe", "keep_cut"}
 )
 WEIGHTED = frozenset({"weights", "reward_beta"})
 
@@ -63,6 +62,8 @@ class RFTOptions(PolicyOptions):
 
     reward_threshold: float = 1.0
     """rft: least reward of an answer that is trained on"""
+    best_only: bool = False
+    """rft: train on the best accepted answer to each prompt alone"""
     dedupe: float = 0.7
     """rft: ROUGE-L from which on an answer repeats a kept one; 0: exact duplicates alone"""
     keep_cut: bool = False
@@ -104,6 +105,19 @@ class AcceptedLoss:
         if "evaluation" in batch:
             return int((~batch["rewards"].isnan()).sum())
         return self.trained.count(batch)
+
+
+class BaseSampler(Sampler):
+    """Answers of the base: a fresh adapter may begin elsewhere (a soft prompt, or PiSSA).
+
+    The adapters are off while answers are sampled and no longer, since a reward adapter in the same
+    model would be off with them.
+    """
+
+    def __call__(self, prompts: Sequence[PromptRow], each: int, first: int = 0) -> list[Sample]:
+        """`each` answers to every prompt."""
+        with disable_adapters(self.model):
+            return super().__call__(prompts, each, first)
 
 
 class RFT(Objective[RFTOptions]):
@@ -155,8 +169,10 @@ class RFT(Objective[RFTOptions]):
                 lambda rows: weighted_batch(rows, pad),
             )
         options, seed = self.options, setup.training.seed
+        # a base that is trained is not the reward model's any more
+        base = None if setup.method == "full" else (setup.settings.model, setup.quantize)
         rewards = Rewards.open(
-            options.rewards, options.reward_timeout, model, setup.tok, setup.device
+            options.rewards, options.reward_timeout, model, setup.tok, setup.device, base
         )
         for line in rewards.notes():
             setup.say(f"note: {line}")
@@ -172,7 +188,7 @@ class RFT(Objective[RFTOptions]):
             raise ValueError(
                 f"no answer was accepted of {self.tally.sampled} to {self.tally.prompts} prompts "
                 f"({_reasons(self.tally)}): lower --reward-threshold, raise --group-size, or look "
-                f"at the reward; {path.with_suffix('.progress.jsonl')} has every reward"
+                f"at the reward; {path.with_suffix('.progress.jsonl')} has every answer"
             )
         facts = {
             "rewards": rewards.facts(),
@@ -195,6 +211,7 @@ class RFT(Objective[RFTOptions]):
         options, settings = self.options, setup.settings
         selection = Selection(
             samples=self.group_size if options.group_size is None else options.group_size,
+            best=options.best_only,
             least=options.reward_threshold,
             dedupe=options.dedupe,
             keep_cut=options.keep_cut,
@@ -203,19 +220,16 @@ class RFT(Objective[RFTOptions]):
             Path(settings.model), setup.continued, parse_sources(settings.data), setup.tok
         )
         setup.out.mkdir(parents=True, exist_ok=True)
-        # a fresh adapter may not begin as the base does: a soft prompt, or PiSSA on 4 bits
-        start = disable_adapters(sampler.model) if setup.continued is None else None
-        with start or contextlib.nullcontext():
-            return gather(
-                self.prompts,
-                sampler,
-                selection,
-                setup.out / CANDIDATES,
-                rewards=rewards,
-                bound=bound,
-                with_ids=True,
-                progress=lambda starts: setup.bar(starts, "chunks", "sampling"),
-            )
+        return gather(
+            self.prompts,
+            sampler if setup.continued is not None else BaseSampler(**vars(sampler)),
+            selection,
+            setup.out / CANDIDATES,
+            rewards=rewards,
+            bound=bound | {"quantize": setup.quantize},
+            with_ids=True,
+            progress=lambda starts: setup.bar(starts, "chunks", "sampling"),
+        )
 
     def _read_weighted(self, setup: Setup) -> None:
         settings = setup.settings

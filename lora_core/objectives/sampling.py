@@ -253,6 +253,7 @@ def _line(prompt: PromptRow, drawn: Sequence[Drawn], dropped: Counter[str]) -> d
         "where": prompt.where,
         "sampled": len(drawn),
         "dropped": dict(dropped),
+        "answers": [sample.completion for _, sample, _ in drawn],
         "rewards": [one.value for one in scored],
         **({"why": whys[0]} if whys else {}),
     }
