@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lora_core.adapters import active_names, disable_adapters, set_adapters
 from lora_core.adapters.switch import activate
 from lora_core.checkpoint import load_adapter
+from lora_core.data.branches import Branched
 from lora_core.device import dtype_policy
 from lora_core.evaluate import modes_kept
 from lora_core.objectives.scoring import completion_log_probs
@@ -45,7 +46,7 @@ Collate = Callable[[Sequence[Any]], Batch]
 class Recorded:
     """A row and the reference's log-probabilities of it."""
 
-    row: Any
+    row: Branched
     values: Tensor
     """(completions of the row, L), float32, on the CPU"""
 
@@ -119,7 +120,7 @@ class Reference:
     def record(
         self,
         model: nn.Module,
-        rows: Sequence[Any],
+        rows: Sequence[Branched],
         collate: Collate,
         setup: Setup,
         temperature: float = 1.0,
@@ -128,7 +129,7 @@ class Reference:
 
         Args:
             model: the policy before its first step.
-            rows: of any kind that `collate` takes.
+            rows: prompts with their completions, of any number each.
             collate: rows -> `branch_batch`.
             setup: its batch size, dtype and device are used.
             temperature: logits are divided by it.
@@ -147,8 +148,8 @@ class Reference:
                 some = [rows[i] for i in chosen]
                 batch = to_device(collate(some), setup.device)
                 values = completion_log_probs(model, batch, temperature)[0].float().cpu()
-                each = len(values) // len(some)  # completions of a row
-                found += [Recorded(row, values[i * each :][:each]) for i, row in enumerate(some)]
+                each = [len(row.completions) for row in some]
+                found += map(Recorded, some, torch.split(values, each))
         return found
 
     def collating(self, collate: Collate) -> Collate:

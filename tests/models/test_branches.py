@@ -16,6 +16,7 @@ ROWS = [
     Branched((5, 6, 7, 8, 9), ((1, 2, 3), (4, 3), (2,))),
     Branched((11,), ((3, 4), (5, 6, 7, 8)), ((True, True), (False, True, True, True))),
 ]
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"model_type": "qwen3"},
@@ -36,6 +37,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+CONFIGS = FAMILIES | {"experts": {"model_type": "qwen3_moe", **EXPERTS}}
+
+
 def decoder(family: str = "llama", dtype: torch.dtype = torch.float64) -> CausalLM:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
@@ -48,7 +52,7 @@ def decoder(family: str = "llama", dtype: torch.dtype = torch.float64) -> Causal
         "head_dim": 16,
         "max_position_embeddings": 64,
     }
-    model = CausalLM(ModelConfig.from_dict(sizes | {"model_type": "llama"} | FAMILIES[family]))
+    model = CausalLM(ModelConfig.from_dict(sizes | {"model_type": "llama"} | CONFIGS[family]))
     model.init_weights(std=0.3)
     return model.to(dtype)
 
@@ -83,6 +87,16 @@ def as_accurate_as(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
 def test_shared_is_as_accurate_as_apart() -> None:
     truth, model = decoder(), decoder(dtype=torch.float32)
     exact = scored(truth, False)
+    ours, theirs = scored(model, True), scored(model, False)
+    as_accurate_as(ours[0], theirs[0], exact[0])
+    for a, b, t in zip(ours[1], theirs[1], exact[1], strict=True):
+        as_accurate_as(a, b, t)
+
+
+def test_experts_are_as_accurate_shared_as_apart() -> None:
+    # their router computes in float32 whatever the model is in, so that float64 is no more exact
+    exact = scored(decoder("experts"), False)
+    model = decoder("experts", torch.float32)
     ours, theirs = scored(model, True), scored(model, False)
     as_accurate_as(ours[0], theirs[0], exact[0])
     for a, b, t in zip(ours[1], theirs[1], exact[1], strict=True):
