@@ -6,7 +6,7 @@
     python -m benchmarks.objectives --quick       # the test suite's size
     python -m benchmarks.objectives --write       # the results into docs/preference.md
 
-Exit code 1 where a rise is smaller than was stated. Each result is appended as its run ends; those
+Exit code 1 where a rise is smaller than the recipe's `at_least`. Each result is appended as its run ends; those
 of `--quick` go to `--out` and never into the page.
 """
 
@@ -77,7 +77,7 @@ def shipped_base() -> Path:
 
 def generated(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The page's table: an objective a line."""
-    lines = ["| objective | task | figure | before | after | rise | stated | seconds |"]
+    lines = ["| objective | task | figure | before | after | rise | at least | seconds |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, row in sorted(results.items()):
         figures = " | ".join(cell(row[key]) for key in ("before", "after", "rise"))

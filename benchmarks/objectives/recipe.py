@@ -3,7 +3,8 @@
 A recipe makes its own data, from the standard library or from a rule, the same at every call. Its
 commands are the ones a user would type. What it measures is measured on rows that nothing was
 trained on, before and after, and the rise is the difference on the same rows, with its interval:
-`at_least` is stated beforehand, and a run whose rise is smaller has failed.
+`at_least` is what every further run has to show: it was set well below what trial runs gave, and a
+run whose rise is smaller has failed.
 """
 
 import time
@@ -83,7 +84,7 @@ class Ran:
 
     @property
     def wanted(self) -> float:
-        """The rise that was stated beforehand."""
+        """The rise that it has to show."""
         return self.recipe.quick_at_least if self.quick else self.recipe.at_least
 
     @property
