@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 from lora_core.cli.main import main
+from lora_core.models import generate_ids
+from lora_core.objectives import answers
+from lora_core.objectives.reward_model import RewardModel
+from lora_core.objectives.rewards import Sample
 
 ROWS: list[dict[str, Any]] = [
     *({"prompt": f"Say {i}:", "wanted": i} for i in range(5)),
@@ -34,7 +38,7 @@ def sample(
         words += ["--out", str(tmp_path / out), "--max-new-tokens", "6", "--keep-cut"]
         code = main([*words, *more])
         said = capsys.readouterr()
-        return code, json.loads(said.out) if said.out else {}, said.err
+        return code, json.loads(said.out.splitlines()[-1]) if code == 0 else {}, said.err
 
     return go
 
@@ -84,14 +88,11 @@ def test_a_killed_call_is_gone_on_with(
     lines = beside.read_text().splitlines(keepends=True)
     # the third prompt's rows were written, its line not yet; and half a line of the next
     beside.write_text("".join(lines[:3]) + lines[3][:20])
-    from lora_core.objectives import answers
-
     asked: list[int] = []
-    real = answers.generate_ids
 
     def counted(*args: Any, **more: Any) -> Any:
         asked.append(len(more["seed"]))
-        return real(*args, **more)
+        return generate_ids(*args, **more)
 
     monkeypatch.setattr(answers, "generate_ids", counted)
     again = sample(*reward)[1]
@@ -186,3 +187,64 @@ def test_bad_flags_are_one_line(words: list[str], why: str, sample: Run) -> None
     code, _, said = sample(*words)
     assert code == 1
     assert why in said
+
+
+def test_ctrl_c_is_130_and_loses_nothing(
+    sample: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--samples", "2", "--batch-size", "4"]
+    assert sample(*words, out="whole.jsonl")[0] == 0
+    calls: list[None] = []
+
+    def stop(*given: Any, **more: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate_ids(*given, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(answers, "generate_ids", stop)
+        assert sample(*words)[0] == 130
+    kept = (tmp_path / "rows.jsonl").read_text()
+    assert kept
+    assert sample(*words)[0] == 0
+    whole = (tmp_path / "whole.jsonl").read_text()
+    assert whole.startswith(kept)
+    assert len(whole) > len(kept)
+    assert (tmp_path / "rows.jsonl").read_text() == whole
+
+
+def test_an_adapter_answers_and_a_reward_adapter_judges(
+    sample: Run, tmp_path: Path, llama_folder: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "Say 1:", "chosen": "something good", "rejected": "bad"}
+    pairs.write_text("".join(json.dumps({**pair, "prompt": f"Say {i}:"}) + "\n" for i in range(4)))
+    for objective, out in (("reward", "judge"), ("dpo", "policy")):
+        words = ["finetune", "--objective", objective, "--model", str(llama_folder), "--lr", "0.05"]
+        words += ["--data", str(pairs), "--out", str(tmp_path / out), "--steps", "2"]
+        assert main([*words, "--batch-size", "4", "--accumulate", "1", "--progress", "false"]) == 0
+    judge = ["--reward", str(tmp_path / "judge"), "--samples", "2", "--dedupe", "0"]
+    code, _, said = sample(*judge, out="base.jsonl")
+    assert code == 0
+    assert "on the policy's own base" in said
+    code, _, _ = sample(*judge, "--adapter", str(tmp_path / "policy"), out="policy.jsonl")
+    assert code == 0
+    base, policy = (rows_of(tmp_path / f"{name}.jsonl") for name in ("base", "policy"))
+    assert [row.get("completion") for row in base] != [row.get("completion") for row in policy]
+    # the judge is the same, whatever answers beside it: texts that both said have one score
+    scores = RewardModel.open(tmp_path / "judge", None).score(
+        [Sample("x", row["prompt"], row["completion"], ended=False) for row in policy[:3]]
+    )
+    assert [row["reward"] for row in policy[:3]] == pytest.approx(scores, rel=1e-4)
+
+
+def test_a_template_renders_the_messages(sample: Run, tmp_path: Path) -> None:
+    words = ["--samples", "1", "--dedupe", "0"]
+    assert sample(*words)[0] == 0
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}!"
+    assert sample(*words, "--template", template, out="other.jsonl")[0] == 0
+    own, other = (rows_of(tmp_path / name) for name in ("rows.jsonl", "other.jsonl"))
+    assert own[:-1] == other[:-1], "raw prompts have no template"
+    assert own[-1]["messages"] != other[-1]["messages"]
+    assert "template was" in sample(*words, "--template", template)[2]
