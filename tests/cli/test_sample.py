@@ -1,7 +1,7 @@
 """`lora-core sample`: what is kept, how it goes on, and rows that `finetune` takes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ def test_ctrl_c_is_130_and_loses_nothing(
 
 
 def test_an_adapter_answers_and_a_reward_adapter_judges(
-    sample: Run, tmp_path: Path, llama_folder: Path
+    sample: Run, tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pair = {"prompt": "Say 1:", "chosen": "something good", "rejected": "bad"}
@@ -224,6 +224,14 @@ def test_an_adapter_answers_and_a_reward_adapter_judges(
         words = ["finetune", "--objective", objective, "--model", str(llama_folder), "--lr", "0.05"]
         words += ["--data", str(pairs), "--out", str(tmp_path / out), "--steps", "2"]
         assert main([*words, "--batch-size", "4", "--accumulate", "1", "--progress", "false"]) == 0
+    judged: list[Sample] = []
+    real = RewardModel.score
+
+    def noted(model: RewardModel, samples: Sequence[Sample]) -> list[float]:
+        judged.extend(samples)
+        return real(model, samples)
+
+    monkeypatch.setattr(RewardModel, "score", noted)
     judge = ["--reward", str(tmp_path / "judge"), "--samples", "2", "--dedupe", "0"]
     code, _, said = sample(*judge, out="base.jsonl")
     assert code == 0
@@ -232,11 +240,12 @@ def test_an_adapter_answers_and_a_reward_adapter_judges(
     assert code == 0
     base, policy = (rows_of(tmp_path / f"{name}.jsonl") for name in ("base", "policy"))
     assert [row.get("completion") for row in base] != [row.get("completion") for row in policy]
-    # the judge is the same, whatever answers beside it: texts that both said have one score
-    scores = RewardModel.open(tmp_path / "judge", None).score(
-        [Sample("x", row["prompt"], row["completion"], ended=False) for row in policy[:3]]
-    )
-    assert [row["reward"] for row in policy[:3]] == pytest.approx(scores, rel=1e-4)
+    # of the very tokens that were sampled, a judge on a base of its own says the same
+    apart = RewardModel.open(tmp_path / "judge")
+    apart.own_ids = False
+    rewards = [row["reward"] for row in policy]
+    assert rewards == pytest.approx(real(apart, judged[-len(policy) :]), rel=1e-4)
+    assert len(set(rewards)) > 4
 
 
 def test_a_template_renders_the_messages(sample: Run, tmp_path: Path) -> None:
