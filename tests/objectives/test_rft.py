@@ -59,6 +59,11 @@ def test_accepted_answers_are_trained_on_and_not_sampled_anew(
     assert rows
     assert all(row["reward"] == 1 and len(row["completion"]) % 2 for row in rows)
     assert f"trained on {len(rows)} accepted answers" in said
+    records = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    answers_alone = {len(row["completion_ids"]) for row in rows}
+    for record in map(json.loads, records):  # two rows a step, their prompts not graded
+        assert 2 * min(answers_alone) <= record["graded"] <= 2 * max(answers_alone)
+        assert record["graded"] < record["tokens"]
     facts = json.loads((tmp_path / "out" / "run.json").read_text())["candidates"]
     assert facts["kept"] == len(rows)
     assert facts["sampled"] == 12

@@ -157,6 +157,16 @@ def test_ctrl_c_loses_nothing(go: Go, tmp_path: Path) -> None:
     assert tally.sampled == 30
 
 
+def test_what_an_earlier_call_kept_is_not_said_again(go: Go) -> None:
+    whole, _ = go(out="whole.jsonl", dedupe=0.5)  # the first four prompts are this much alike
+    with pytest.raises(KeyboardInterrupt):
+        go(Fake(batch_size=6, stop=1), dedupe=0.5)
+    again, tally = go(Fake(batch_size=6), dedupe=0.5)
+    assert again == whole
+    assert {row["where"] for row in whole} == {"p.jsonl:1", "p.jsonl:5"}
+    assert tally.without == 3
+
+
 @pytest.mark.parametrize("cut", range(1, 12))
 def test_a_call_killed_while_it_writes_is_gone_on_with(
     cut: int, go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
