@@ -16,7 +16,7 @@ from torch import nn
 from lora_core.data import PromptRow, PromptRows, Tokenizer
 from lora_core.device import DtypePolicy
 from lora_core.models import generate_ids, left_pad
-from lora_core.objectives.rewards import Rewards, Sample
+from lora_core.objectives.rewards import Rewards, Sample, Scored, refuse_none
 from lora_core.train.sources import SourceError
 
 
@@ -95,16 +95,20 @@ class HeldOut:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of an evaluation."""
+        every: list[Scored] = []
         for at in range(start, self.per_epoch()):
             some = [
                 self.prompts[i] for i in range(len(self.prompts))[at * self.size :][: self.size]
             ]
             # numbers that no rollout has
             samples = self.sampler(some, 1, 2**30 + at * self.size)
-            try:
-                scored = self.rewards(samples)
-            except ValueError as error:
-                raise SourceError(f"held-out prompts: {error}") from None
+            scored = self.rewards.score(samples)
+            every += scored
+            if at == self.per_epoch() - 1:  # of all batches: the last may be a single answer
+                try:
+                    refuse_none(every)
+                except ValueError as error:
+                    raise SourceError(f"held-out prompts: {error}") from None
             values = [torch.nan if one.value is None else one.value for one in scored]
             yield {
                 "evaluation": torch.tensor(True),

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,16 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, left)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def folder_kept() -> Iterator[None]:
+    """The working directory is afterwards as before: a run's files may lie in a relative folder."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def call_reward(
     except ValueError as error:
         return None, str(error)
     try:
-        with time_limit(timeout):
+        with folder_kept(), time_limit(timeout):
             value = function(**keywords)
     except TooLateError:
         return None, f"no reward after {timeout:g} seconds"

@@ -27,7 +27,7 @@ from torch import nn
 
 from lora_core.data import Tokenizer
 from lora_core.files import sha256_file
-from lora_core.objectives.reward_calls import call_reward, can_limit, read_number
+from lora_core.objectives.reward_calls import call_reward, can_limit, folder_kept, read_number
 from lora_core.targets import nearest
 
 TIMEOUT = 10.0  # seconds a call may take
@@ -270,7 +270,8 @@ def _module(source: str, spec: str) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickles inside look it up
     try:
-        found.loader.exec_module(module)
+        with folder_kept():
+            found.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # the file's own
         raise ValueError(
             f"--reward {spec!r}: the file does not run: {type(error).__name__}: {error}"

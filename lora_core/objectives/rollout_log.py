@@ -51,7 +51,8 @@ def _before(log: Path, number: int) -> str | None:
     """What a log holds of earlier rollouts; None where it holds nothing else."""
     if not log.is_file():
         return ""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    with open(log, encoding="utf-8", newline="\n") as file:
+        lines = list(file)  # not splitlines: an answer may hold U+2028, which JSON leaves as it is
     whole = [line for line in lines if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["rollout"] < number]
     return None if len(kept) == len(lines) else "".join(kept)
