@@ -6,8 +6,8 @@
     python -m benchmarks.objectives --quick       # the test suite's size
     python -m benchmarks.objectives --write       # the results into docs/preference.md
 
-Exit code 1 where a rise is smaller than the recipe's `at_least`. Each result is appended as its run ends; those
-of `--quick` go to `--out` and never into the page.
+Exit code 1 where a rise is smaller than the recipe's `at_least`. Each result is appended as its run
+ends; those of `--quick` go to `--out` and never into the page.
 """
 
 import argparse

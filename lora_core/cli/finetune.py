@@ -55,8 +55,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{config.method}: {done.result.steps} steps; the result is in {config.out}")
         if config.objective == "heads":
             print(f"  try:   lora-core generate {_folder_flag(config)} --label FILE.jsonl")
+        elif config.objective == "reward":
+            print(f"  use:   lora-core finetune --objective ppo --reward {config.out} …")
         elif config.method != "full":
             print(f"  try:   lora-core generate --adapter {config.out} --prompt '…'")
-        if config.method in ("lora", "qlora") and config.objective != "heads":
+        if config.method in ("lora", "qlora") and config.objective not in ("heads", "reward"):
             print(f"  merge: lora-core merge --adapter {config.out} --out {config.out}-merged")
     return code

@@ -24,6 +24,7 @@ from torch import nn
 
 from lora_core.adapters.adapter_report import AdapterReport
 from lora_core.checkpoint import load_adapter, save_model
+from lora_core.objectives.score import has_score_head
 from lora_core.objectives.setup import Setup
 from lora_core.train import TrainResult
 from lora_core.train.batches import Batch
@@ -100,6 +101,11 @@ class Objective(Generic[Options]):
     def go_on(self, setup: Setup, model: nn.Module) -> AdapterReport:
         """Load the adapter of `setup.continued`, which training goes on with, trainable."""
         assert setup.continued is not None  # the run asks only where there is one
+        if has_score_head(setup.continued):
+            raise ValueError(
+                f"{setup.continued} holds a reward model, which {self.name} cannot go on with: "
+                "give it to --reward, or name the adapter that it was trained from"
+            )
         return load_adapter(model, setup.continued, trainable=True)
 
     def prepare(self, setup: Setup, model: nn.Module) -> Work:

@@ -99,6 +99,12 @@ class Policy(Objective[PolicyOptions]):
         self.rows: PromptRows
         self.held_out: PromptRows | None
         self.rows, self.held_out = read_prompts(setup, self.name)
+        least = self.options.rollout_prompts
+        if len(self.rows) < least:
+            raise ValueError(
+                f"{len(self.rows)} prompts are fewer than a rollout takes: set --rollout-prompts "
+                f"to {len(self.rows)} or less (it is {least}), or give more"
+            )
 
     def adapt(self, config: Any) -> Any:
         """The adapter as it was asked for, but never with dropout."""
@@ -181,6 +187,7 @@ class Policy(Objective[PolicyOptions]):
             passes=self.options.passes,
             shared=shared,
             log=setup.out / LOG,
+            step=setup.training.batch_size * setup.training.accumulate,
             controller=controller,
             say=setup.say,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_core.adapters import active_names, adapter_names, set_adapters
+from lora_core.adapters import active_names, adapted_modules, adapter_names, set_adapters
 from lora_core.adapters.switch import activate
 from lora_core.checkpoint import load_adapter, load_model
 from lora_core.checkpoint.safetensors_folder import read_json_object
@@ -24,7 +24,12 @@ from lora_core.device import resident_dtype
 from lora_core.evaluate import modes_kept
 from lora_core.models import CausalLM
 from lora_core.objectives.rewards import Sample
-from lora_core.objectives.score import HEAD, add_score_head, completion_scores
+from lora_core.objectives.score import (
+    HEAD,
+    add_score_head,
+    completion_scores,
+    has_score_head,
+)
 from lora_core.train.batches import to_device
 
 BATCH = 16  # answers that are scored together
@@ -89,8 +94,14 @@ class RewardModel:
         trained = [p for p in model.parameters() if p.requires_grad]
         names, known = active_names(model), adapter_names(model)
         name = next(n for n in _names("reward") if n not in known)
+        known_head = HEAD in model._modules
         add_score_head(model)
-        load_adapter(model, folder, name)
+        try:
+            load_adapter(model, folder, name)
+        except (ValueError, OSError):
+            if not known_head:
+                del model._modules[HEAD]
+            raise
         set_adapters(model, names)
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -99,15 +110,21 @@ class RewardModel:
 
     @contextmanager
     def _active(self) -> Iterator[None]:
-        """The reward adapter alone, in evaluation mode, inside."""
+        """The reward adapter alone, in evaluation mode, inside; whatever was disabled outside."""
         names = active_names(self.model)
+        hosts = [host for _, host in adapted_modules(self.model)]
+        enabled = [host.enabled for host in hosts]
         with modes_kept(self.model), torch.no_grad():
             self.model.eval()
             activate(self.model, [self.name])
+            for host in hosts:
+                host.enabled = True
             try:
                 yield
             finally:
                 activate(self.model, names)
+                for host, before in zip(hosts, enabled, strict=True):
+                    host.enabled = before
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         """Each answer's score, read after its last token.
@@ -154,7 +171,7 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no adapter: adapter_config.json is missing")
     config = read_json_object(file)
-    if HEAD not in (config.get("modules_to_save") or []):
+    if not has_score_head(folder):
         raise ValueError(
             f"{folder} is no reward model: its adapter has no {HEAD} head; train one with "
             "finetune --objective reward"

@@ -85,6 +85,8 @@ class Rollouts:
         passes: how often a rollout is gone over.
         shared: whether answers to a prompt share its computation.
         log: file that gets every answer; None: none.
+        step: answers of an optimizer step; an epoch's short last rollout is left out where it does
+            not fill whole ones, as a step would mix its passes.
         controller: what else changes from rollout to rollout, if something does: an object with
             `state_dict` and `load_state_dict`.
         say: prints a line.
@@ -103,6 +105,7 @@ class Rollouts:
         passes: int = 1,
         shared: bool = True,
         log: Path | None = None,
+        step: int = 1,
         controller: Any = None,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -110,7 +113,7 @@ class Rollouts:
         self.group_size, self.at_once = group_size, at_once
         self.batch_size, self.passes = batch_size, passes
         self.shared, self.log, self.controller = shared, log, controller
-        self.say, self._said = say, False
+        self.step, self.say, self._said = step, say, False
         self.current: Rollout | None = None
 
     # --- the loop's side ---
@@ -174,7 +177,10 @@ class Rollouts:
     def _plan(self, epoch: int) -> list[list[int]]:
         """The prompts' numbers of each rollout of an epoch."""
         order = shuffled(range(len(self.prompts)), generator_of(self.sampler.seed, epoch))
-        return [order[i : i + self.at_once] for i in range(0, len(order), self.at_once)]
+        plan = [order[i : i + self.at_once] for i in range(0, len(order), self.at_once)]
+        if len(plan) > 1 and len(plan[-1]) * self.group_size % self.step:
+            plan.pop()  # its prompts are others in the next epoch
+        return plan
 
     def _batches(self, prompts: int) -> int:
         return self.passes * -(-prompts * self.group_size // self.batch_size)

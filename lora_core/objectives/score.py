@@ -10,11 +10,13 @@ to a scalar put on).
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_core.checkpoint.safetensors_folder import read_json_object
 from lora_core.models import CausalLM
 from lora_core.models.attention import branch_positions
 
@@ -54,3 +56,9 @@ def completion_scores(model: CausalLM, batch: Mapping[str, Any]) -> Tensor:
     ends = states[-1].flatten(0, 1)[batch["ends"]]  # (N, H)
     with torch.autocast(ends.device.type, enabled=False):
         return model.get_submodule(HEAD)(ends.float()).squeeze(-1)
+
+
+def has_score_head(folder: str | Path) -> bool:
+    """Whether a folder's adapter is a reward model's."""
+    file = Path(folder) / "adapter_config.json"
+    return file.is_file() and HEAD in (read_json_object(file).get("modules_to_save") or [])

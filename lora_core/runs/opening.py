@@ -29,6 +29,7 @@ from lora_core.data import (
 )
 from lora_core.device import default_device, resident_dtype
 from lora_core.models import CausalLM, EncoderModel
+from lora_core.objectives.score import has_score_head
 
 RUN_FILE = "run.json"
 ADAPTER_FILE = "adapter_config.json"
@@ -201,12 +202,17 @@ def heads_of(directory: str | Path | None) -> str | None:
 
 
 def check_no_heads(*directories: str | Path | None) -> None:
-    """Refuse folders whose training was for heads, where text is to be written or graded.
+    """Refuse folders whose training was for heads or scores, where text is written or graded.
 
     Raises:
-        ValueError: one holds heads.
+        ValueError: one holds heads, or a reward model.
     """
     for directory in directories:
+        if directory is not None and has_score_head(directory):
+            raise ValueError(
+                f"{directory} holds a reward model, which scores answers and writes none: give it "
+                "to --reward"
+            )
         if (told := heads_of(directory)) is not None:
             raise ValueError(
                 f"{directory} holds heads that label text and do not write it: {told}; use "

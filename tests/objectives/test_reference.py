@@ -148,9 +148,9 @@ def test_recorded_rows_may_have_any_number_of_completions() -> None:
     model = decoder().requires_grad_(True)
     reference = Reference.of(setup("full"), model)
     uneven = [Branched((5, 6), ((1, 2), (3,), (4, 4, 4))), Branched((7,), ((8,),)), ROWS[0]]
-    rows = reference.record(model, uneven, branch_batch, setup("full"))
+    rows = reference.record(model, uneven, branch_batch, setup("full"), 0.5)
     batch = reference.collating(branch_batch)(rows[::-1])
-    direct, _ = completion_log_probs(model, branch_batch(uneven[::-1]))
+    direct, _ = completion_log_probs(model, branch_batch(uneven[::-1]), 0.5)
     torch.testing.assert_close(batch["reference"], direct.detach(), rtol=1e-5, atol=1e-5)
 
 

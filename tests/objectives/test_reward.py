@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,14 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lora_core.adapters import LoRAConfig, active_names, add_adapter
+from lora_core.adapters import (
+    LoRAConfig,
+    active_names,
+    adapted_modules,
+    add_adapter,
+    disable_adapters,
+)
 from lora_core.checkpoint import adapter_state_dict, load_model
 from lora_core.cli.main import main
 from lora_core.data import load_tokenizer
 from lora_core.objectives.reward_model import RewardModel
 from lora_core.objectives.rewards import Rewards, Sample
+from lora_core.train.report import Metrics
 
 QUICK = ["--steps", "4", "--batch-size", "4", "--accumulate", "1", "--warmup", "0", "--lr", "1e-2"]
 
@@ -121,6 +129,69 @@ def test_beside_a_policy_it_scores_alike_and_leaves_no_trace(
     assert found.value == pytest.approx(0.5 * alone.score(samples())[0], abs=1e-6)
     other = RewardModel.open(trained, policy, tok, base=(str(llama_folder), "nf4"))
     assert "a base of its own" in other.said
+
+
+def test_scores_do_not_depend_on_what_is_disabled(trained: Path, llama_folder: Path) -> None:
+    policy, tok = load_model(llama_folder), load_tokenizer(llama_folder)
+    add_adapter(policy, LoRAConfig(r=2))
+    judge = RewardModel.open(trained, policy, tok, base=(str(llama_folder), None))
+    outside = judge.score(samples())
+    with disable_adapters(policy):
+        assert judge.score(samples()) == outside
+        assert not any(host.enabled for _, host in adapted_modules(policy))
+    assert all(host.enabled for _, host in adapted_modules(policy))
+
+
+def test_what_does_not_fit_leaves_the_policy_as_it_was(
+    trained: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    policy, tok = load_model(llama_folder), load_tokenizer(llama_folder)
+    add_adapter(policy, LoRAConfig(r=2))
+    before = list(policy.state_dict())
+    shutil.copytree(trained, tmp_path / "rm")
+    kept = load_file(tmp_path / "rm" / "adapter_model.safetensors")
+    kept.pop(next(key for key in kept if "lora_A" in key))
+    save_file(kept, tmp_path / "rm" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="missing"):
+        RewardModel.open(tmp_path / "rm", policy, tok, base=(str(llama_folder), None))
+    assert list(policy.state_dict()) == before
+
+
+def test_a_reward_model_writes_no_text(
+    trained: Path,
+    llama_folder: Path,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["generate", "--adapter", str(trained), "--prompt", "x"]) == 1
+    assert "holds a reward model, which scores answers and writes none" in capsys.readouterr().err
+    more = ["--objective", "dpo", "--adapter", str(trained)]
+    assert finetune(llama_folder, pairs, tmp_path / "out", *more) == 1
+    assert "holds a reward model, which dpo cannot go on with" in capsys.readouterr().err
+
+
+def test_a_stopped_run_is_resumed_bit_for_bit(
+    llama_folder: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--objective", "reward", "--dropout", "0.1", "--save-every", "1", "--epochs", "9"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert finetune(llama_folder, pairs, whole, *more) == 0
+    write = Metrics.write
+
+    def stops(self: Metrics, record: Any) -> None:
+        write(self, record)
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Metrics, "write", stops)
+    assert finetune(llama_folder, pairs, parts, *more) == 130
+    monkeypatch.setattr(Metrics, "write", write)
+    assert finetune(llama_folder, pairs, parts, *more, "--resume") == 0
+    ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (whole, parts))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert [r["loss"] for r in records(whole)] == [r["loss"] for r in records(parts)]
 
 
 def test_ids_of_an_answer_are_what_is_scored(trained: Path, llama_folder: Path) -> None:
