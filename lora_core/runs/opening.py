@@ -145,6 +145,7 @@ def open_model(
     """
     if model is None and adapter is None:
         raise ValueError("give --model, --adapter, or both")
+    refuse_reward_models(adapter)
     notes: list[str] = []
     where = None if adapter is None else Path(adapter)
     source = Path(model) if model is not None else _base_of(Path(str(adapter)))
@@ -207,17 +208,23 @@ def check_no_heads(*directories: str | Path | None) -> None:
     Raises:
         ValueError: one holds heads, or a reward model.
     """
+    refuse_reward_models(*directories)
     for directory in directories:
-        if directory is not None and has_score_head(directory):
-            raise ValueError(
-                f"{directory} holds a reward model, which scores answers and writes none: give it "
-                "to --reward"
-            )
         if (told := heads_of(directory)) is not None:
             raise ValueError(
                 f"{directory} holds heads that label text and do not write it: {told}; use "
                 f"`lora-core generate --adapter {directory} --label FILE.jsonl`, or "
                 "lora_core.runs.open_heads"
+            )
+
+
+def refuse_reward_models(*directories: str | Path | None) -> None:
+    """Refuse adapters that are reward models; ValueError says what they are for."""
+    for directory in directories:
+        if directory is not None and has_score_head(directory):
+            raise ValueError(
+                f"{directory} holds a reward model, which scores answers and writes none: give it "
+                "to --reward"
             )
 
 

@@ -110,3 +110,10 @@ def _code(call: Callable[[], int]) -> int:
         return call()
     except SystemExit as stop:
         return int(str(stop.code))
+
+
+def test_the_page_says_what_was_found(command: ModuleType) -> None:
+    results = command.read_results(command.FILE)
+    assert set(results) == set(NAMES)
+    assert all(row["shown"] and row["seconds"] < 120 for row in results.values())
+    assert command.generated(results) in command.PAGE.read_text()

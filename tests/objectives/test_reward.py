@@ -166,6 +166,8 @@ def test_a_reward_model_writes_no_text(
 ) -> None:
     assert main(["generate", "--adapter", str(trained), "--prompt", "x"]) == 1
     assert "holds a reward model, which scores answers and writes none" in capsys.readouterr().err
+    assert main(["merge", "--adapter", str(trained), "--out", str(tmp_path / "merged")]) == 1
+    assert "holds a reward model" in capsys.readouterr().err
     more = ["--objective", "dpo", "--adapter", str(trained)]
     assert finetune(llama_folder, pairs, tmp_path / "out", *more) == 1
     assert "holds a reward model, which dpo cannot go on with" in capsys.readouterr().err
