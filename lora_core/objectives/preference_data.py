@@ -35,11 +35,11 @@ def check_preference_data(setup: Setup, name: str) -> None:
             )
 
 
-def read_split(setup: Setup, kind: type[Kind]) -> tuple[Kind, Kind | None]:
-    """Rows to train on and rows to evaluate on (None: none); no prompt is in both.
+def read_files(setup: Setup, kind: type[Kind]) -> tuple[Kind, Kind | None]:
+    """Rows of `data`, and of `eval_data` (None: there is none); says what was read.
 
     Args:
-        setup: of the run; says what was read and what was left out.
+        setup: of the run.
         kind: which rows.
 
     Raises:
@@ -63,9 +63,27 @@ def read_split(setup: Setup, kind: type[Kind]) -> tuple[Kind, Kind | None]:
 
     rows = read(parse_sources(settings.data))
     setup.say(f"data: {rows.report}")
-    if settings.eval_data is not None:
-        held_out = read([(settings.eval_data, 1.0)])
-        setup.say(f"evaluation data: {held_out.report}")
+    if settings.eval_data is None:
+        return rows, None
+    held_out = read([(settings.eval_data, 1.0)])
+    setup.say(f"evaluation data: {held_out.report}")
+    return rows, held_out
+
+
+def read_split(setup: Setup, kind: type[Kind]) -> tuple[Kind, Kind | None]:
+    """Rows to train on and rows to evaluate on (None: none); no prompt is in both.
+
+    Args:
+        setup: of the run; says what was read and what was left out.
+        kind: which rows.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: file:line of what cannot be read, or nothing is left.
+    """
+    settings = setup.settings
+    rows, held_out = read_files(setup, kind)
+    if held_out is not None:
         return rows, held_out
     if settings.eval_fraction == 0 or rows.prompts < 2:
         one = " (all rows have one prompt)" if settings.eval_fraction else ""

@@ -2,7 +2,8 @@
 
 from torch import distributed
 
-from lora_core.data import PromptRows, parse_sources
+from lora_core.data import PromptRows
+from lora_core.objectives.preference_data import read_files
 from lora_core.objectives.setup import Setup
 
 
@@ -19,27 +20,9 @@ def read_prompts(setup: Setup, name: str) -> tuple[PromptRows, PromptRows | None
         FileNotFoundError: a file is missing.
         ValueError: file:line of what cannot be read, or nothing is left.
     """
-    settings = setup.settings
-
-    def read(paths: list[tuple[str, float]]) -> PromptRows:
-        return PromptRows.from_jsonl(
-            paths,
-            setup.tok,
-            template=settings.template,
-            max_length=settings.max_length,
-            columns=settings.column_names,
-            seed=setup.training.seed,
-            control_text=settings.control_text,
-            progress=lambda lines: setup.bar(lines, "records", "reading"),
-        )
-
-    rows = read(parse_sources(settings.data))
-    setup.say(f"data: {rows.report}")
-    if settings.eval_data is None:
+    rows, held_out = read_files(setup, PromptRows)
+    if held_out is None:
         setup.say(f"no evaluation: {name} answers held-out prompts of --eval-data alone")
-        return rows, None
-    held_out = read([(settings.eval_data, 1.0)])
-    setup.say(f"evaluation data: {held_out.report}")
     return rows, held_out
 
 
