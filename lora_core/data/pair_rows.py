@@ -34,6 +34,7 @@ from lora_core.data.report import SourceReport
 
 NO_ROOM = "prompt leaves no room for a completion"
 SAME = "chosen and rejected are the same"
+UNGRADED = "chosen and rejected differ only in ungraded tokens (does the prompt end in a space?)"
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,12 @@ class PairRows(RecordRows[PairRow, Pair]):
                 counts.drop(f"no graded token in {key}", record.where)
                 return None
         prompt, completions = _told_apart(sides)
+        if len(prompt) >= self.max_length:
+            counts.drop(NO_ROOM, record.where)
+            return None
         if _told(completions[0]) == _told(completions[1]):
-            counts.drop(SAME, record.where)
+            alike = completions[0].ids == completions[1].ids
+            counts.drop(SAME if alike else UNGRADED, record.where)
             return None
         cut = [_cut(side, self.max_length - len(prompt)) for side in completions]
         if not all(any(side.graded) for side in cut):

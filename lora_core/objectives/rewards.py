@@ -15,6 +15,7 @@ Ref: Ouyang et al. 2022, arXiv:2203.02155, section 3.5, for a trained reward.
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -246,9 +247,9 @@ def _split(spec: str) -> tuple[str, float]:
         weight = float(last) if colon else None
     except ValueError:
         weight = None
-    if weight is None:
+    if weight is None or not math.isfinite(weight):  # a function may be called nan
         return spec, 1.0
-    if not abs(weight) < float("inf") or weight == 0:
+    if weight == 0:
         raise ValueError(f"--reward {spec!r}: a weight is a number other than 0; got {last}")
     return words, weight
 

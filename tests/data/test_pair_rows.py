@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_core.checkpoint import base_model_path
 from lora_core.cli.main import main
 from lora_core.data import SFTDataset, Tokenizer, load_tokenizer
 from lora_core.data.pair_rows import PairRows, RatedRows, _next_other
@@ -122,6 +123,17 @@ def test_what_teaches_nothing_is_dropped_and_named(
     said = rows.report.why_dropped()
     assert all(f"{file}:{line}" in said for line in (1, 2, 3, 4))
     assert str(rows.report).startswith("data.jsonl: 5 records, 1 rows")
+
+
+def test_sides_that_differ_where_nothing_is_graded_are_told_from_equal_ones() -> None:
+    shipped = load_tokenizer(base_model_path())  # whose tokens have a space at their front
+    rows = [pair("the word ", "y", "z"), pair("the word", " y", " z")]
+    found = PairRows(rows, shipped)
+    assert len(found) == 1
+    assert "1 x chosen and rejected differ only in ungraded tokens (does the" in str(found.report)
+    long = [pair("word " * 300, "y", "z"), pair("word", " y", " z")]
+    said = str(PairRows(long, shipped, max_length=64).report)
+    assert "1 x prompt leaves no room for a completion (records[0])" in said
 
 
 def test_nothing_left_says_why(tok: Tokenizer) -> None:

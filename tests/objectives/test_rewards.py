@@ -38,6 +38,12 @@ def test_a_function_is_given_what_it_names(tmp_path: Path) -> None:
     assert len(facts["both"]["sha256"]) == 64
 
 
+def test_a_function_may_be_called_as_a_number_is(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "def nan(completion): return 2.0\ndef inf(completion): return 3.0\n")
+    (found,) = Rewards.open([f"{path}:nan", f"{path}:inf:2"])([sample()])
+    assert found.value == 8.0
+
+
 def test_a_module_is_imported() -> None:
     rewards = Rewards.open(["lora_core.evaluate.function_task:parse_answer"])
     assert rewards.parts[0].name == "parse_answer"
