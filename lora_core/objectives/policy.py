@@ -22,7 +22,7 @@ from lora_core.objectives.objective import Objective, Work
 from lora_core.objectives.policy_loss import PolicyLoss, Scoring, Weighing
 from lora_core.objectives.policy_options import PolicyOptions
 from lora_core.objectives.preference_data import check_preference_data
-from lora_core.objectives.prompts import read_prompts, refuse_processes
+from lora_core.objectives.prompts import beyond_positions, read_prompts, refuse_processes
 from lora_core.objectives.reference import Reference, turn_off_dropout
 from lora_core.objectives.rewards import Rewards
 from lora_core.objectives.rollout_log import LOG
@@ -76,6 +76,7 @@ class Policy(Objective[PolicyOptions]):
         options.check_used(self.name, self.uses)
         check_preference_data(setup, self.name)
         refuse_processes(self.name)
+        Rewards.check(options.rewards)
         if self.group < self.least_group:
             raise ValueError(
                 f"{self.name} compares the answers to a prompt: group_size must be "
@@ -134,6 +135,8 @@ class Policy(Objective[PolicyOptions]):
             if why is None
             else f"each answer computes its prompt: {why}"
         )
+        if said := beyond_positions(self.rows, options.max_new_tokens, model):
+            setup.say(f"note: {said}")
         policy = dtype_policy(setup.training.dtype, setup.device)
         scoring = Scoring(
             model, reference, options.temperature, why is None, setup.tok.pad_id, policy

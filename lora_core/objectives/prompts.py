@@ -1,6 +1,6 @@
 """A run's prompts: read, said, and never set aside unless that is asked for."""
 
-from torch import distributed
+from torch import distributed, nn
 
 from lora_core.data import PromptRows
 from lora_core.objectives.preference_data import read_files
@@ -24,6 +24,18 @@ def read_prompts(setup: Setup, name: str) -> tuple[PromptRows, PromptRows | None
     if held_out is None:
         setup.say(f"no evaluation: {name} answers held-out prompts of --eval-data alone")
     return rows, held_out
+
+
+def beyond_positions(rows: PromptRows, new_tokens: int, model: nn.Module) -> str | None:
+    """A line where prompts and their answers may reach beyond the positions a model was made for."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = max(rows.lengths)
+    if not isinstance(positions, int) or longest + new_tokens <= positions:
+        return None
+    return (
+        f"prompts of up to {longest} tokens with {new_tokens} new ones reach beyond the "
+        f"{positions} positions of the model, which writes worse there"
+    )
 
 
 def refuse_processes(name: str) -> None:

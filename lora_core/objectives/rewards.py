@@ -29,9 +29,11 @@ from torch import nn
 from lora_core.data import Tokenizer
 from lora_core.files import sha256_file
 from lora_core.objectives.reward_calls import call_reward, can_limit, folder_kept, read_number
+from lora_core.objectives.score import has_score_head
 from lora_core.targets import nearest
 
 TIMEOUT = 10.0  # seconds a call may take
+_CHECKED: dict[Path, ModuleType] = {}  # files that `check` has run, and that `open` need not
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,7 @@ class Rewards:
             ValueError: no spec, one that names nothing, or names that repeat.
             FileNotFoundError: a file or folder is missing.
         """
-        if not specs:
-            raise ValueError(
-                "no reward: give --reward FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION or the folder "
-                "of a reward adapter"
-            )
+        _some(specs)
         if not timeout > 0:
             raise ValueError(f"a reward's timeout must be above 0 seconds; got {timeout}")
         parts = [_opened(spec, timeout, model, tok, device, base) for spec in specs]
@@ -134,6 +132,23 @@ class Rewards:
         if len(set(names)) < len(names):
             raise ValueError(f"rewards are told apart by name, and these repeat: {names}")
         return cls(parts)
+
+    @staticmethod
+    def check(specs: Sequence[str]) -> None:
+        """Find out before a model is loaded that a word names no reward; errors as `open`'s."""
+        _some(specs)
+        for spec in specs:
+            words, _ = _split(spec)
+            place, source = Path(words), words.rpartition(":")[0]
+            if not place.is_dir():
+                _opened(spec, TIMEOUT, None, None, None, None)
+                if source.endswith(".py"):
+                    _CHECKED[Path(source).resolve()] = sys.modules[_name(source)]
+            elif not has_score_head(place):
+                raise ValueError(
+                    f"--reward {spec!r} is no reward model: its folder has no adapter with a score "
+                    "head; train one with finetune --objective reward"
+                )
 
     def __call__(self, samples: Sequence[Sample]) -> list[Scored]:
         """Score answers.
@@ -254,6 +269,20 @@ def _split(spec: str) -> tuple[str, float]:
     return words, weight
 
 
+def _some(specs: Sequence[str]) -> None:
+    """Refuse a run without a reward."""
+    if not specs:
+        raise ValueError(
+            "no reward: give --reward FILE.py:FUNCTION, PACKAGE.MODULE:FUNCTION or the folder "
+            "of a reward adapter"
+        )
+
+
+def _name(source: str) -> str:
+    """The name under which a file's module is known."""
+    return f"lora_core_reward_{Path(source).stem}"
+
+
 def _module(source: str, spec: str) -> ModuleType:
     """A module by its file or by its name."""
     if not source.endswith(".py"):
@@ -264,7 +293,9 @@ def _module(source: str, spec: str) -> ModuleType:
     file = Path(source)
     if not file.is_file():
         raise FileNotFoundError(f"--reward {spec!r}: no file {file}")
-    name = f"lora_core_reward_{file.stem}"
+    if (checked := _CHECKED.pop(file.resolve(), None)) is not None:
+        return checked
+    name = _name(source)
     found = importlib.util.spec_from_file_location(name, file)
     assert found is not None
     assert found.loader is not None

@@ -144,6 +144,7 @@ class RFT(Objective[RFTOptions]):
         )
         if self.samples:
             refuse_processes(self.name)
+            Rewards.check(self.options.rewards)
         else:
             check_preference_data(setup, self.name)
             if setup.training.label_smoothing:

@@ -162,3 +162,25 @@ def test_a_spec_that_names_nothing(specs: list[str], said: str, tmp_path: Path) 
         Rewards.open([spec.format(**names) for spec in specs])
     with pytest.raises(ValueError, match="timeout must be above 0"):
         Rewards.open([f"{names['file']}:length"], timeout=0)
+
+
+def test_a_file_is_run_once_for_the_check_and_the_run(tmp_path: Path) -> None:
+    path = file_of(
+        tmp_path,
+        "from pathlib import Path\n"
+        f"log = Path({str(tmp_path / 'log')!r})\n"
+        "log.write_text(log.read_text() + 'x' if log.exists() else 'x')\n"
+        "def length(completion): return len(completion)\n",
+    )
+    Rewards.check([f"{path}:length:2"])
+    (found,) = Rewards.open([f"{path}:length:2"])([sample()])
+    assert found.value == 4.0
+    assert (tmp_path / "log").read_text() == "x"
+    Rewards.open([f"{path}:length"])  # another run is another state
+    assert (tmp_path / "log").read_text() == "xx"
+    with pytest.raises(ValueError, match="no function 'lenght'"):
+        Rewards.check([f"{path}:lenght"])
+    with pytest.raises(ValueError, match="no reward: give --reward"):
+        Rewards.check([])
+    with pytest.raises(ValueError, match="is no reward model: its folder has no adapter"):
+        Rewards.check([str(tmp_path)])

@@ -12,6 +12,7 @@ import torch
 from lora_core.data.branches import Branched, branch_batch
 from lora_core.models import CausalLM, ModelConfig
 from lora_core.objectives.answers import HeldOut
+from lora_core.objectives.prompts import beyond_positions
 from lora_core.objectives.rewards import Rewards, Sample, Scored
 from lora_core.objectives.rollout_log import write_answers
 from lora_core.objectives.scoring import completion_log_probs, completion_states
@@ -77,3 +78,13 @@ def test_logits_are_divided_by_the_temperature() -> None:
     logits = SimpleNamespace(logits=model(batch["input_ids"]).logits)
     plain = completion_log_probs(lambda **given: logits, batch, 0.5)[0]  # type: ignore[arg-type]
     assert torch.allclose(plain, wanted, atol=1e-5)
+
+
+def test_answers_beyond_the_models_positions_are_said() -> None:
+    rows: Any = SimpleNamespace(lengths=[3, 9])
+    model: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16))
+    assert beyond_positions(rows, 7, model) is None
+    said = beyond_positions(rows, 8, model)
+    assert said is not None
+    assert "up to 9 tokens with 8 new ones reach beyond the 16 positions" in said
+    assert beyond_positions(rows, 8, torch.nn.Linear(1, 1)) is None
