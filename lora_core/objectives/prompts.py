@@ -1,8 +1,10 @@
 """A run's prompts: read, said, and never set aside unless that is asked for."""
 
+from collections.abc import Sequence
+
 from torch import distributed, nn
 
-from lora_core.data import PromptRows
+from lora_core.data import PromptRow, PromptRows
 from lora_core.objectives.preference_data import read_files
 from lora_core.objectives.setup import Setup
 
@@ -26,10 +28,10 @@ def read_prompts(setup: Setup, name: str) -> tuple[PromptRows, PromptRows | None
     return rows, held_out
 
 
-def beyond_positions(rows: PromptRows, new_tokens: int, model: nn.Module) -> str | None:
-    """A line where prompts and their answers may reach beyond the positions a model was made for."""
+def beyond_positions(rows: Sequence[PromptRow], new_tokens: int, model: nn.Module) -> str | None:
+    """A line where prompts and answers may reach beyond the positions that a model was made for."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    longest = max(rows.lengths)
+    longest = max(len(row.ids) for row in rows)
     if not isinstance(positions, int) or longest + new_tokens <= positions:
         return None
     return (

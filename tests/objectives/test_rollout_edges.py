@@ -81,7 +81,7 @@ def test_logits_are_divided_by_the_temperature() -> None:
 
 
 def test_answers_beyond_the_models_positions_are_said() -> None:
-    rows: Any = SimpleNamespace(lengths=[3, 9])
+    rows: Any = [SimpleNamespace(ids=(1,) * length) for length in (3, 9)]
     model: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16))
     assert beyond_positions(rows, 7, model) is None
     said = beyond_positions(rows, 8, model)
